@@ -1,0 +1,1 @@
+"""Graph encoders over the training interactions."""

@@ -1,0 +1,1 @@
+"""Backbones, prompts and heads: the parts that the recipes are made of."""

@@ -1,0 +1,1 @@
+"""Top-k lists from a finished run."""

@@ -1,0 +1,1 @@
+"""The training loop and the one file that knows DeepSpeed; no Ray here."""
