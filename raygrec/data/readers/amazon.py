@@ -1,0 +1,47 @@
+"""Amazon reviews: the 2014 and 2018 releases (`*.json.gz`) and the 2023 one (`*.jsonl.gz`)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from raygrec.data.options import PrepareOptions
+from raygrec.data.readers.base import Row, Source, find_one, item_stream, need_one, record_chunks
+from raygrec.data.text import Item, make_item
+
+_RELEASE_2023 = ["*.jsonl.gz", "*.jsonl"]
+_OLDER = ["*.json.gz", "*.json"]
+
+
+def open_source(options: PrepareOptions) -> Source:
+    """Reads a folder with one reviews file and its `meta_*` file; of 2023, variants are one item."""
+    folder = options.path
+    release_2023 = find_one(folder, "reviews", _RELEASE_2023, exclude="meta_") is not None
+    patterns = _RELEASE_2023 if release_2023 else _OLDER
+    reviews = need_one(folder, "reviews", patterns, exclude="meta_")
+    meta = find_one(folder, "meta", [f"meta_{pattern}" for pattern in patterns])
+    return Source(
+        files=[reviews, meta] if meta else [reviews],
+        chunks=lambda: record_chunks(reviews, _row_2023 if release_2023 else _row),
+        items=(lambda: item_stream(meta, _item, python_literals=not release_2023)) if meta else None,
+        ticks_per_second=1000 if release_2023 else 1,
+        has_ratings=True,
+    )
+
+
+def _row(review: dict[str, Any]) -> Row:
+    return review["reviewerID"], review["asin"], float(review["overall"]), int(review["unixReviewTime"])
+
+
+def _row_2023(review: dict[str, Any]) -> Row:
+    return review["user_id"], review["parent_asin"], float(review["rating"]), int(review["timestamp"])
+
+
+def _item(record: dict[str, Any]) -> Item:
+    """2014: `categories` is a list of paths; 2018: `category` is one path; 2023: `categories` is one path."""
+    categories = record.get("categories") or record.get("category") or []
+    paths = categories if categories and isinstance(categories[0], list) else [categories]
+    item_id = record["parent_asin"] if "parent_asin" in record else record["asin"]
+    return make_item(item_id, record.get("title"), paths, _joined(record.get("description")))
+
+
+def _joined(description: str | Sequence[str] | None) -> str:
+    return description if isinstance(description, str) else " ".join(description or ())

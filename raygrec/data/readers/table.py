@@ -1,0 +1,265 @@
+"""Tables: interactions, and if wanted items, as CSV, TSV or Parquet with named columns."""
+
+import csv
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet
+
+from raygrec.data.files import open_metered, read_lines
+from raygrec.data.options import PrepareOptions
+from raygrec.data.readers.base import Chunk, Source
+from raygrec.data.text import Item, make_item
+from raygrec.errors import InputError
+
+_BLOCK = 8 << 20  # bytes of one CSV chunk
+_ROWS = 200_000  # rows of one Parquet chunk
+_LAST_SECOND = 9e12  # fractions are kept as microseconds in 64 bits
+_ENDINGS = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a text table is written.
+
+    names: of the columns where the file has no header line. delimiter: None = by the file's ending.
+    """
+
+    delimiter: str | None = None
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Request:
+    """Which columns a reader asks for; those in `strings` come as strings whatever they look like."""
+
+    needed: list[str]
+    strings: list[str]
+    optional: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns hold what; None = there is no such column."""
+
+    user: str
+    item: str
+    time: str | None
+    rating: str | None
+
+
+def open_source(options: PrepareOptions) -> Source:
+    """Reads a table file, or a folder with `interactions.*` and `items.*`."""
+    interactions = _find(options.path, "interactions", needed=True)
+    items = options.items or _find(options.path, "items", needed=False)
+    if not interactions.is_file() or (items and not items.is_file()):
+        wrong = items if interactions.is_file() else interactions
+        raise InputError(f"{wrong}: no such file; expected a table ({', '.join(_ENDINGS)})")
+    columns = Columns(
+        options.user_column,
+        options.item_column,
+        options.time_column,
+        options.rating_column if options.min_rating is not None else None,
+    )
+    note = (
+        ()
+        if options.time_column
+        else ("no time column: the order of the file is taken as the order in time",)
+    )
+    return Source(
+        files=[interactions, items] if items else [interactions],
+        chunks=lambda: read_interactions(interactions, columns),
+        items=(lambda: read_items(items, options)) if items else None,
+        ticks_per_second=ticks_per_second(interactions, columns.time),
+        has_ratings=columns.rating is not None,
+        notes=note if items else (*note, "no items table: the items' ids stand for their titles"),
+    )
+
+
+def read_interactions(path: Path, columns: Columns, layout: Layout = Layout()) -> Iterator[Chunk]:
+    """Chunks of a table, streamed; `InputError` names the file and the line, row or column."""
+    needed = [column for column in (columns.user, columns.item, columns.time, columns.rating) if column]
+    row = 0
+    with _open_table(path, _Request(needed, [columns.user, columns.item]), layout) as batches:
+        for batch in batches:
+            users, items = (_ids(path, batch, name, row, layout) for name in (columns.user, columns.item))
+            times = _times(path, batch, columns.time, row, layout) if columns.time else None
+            ratings = _ratings(path, batch[columns.rating], columns.rating) if columns.rating else None
+            yield Chunk(users, items, times, ratings)
+            row += batch.num_rows
+
+
+def read_items(path: Path, options: PrepareOptions, layout: Layout = Layout()) -> Iterator[Item]:
+    """Items of a table; categories and description may be absent unless the options name them."""
+    id_column, title = options.item_column, options.title_column
+    named = {"categories_column", "description_column"} & options.model_fields_set
+    needed = [id_column, title, *(getattr(options, option) for option in sorted(named))]
+    optional = [options.categories_column, options.description_column]
+    request = _Request(needed, [id_column, title, *optional], optional)
+    with _open_table(path, request, layout) as batches:
+        for batch in batches:
+            columns = {name: batch[name].to_pylist() for name in batch.schema.names}
+            empty = [None] * batch.num_rows
+            categories = columns.get(options.categories_column, empty)
+            descriptions = columns.get(options.description_column, empty)
+            for item, name, path_text, words in zip(
+                columns[id_column], columns[title], categories, descriptions, strict=True
+            ):
+                names = (
+                    path_text.split(options.category_separator) if isinstance(path_text, str) else path_text
+                )
+                yield make_item(str(item), name, [names or ()], words)
+
+
+def ticks_per_second(path: Path, time_column: str | None, layout: Layout = Layout()) -> int | None:
+    """The unit of the times that `read_interactions` gives: whole numbers are seconds, else microseconds."""
+    if time_column is None:
+        return None
+    with _open_table(path, _Request([time_column], []), layout, bar=False) as batches:
+        first = next(iter(batches), None)
+    return 1 if first is None or pa.types.is_integer(first.schema.field(time_column).type) else 1_000_000
+
+
+def _find(path: Path, stem: str, needed: bool) -> Path | None:
+    if not path.is_dir():
+        return path if needed else None
+    found = [path / f"{stem}{ending}" for ending in _ENDINGS if (path / f"{stem}{ending}").is_file()]
+    if not found and needed:
+        raise InputError(f"{path}: no table there; expected {stem}.csv, .tsv or .parquet")
+    return found[0] if found else None
+
+
+@contextmanager
+def _open_table(
+    path: Path, request: _Request, layout: Layout, bar: bool = True
+) -> Iterator[Iterator[pa.RecordBatch]]:
+    if not path.name.endswith(_ENDINGS) and not layout.names:
+        raise InputError(f"{path}: unknown kind of table; expected a name ending in {', '.join(_ENDINGS)}")
+    try:
+        with open_metered(path, f"reading {path.name}" if bar else None) as file:
+            opener = _parquet if path.suffix == ".parquet" else _csv
+            yield opener(path, file, request, layout)
+    except pa.ArrowInvalid as error:
+        raise _arrow_error(path, error) from None
+
+
+def _parquet(path: Path, file: BinaryIO, request: _Request, layout: Layout) -> Iterator[pa.RecordBatch]:
+    table = pa.parquet.ParquetFile(file)
+    columns = _present(path, table.schema_arrow.names, request)
+    for batch in table.iter_batches(_ROWS, columns=columns):
+        yield _as_strings(batch, request.strings)
+
+
+def _csv(path: Path, file: BinaryIO, request: _Request, layout: Layout) -> Iterator[pa.RecordBatch]:
+    delimiter = layout.delimiter or ("\t" if ".tsv" in path.suffixes else ",")
+    stream = pa.CompressedInputStream(file, "gzip") if path.suffix == ".gz" else file
+    header = list(layout.names) or _header(path, delimiter)
+    columns = _present(path, header, request)
+    yield from pa.csv.open_csv(
+        stream,
+        # One thread: an error then names its row, and the order of the rows is the file's.
+        read_options=pa.csv.ReadOptions(
+            use_threads=False, block_size=_BLOCK, column_names=list(layout.names) or None
+        ),
+        parse_options=pa.csv.ParseOptions(
+            delimiter=delimiter,
+            newlines_in_values=not layout.names,
+            quote_char='"' if not layout.names else False,
+        ),
+        convert_options=pa.csv.ConvertOptions(
+            include_columns=columns,
+            column_types={name: pa.string() for name in request.strings if name in columns},
+        ),
+    )
+
+
+def _header(path: Path, delimiter: str) -> list[str]:
+    first = next(read_lines(path, "utf-8-sig", bar=False), None)
+    if first is None:
+        raise InputError(f"{path}: empty; expected a header line and rows")
+    return next(csv.reader([first[1]], delimiter=delimiter))
+
+
+def _present(path: Path, found: list[str], request: _Request) -> list[str]:
+    """The columns to read; `InputError` when a needed one is not there."""
+    for name in request.needed:
+        if name not in found:
+            raise InputError(f"{path}: column '{name}' is missing; found {', '.join(found)}")
+    return list(dict.fromkeys([*request.needed, *(name for name in request.optional if name in found)]))
+
+
+def _as_strings(batch: pa.RecordBatch, strings: list[str]) -> pa.RecordBatch:
+    for index, (name, kind) in enumerate(zip(batch.schema.names, batch.schema.types, strict=True)):
+        nested = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+        if name in strings and not nested and kind != pa.string():
+            batch = batch.set_column(index, name, batch.column(index).cast(pa.string()))
+    return batch
+
+
+def _ids(path: Path, batch: pa.RecordBatch, name: str, row: int, layout: Layout) -> pa.Array:
+    ids = batch[name]
+    empty = pc.fill_null(pc.equal(ids, ""), True)
+    if (first := pc.index(empty, True).as_py()) >= 0:
+        raise InputError(
+            f"{path}, {_place(path, row + first, layout)}: column '{name}' is empty; expected an id"
+        )
+    return ids
+
+
+def _times(path: Path, batch: pa.RecordBatch, name: str, row: int, layout: Layout) -> np.ndarray:
+    times = batch[name]
+    wrong = _not_times(times)
+    if (first := pc.index(wrong, True).as_py()) >= 0:
+        place, found = _place(path, row + first, layout), times[first].as_py()
+        found = "nothing" if found is None else repr(found)
+        raise InputError(
+            f"{path}, {place}: column '{name}': "
+            f"expected seconds since 1970 or ISO dates in one form, found {found}"
+        )
+    if pa.types.is_floating(times.type):
+        return np.round(times.to_numpy() * 1e6).astype(np.int64)
+    if pa.types.is_date(times.type) or pa.types.is_timestamp(times.type):
+        return times.cast(pa.timestamp("us")).cast(pa.int64()).to_numpy()
+    return times.cast(pa.int64()).to_numpy()
+
+
+def _not_times(times: pa.Array) -> pa.Array:
+    """[rows] bool: true where a value is no time, or is written in another way than those before."""
+    kind = times.type
+    if pa.types.is_floating(kind):
+        wrong = pc.invert(pc.less(pc.abs(times), _LAST_SECOND))
+    elif pa.types.is_integer(kind) or pa.types.is_date(kind) or pa.types.is_timestamp(kind):
+        wrong = pc.is_null(times)
+    else:  # Arrow could not read them all in one way: name the first that differs in form, or else the first
+        forms = pc.replace_substring_regex(times.cast(pa.string()), r"\d+", "0")
+        wrong = pc.not_equal(forms, forms[0])
+        wrong = wrong if pc.any(wrong).as_py() else pc.is_valid(forms)
+    return pc.or_(pc.is_null(times), pc.fill_null(wrong, True))
+
+
+def _ratings(path: Path, ratings: pa.Array, name: str) -> np.ndarray:
+    if not (pa.types.is_integer(ratings.type) or pa.types.is_floating(ratings.type)):
+        raise InputError(f"{path}: column '{name}' holds no ratings; expected numbers, found {ratings.type}")
+    return ratings.cast(pa.float32()).to_numpy(zero_copy_only=False)
+
+
+def _place(path: Path, row: int, layout: Layout) -> str:
+    """Where row `row` (from 0) is: the line of a text file, if no value holds a line break."""
+    if path.suffix == ".parquet":
+        return f"row {row + 1}"
+    return f"line {row + 1 if layout.names else row + 2}"
+
+
+def _arrow_error(path: Path, error: pa.ArrowInvalid) -> InputError:
+    message = str(error).strip().splitlines()[0]
+    if "utf8" in message.lower().replace("-", ""):
+        for _ in read_lines(path):  # names the line
+            pass
+    return InputError(f"{path}: {message}")

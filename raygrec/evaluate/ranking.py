@@ -1,0 +1,95 @@
+"""Full ranking: the k best items of a user's whole catalogue, with ties broken fairly and reproducibly."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from raygrec.data.arrays import CSR
+from raygrec.errors import InputError
+from raygrec.evaluate.metrics import MetricSums
+from raygrec.progress import track
+
+Score = Callable[[np.ndarray], torch.Tensor]  # user ids [B] -> scores [B, I]
+
+
+def evaluate_scores(
+    score: Score,
+    users: np.ndarray,
+    targets: CSR,
+    masks: Sequence[CSR],
+    num_items: int,
+    ks: Sequence[int] = (5, 10),
+    chunk: int = 512,
+    seed: int = 0,
+    progress: bool = True,
+) -> MetricSums:
+    """Ranks the whole catalogue for each of `users` and sums the metrics.
+
+    score: user ids [B] -> scores [B, I]. targets and masks: CSR with one row per user id; masked items are
+    not ranked, so a target among them is a miss. Users without targets are left out, unscored. How users are
+    cut into chunks or spread over workers does not change how ties are broken. Raises `InputError` for scores
+    that are not finite.
+    """
+    users = np.asarray(users)[targets.lengths[users] > 0]
+    sums = MetricSums(tuple(ks), num_items)
+    starts = range(0, len(users), chunk)
+    for start in track(starts, "ranking") if progress else starts:
+        rows = users[start : start + chunk]
+        lists = top_k(score(rows), max(ks), [mask.take(rows) for mask in masks], rows, seed)
+        sums.add(lists, targets.take(rows))
+    return sums
+
+
+def top_k(
+    scores: torch.Tensor, k: int, masks: Sequence[CSR] = (), users: np.ndarray | None = None, seed: int = 0
+) -> torch.Tensor:
+    """The k best items of each row, best first: [B, k] int64, padded with -1 where fewer are left.
+
+    scores: [B, I], finite, compared as float32. masks: CSRs with B rows of items to leave out.
+    users: [B] ids, by default the row numbers. Equal scores are ordered at random, by a hash of
+    (seed, user, item).
+    """
+    if not torch.isfinite(scores).all():
+        row, item = (~torch.isfinite(scores)).nonzero()[0].tolist()
+        raise InputError(
+            f"scores: row {row}, item {item} is {float(scores[row, item])}; expected finite values"
+        )
+    users = np.arange(len(scores)) if users is None else users
+    scores = scores.to(torch.float32, copy=True)
+    for mask in masks:
+        places = np.stack([mask.rows, np.asarray(mask.indices, dtype=np.int64)])
+        scores[tuple(torch.from_numpy(places).to(scores.device))] = -torch.inf
+    # One place more than asked for, to see a tie across the cut.
+    values, items = scores.topk(min(k + 1, scores.shape[1]))
+    tied = ((values[:, 1:] == values[:, :-1]) & values[:, 1:].isfinite()).any(1).nonzero()[:, 0]
+    if len(tied):
+        keys = _tie_free(scores[tied], users[tied.cpu().numpy()], seed)
+        items[tied] = keys.topk(items.shape[1]).indices
+        values[tied] = scores[tied].gather(1, items[tied])
+    items = items.masked_fill(values == -torch.inf, -1)[:, :k]
+    return torch.nn.functional.pad(items, (0, k - items.shape[1]), value=-1)
+
+
+def _tie_free(scores: torch.Tensor, users: np.ndarray, seed: int) -> torch.Tensor:
+    """[B, I] int64 that orders as (score, hash) does: the float's ordered bits above, the hash below."""
+    bits = (scores + 0.0).view(torch.int32)  # adding zero makes -0.0 equal to 0.0
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (ordered.long() << 32) | (_hash(scores, users, seed).long() & 0xFFFFFFFF)
+
+
+def _hash(scores: torch.Tensor, users: np.ndarray, seed: int) -> torch.Tensor:
+    """[B, I] int32; inside a row no two are equal, as murmur3's finaliser is a bijection."""
+    users_B = torch.from_numpy(np.asarray(users).astype(np.int32)).to(scores.device)
+    items_I = torch.arange(scores.shape[1], dtype=torch.int32, device=scores.device)
+    seeded = torch.tensor(seed, device=scores.device).to(torch.int32)
+    return _mix(_mix(users_B + _mix(seeded))[:, None] ^ _mix(items_I))
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """murmur3's 32-bit finaliser on int32; `& mask` makes the signed shift a logical one."""
+    x = x ^ ((x >> 16) & 0xFFFF)
+    x = x * (0x85EBCA6B - 2**32)
+    x = x ^ ((x >> 13) & 0x7FFFF)
+    x = x * (0xC2B2AE35 - 2**32)
+    return x ^ ((x >> 16) & 0xFFFF)

@@ -1,0 +1,315 @@
+"""LightGCN: node embeddings of the user-item graph, pretrained with BPR (He et al., SIGIR 2020)."""
+
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.nn import functional
+
+from raygrec.config import StrictConfig
+from raygrec.data.arrays import CSR
+from raygrec.errors import InputError
+from raygrec.evaluate.ranking import evaluate_scores
+from raygrec.progress import progress_bar
+
+INITIAL_SCALE = 0.1  # standard deviation of the ego embeddings at the start, as in the authors' code
+
+
+class LightGCNConfig(StrictConfig):
+    """Settings of the pretraining; the defaults were tuned on the validation items of Amazon Beauty."""
+
+    dim: int = Field(64, ge=1)
+    layers: int = Field(3, ge=0)
+    lr: float = Field(1e-2, gt=0)
+    l2: float = Field(1e-4, ge=0)
+    batch_size: int = Field(16384, ge=1)
+    negatives: int = Field(1, ge=1)
+    epochs: int = Field(200, ge=1)
+    evaluate_every: int = Field(5, ge=1)
+    patience: int = Field(3, ge=1)
+
+
+@dataclass(frozen=True)
+class NodeEmbeddings:
+    """Final LightGCN embeddings, and the two parts that rebuild a user from any history.
+
+    users [U, d] and items [I, d]: averaged over the layers, eq. (8).
+    users_ego [U, d]: the part of `users` that is the user's own, e_u^(0) / (L + 1).
+    items_inductive [I, d]: what one item gives to a user who holds it (see `propagate_users`).
+    """
+
+    users: torch.Tensor
+    items: torch.Tensor
+    users_ego: torch.Tensor
+    items_inductive: torch.Tensor
+
+    def save(self, path: Path, metadata: dict[str, object] | None = None) -> None:
+        """Writes one safetensors file, atomically; `metadata` goes into its header as JSON values."""
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in vars(self).items()}
+        header = {key: json.dumps(value) for key, value in (metadata or {}).items()}
+        partial = path.with_name(path.name + ".partial")
+        try:
+            save_file(tensors, partial, header)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @staticmethod
+    def load(path: Path) -> "NodeEmbeddings":
+        """Reads what `save` wrote; `InputError` where the file is not such a file."""
+        names = list(NodeEmbeddings.__dataclass_fields__)
+        try:
+            with safe_open(path, "pt") as file:
+                missing = set(names) - set(file.keys())
+                if missing:
+                    raise InputError(
+                        f"{path}: tensor '{min(missing)}' is missing; expected {', '.join(names)}"
+                    )
+                return NodeEmbeddings(*(file.get_tensor(name) for name in names))
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path}: not readable as node embeddings in safetensors ({error})") from None
+
+
+def normalized_adjacency(train: CSR, num_items: int) -> torch.Tensor:
+    """D^-1/2 A D^-1/2 of the bipartite graph, eq. (7); users are nodes 0…U-1, items follow.
+
+    Returns a symmetric sparse CSR tensor [U + I, U + I]; a repeated interaction counts once.
+    """
+    users, items = _edges(train, num_items)
+    rows = np.concatenate([users, items + len(train)])
+    columns = np.concatenate([items + len(train), users])
+    num_nodes = len(train) + num_items
+    order = np.lexsort((columns, rows))
+    degrees = np.bincount(rows, minlength=num_nodes)
+    weights = 1 / np.sqrt(degrees[rows] * degrees[columns])
+    # 32-bit indices: the CPU kernel would otherwise convert them at every product.
+    crow = np.concatenate([[0], np.cumsum(degrees)]).astype(np.int32)
+    parts = (crow, columns[order].astype(np.int32), weights[order].astype(np.float32))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        return torch.sparse_csr_tensor(
+            *(torch.from_numpy(part) for part in parts), size=(num_nodes, num_nodes), check_invariants=True
+        )
+
+
+def _edges(train: CSR, num_items: int) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct (user, item) pairs, sorted: two int64 arrays."""
+    items = np.asarray(train.indices, dtype=np.int64)
+    if len(items) and (items.min() < 0 or items.max() >= num_items):
+        wrong = items.min() if items.min() < 0 else items.max()
+        raise InputError(f"training interactions: item {wrong} is outside 0…{num_items - 1}")
+    return np.divmod(np.unique(train.rows * num_items + items), num_items)
+
+
+class _LayerAverage(torch.autograd.Function):
+    """x -> mean over l = 0…L of A^l x; A is symmetric, so its gradient is the same map and needs no copy."""
+
+    @staticmethod
+    def forward(ctx, adjacency: torch.Tensor, ego: torch.Tensor, layers: int) -> torch.Tensor:  # noqa: ANN001
+        ctx.adjacency, ctx.layers = adjacency, layers
+        return _layer_average(adjacency, ego, layers)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[None, torch.Tensor, None]:  # noqa: ANN001
+        return None, _layer_average(ctx.adjacency, gradient, ctx.layers), None
+
+
+def _layer_average(adjacency: torch.Tensor, ego: torch.Tensor, layers: int) -> torch.Tensor:
+    # Horner's scheme: x + A(x + A(x + …)) needs one addition per layer and one buffer.
+    total = ego
+    for _ in range(layers):
+        total = torch.addmm(ego, adjacency, total)
+    return total / (layers + 1)
+
+
+def propagate(adjacency: torch.Tensor, ego: torch.Tensor, layers: int) -> torch.Tensor:
+    """Final embeddings: the mean of layers 0…L of the light graph convolution, eqs. (7) and (8).
+
+    adjacency: symmetric sparse [N, N]. ego: [N, d]. Returns [N, d]; differentiable in `ego`.
+    """
+    return _LayerAverage.apply(adjacency, ego, layers)
+
+
+def propagate_users(items_inductive: torch.Tensor, histories: CSR) -> torch.Tensor:
+    """Embeddings of users known only by a history: [B rows of `histories`] -> [B, d].
+
+    u(H) = |H|^-1/2 Σ_{i in H} items_inductive[i], with
+    items_inductive[i] = deg_i^-1/2 Σ_{l=0}^{L-1} e_i^(l) / (L + 1).
+    For a user's whole training history, adding the user's row of `users_ego` gives eq. (8) exactly. A history
+    without the target leaves the target edge out of the user's own sum (not out of the items' deeper layers).
+    An empty history gives zeros; items are expected at most once per history.
+    """
+    device = items_inductive.device
+    lengths = torch.from_numpy(histories.lengths).to(device)
+    total = functional.embedding_bag(
+        torch.from_numpy(np.asarray(histories.indices, dtype=np.int64)).to(device),
+        items_inductive,
+        torch.from_numpy(np.asarray(histories.indptr[:-1], dtype=np.int64)).to(device),
+        mode="sum",
+    )
+    return total * lengths.clamp(min=1).to(total.dtype).rsqrt()[:, None]
+
+
+def node_embeddings(
+    adjacency: torch.Tensor, ego: torch.Tensor, layers: int, num_users: int
+) -> NodeEmbeddings:
+    """All that downstream models read, from the ego embeddings [U + I, d]."""
+    final = propagate(adjacency, ego, layers)
+    degrees = adjacency.crow_indices().diff()[num_users:].clamp(min=1).to(ego.dtype)
+    # Σ_{l<L} A^l e is L times the average of one layer less.
+    shallow = (
+        propagate(adjacency, ego, layers - 1)[num_users:] * layers
+        if layers
+        else torch.zeros_like(ego[num_users:])
+    )
+    return NodeEmbeddings(
+        users=final[:num_users],
+        items=final[num_users:],
+        users_ego=ego[:num_users] / (layers + 1),
+        items_inductive=shallow * degrees.rsqrt()[:, None] / (layers + 1),
+    )
+
+
+class _Triplets:
+    """Draws (user, item, other item) for BPR: every edge once per epoch, negatives uniform over the rest."""
+
+    def __init__(self, train: CSR, num_items: int, negatives: int, generator: torch.Generator) -> None:
+        users, items = _edges(train, num_items)
+        self.num_items, self.negatives, self.generator = num_items, negatives, generator
+        device = generator.device
+        self.known = torch.from_numpy(users * num_items + items).to(device)  # ascending
+        # A user who holds every item has no negative.
+        usable = np.bincount(users, minlength=len(train))[users] < num_items
+        if not usable.any():
+            raise InputError("training interactions: none that a negative item can be drawn for")
+        self.users = torch.from_numpy(users[usable]).to(device)
+        self.items = torch.from_numpy(items[usable]).to(device)
+
+    def epoch(self, batch_size: int) -> list[torch.Tensor]:
+        """A random order of the edges, in batches of nearly equal size."""
+        order = torch.randperm(len(self.users), generator=self.generator, device=self.generator.device)
+        return list(order.tensor_split(-(-len(order) // batch_size)))
+
+    def draw(self, edges: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Users [B], their items [B] and negatives [B, n]."""
+        users = self.users[edges]
+        negatives = self._uniform((len(edges), self.negatives))
+        wrong = self._is_known(users[:, None], negatives)
+        while wrong.any():
+            negatives[wrong] = self._uniform((int(wrong.sum()),))
+            wrong &= self._is_known(users[:, None], negatives)
+        return users, self.items[edges], negatives
+
+    def _uniform(self, shape: tuple[int, ...]) -> torch.Tensor:
+        device = self.generator.device
+        return torch.randint(self.num_items, shape, generator=self.generator, device=device)
+
+    def _is_known(self, users: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+        keys = users * self.num_items + items
+        places = torch.searchsorted(self.known, keys).clamp(max=len(self.known) - 1)
+        return self.known[places] == keys
+
+
+def bpr_loss(users: torch.Tensor, items: torch.Tensor, negatives: torch.Tensor) -> torch.Tensor:
+    """Mean of -ln σ(u·i - u·j), eq. (15) without its penalty. users, items: [B, d]. negatives: [B, n, d]."""
+    positive = (users * items).sum(-1, keepdim=True)
+    negative = torch.einsum("bd,bnd->bn", users, negatives)
+    return functional.softplus(negative - positive).mean()
+
+
+def pretrain(
+    train: CSR,
+    num_items: int,
+    config: LightGCNConfig,
+    seed: int,
+    valid: CSR | None = None,
+    on_epoch: Callable[[dict[str, float]], None] | None = None,
+    device: str | torch.device = "cpu",
+) -> tuple[NodeEmbeddings, dict[str, list[float]]]:
+    """Trains LightGCN on `train` [U rows of items] and returns its embeddings on the CPU, and the history.
+
+    With `valid` [U rows], stops once NDCG@10 on it has not risen for `patience` evaluations, and returns the
+    best epoch's embeddings; without it, the last epoch's. The history lists epoch, loss and ndcg@10 (NaN
+    without `valid`) of every epoch that was evaluated.
+    Raises `InputError` for items out of range, no usable interaction, or a loss that is not finite.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    adjacency = normalized_adjacency(train, num_items).to(device)
+    triplets = _Triplets(train, num_items, config.negatives, generator)
+    ego = torch.empty(adjacency.shape[0], config.dim, device=device).normal_(
+        0, INITIAL_SCALE, generator=generator
+    )
+    optimizer = torch.optim.Adam([ego.requires_grad_()], lr=config.lr, fused=True)
+    history: dict[str, list[float]] = {"epoch": [], "loss": [], "ndcg@10": []}
+    best, best_ego, waited = -1.0, ego, 0
+    with progress_bar() as bar:
+        task = bar.add_task("LightGCN epochs", total=config.epochs, note="")
+        for epoch in range(1, config.epochs + 1):
+            loss = _train_epoch(adjacency, ego, triplets, optimizer, config)
+            bar.advance(task)
+            if epoch % config.evaluate_every and epoch != config.epochs:
+                continue
+            ndcg = (
+                _ndcg(adjacency, ego.detach(), config.layers, train, valid)
+                if valid is not None
+                else float("nan")
+            )
+            for name, value in zip(history, (epoch, loss, ndcg), strict=True):
+                history[name].append(value)
+            bar.update(task, note=f"loss {loss:.4f} N@10 {ndcg:.4f}")
+            if on_epoch:
+                on_epoch({"epoch": epoch, "loss": loss, "ndcg@10": ndcg})
+            if ndcg > best:
+                best, best_ego, waited = ndcg, ego.detach().clone(), 0
+            elif valid is not None and (waited := waited + 1) >= config.patience:
+                break
+    embeddings = node_embeddings(adjacency, best_ego.detach(), config.layers, len(train))
+    return NodeEmbeddings(*(tensor.cpu() for tensor in vars(embeddings).values())), history
+
+
+def _train_epoch(
+    adjacency: torch.Tensor,
+    ego: torch.Tensor,
+    triplets: _Triplets,
+    optimizer: torch.optim.Optimizer,
+    config: LightGCNConfig,
+) -> float:
+    """One pass over the edges; returns the mean BPR loss."""
+    num_users = adjacency.shape[0] - triplets.num_items
+    losses = []
+    for edges in triplets.epoch(config.batch_size):
+        users, items, negatives = triplets.draw(edges)
+        nodes = (users, items + num_users, negatives + num_users)
+        final = propagate(adjacency, ego, config.layers)
+        bpr = bpr_loss(*(final[index] for index in nodes))
+        penalty = sum(ego[index].square().sum() for index in nodes) / (2 * len(edges))
+        optimizer.zero_grad()
+        (bpr + config.l2 * penalty).backward()
+        optimizer.step()
+        losses.append(bpr.detach())
+    mean = float(torch.stack(losses).mean())
+    if not np.isfinite(mean):
+        raise InputError(f"LightGCN: the loss is {mean}; lower lr (now {config.lr})")
+    return mean
+
+
+@torch.no_grad()
+def _ndcg(adjacency: torch.Tensor, ego: torch.Tensor, layers: int, train: CSR, valid: CSR) -> float:
+    users, items = propagate(adjacency, ego, layers).split([len(train), len(ego) - len(train)])
+    sums = evaluate_scores(
+        lambda rows: users[torch.from_numpy(rows).to(users.device)] @ items.T,
+        np.arange(len(train)),
+        targets=valid,
+        masks=[train],
+        num_items=len(items),
+        ks=(10,),
+        progress=False,  # the epochs have a bar already
+    )
+    return sums.result()["ndcg@10"]

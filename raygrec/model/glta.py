@@ -1,0 +1,411 @@
+"""GLTA: graph nodes aligned with a frozen language model's token space, answered over the whole catalogue.
+
+Paper: "Training Large Recommendation Models via Graph-Language Token Alignment" (arXiv 2502.18757).
+"""
+
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import nn
+
+from raygrec.config import StrictConfig
+from raygrec.data.arrays import CSR
+from raygrec.draws import Draws
+from raygrec.model.backbone import Backbone
+from raygrec.model.head import LinearHead, Targets, TiedHead, catalogue_cross_entropy
+from raygrec.model.profiles import telling_terms
+from raygrec.model.prompts import (
+    PAD,
+    PromptBatch,
+    Symbols,
+    as_targets,
+    expand,
+    join_rows,
+    padded,
+    repeated,
+    truncated,
+)
+
+# What a draw is for: the last counter of every `Draws.uniform` here.
+SHUFFLE, HOLDOUT, DROPOUT, WHOLE = 1, 2, 3, 4
+
+
+class ProfileConfig(StrictConfig):
+    """The two texts about a user; each can be left out (ablations)."""
+
+    profile: bool = True
+    """Tags that sum up the items of the history."""
+    prediction: bool = True
+    """Words that foresee the user's interests."""
+    source: Literal["extracted", "generated"] = "extracted"
+    """[ours] `generated` needs a causal LM; an encoder extracts the most telling terms."""
+    terms: int = Field(4, ge=1)
+    """Terms (extracted) or tokens (generated) in each text."""
+    decay: float = Field(0.6, gt=0, le=1)
+    """Weight of an item per step back from the newest, for prediction terms of ordered histories."""
+
+
+class GLTAConfig(StrictConfig):
+    """The GLTA recipe; every ablation of the paper is a value here."""
+
+    slots: int = Field(10, ge=1)
+    """k, the number of answer slots."""
+    head: Literal["linear", "tied"] = "linear"
+    """`linear` is the paper's; `tied` matches against the item tokens and scales past a million items."""
+    item_alignment: bool = True
+    """Stage 2; without it both projectors are trained in stage 3."""
+    user_token: Literal["aligned", "id", "none"] = "aligned"
+    """`id` writes the user's number as plain text (the paper's ablation)."""
+    user_vector: Literal["full", "leave_out", "cross_fit"] = "leave_out"
+    """[ours] Against node embeddings that know the training targets: `full` reads E_u as it is; `leave_out`
+    propagates from the shown history only; `cross_fit` fits LightGCN on the first part of each user's edges
+    and takes targets from the rest."""
+    user_dropout: float = Field(0.0, ge=0, le=1)
+    """Probability that a training prompt's user token is dropped out."""
+    texts: ProfileConfig = ProfileConfig()
+    max_history: int = Field(50, ge=1)
+    history_loss: bool = True
+    """[ours] Ordered histories: every history position also predicts its next item, under a causal mask."""
+    full_prompts: float = Field(0.25, gt=0, le=1)
+    """[ours] Share of the updates that read whole prompts where `history_loss` is on; the others read the
+    histories alone, which trains every position at a fraction of the tokens."""
+    targets: Literal["all", "sampled"] = "all"
+    """[ours] Unordered histories: `sampled` trains slot j on one of the user's items, randomly shuffled (the
+    paper's); `all` takes the expectation over the shuffles."""
+    holdout: float = Field(0.5, gt=0, lt=1)
+    """Unordered histories: up to this share of a user's training items becomes the targets of one prompt."""
+    alignment_items: int = Field(8, ge=2)
+    """Items per prompt of stage 2."""
+    alignment_tokens: int = Field(24, ge=1)
+    """Description tokens per item in stage 2."""
+    instruction: str = "history:"
+    profile_lead: str = "; likes"
+    prediction_lead: str = "; wants"
+    user_lead: str = "; user"
+    answer_lead: str = "; next:"
+
+
+class Phrases:
+    """The fixed wording, tokenised once; `begin` holds the LM's own opening token where it has one."""
+
+    def __init__(self, tokenizer: object, config: GLTAConfig) -> None:
+        def encode(text: str) -> list[int]:
+            return tokenizer.encode(text, add_special_tokens=False)
+
+        opening = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
+        self.begin = [] if opening is None else [opening]
+        self.instruction = encode(config.instruction)
+        self.profile = encode(config.profile_lead)
+        self.prediction = encode(config.prediction_lead)
+        self.user = encode(config.user_lead)
+        self.answer = encode(config.answer_lead)
+        self.separator = encode(",")
+        self.digits = [encode(str(digit)) for digit in range(10)]
+
+
+class PromptBuilder:
+    """Makes the prompts of both alignment stages and of recommending, from arrays alone.
+
+    train: CSR of each user's training items. item_tokens / term_tokens: CSR of token ids. item_terms: CSR of
+    term numbers. `written` holds generated texts, (profile, prediction) CSRs of token ids per user, for each of
+    train, valid and test. shown_at_least: [U], how many of a user's first training items a training prompt must
+    show: those that generated texts, or cross-fitted embeddings, were made from.
+    """
+
+    def __init__(
+        self,
+        config: GLTAConfig,
+        symbols: Symbols,
+        phrases: Phrases,
+        train: CSR,
+        ordered: bool,
+        item_tokens: CSR,
+        item_terms: CSR,
+        term_tokens: CSR,
+        term_weight: np.ndarray,
+    ) -> None:
+        self.config = config
+        self.symbols = symbols
+        self.phrases = phrases
+        self.train = train
+        self.ordered = ordered
+        self.item_tokens = item_tokens
+        self.item_terms = item_terms
+        self.term_tokens = term_tokens
+        self.term_weight = term_weight
+        self.written: dict[str, tuple[CSR, CSR]] = {}
+        self.shown_at_least: np.ndarray | None = None
+
+    @property
+    def causal(self) -> bool:
+        return self.ordered and self.config.history_loss
+
+    def training(self, users: np.ndarray, draws: Draws) -> PromptBatch:
+        """Stage 3 prompts: part of each user's training items as history, targets from the others."""
+        items = self.train.take(users)
+        if not self.ordered:
+            items = _shuffled_rows(items, users, draws, first=self._fixed_first(users))
+        shown = self._shown(users, items.lengths, draws)
+        place = np.arange(len(items.indices)) - items.indptr[items.rows]
+        seen = place < shown[items.rows]
+        history = CSR.from_pairs(items.rows[seen], items.indices[seen], len(users))
+        future = CSR.from_pairs(items.rows[~seen], items.indices[~seen], len(users))
+        kept = draws.uniform(users, DROPOUT) >= self.config.user_dropout
+        whole = not self.causal or draws.uniform(WHOLE) < self.config.full_prompts
+        return self._assemble(users, history, future, kept, "train", whole=bool(whole))
+
+    def recommending(
+        self, users: np.ndarray, histories: CSR, stage: str = "test", slots: int | None = None
+    ) -> PromptBatch:
+        """Prompts that show `histories` (one row per user) and answer in `slots` slots (default k).
+
+        stage: "valid" or "test", for texts that were generated for its histories.
+        """
+        nothing = CSR(np.zeros(len(users) + 1, dtype=np.int64), np.zeros(0, dtype=np.int32))
+        return self._assemble(users, histories, nothing, np.ones(len(users), dtype=bool), stage, slots)
+
+    def alignment(self, items: np.ndarray, draws: Draws) -> PromptBatch:
+        """Stage 2 prompts: the tokens of n items, then their descriptions in shuffled order, each to be matched.
+
+        items: [B, n]. A description sees the item tokens and the descriptions before it; its last position,
+        an answer slot, must name its item.
+        """
+        batch, count = items.shape
+        order = np.argsort(draws.uniform(items, SHUFFLE), axis=1)
+        asked = np.take_along_axis(items, order, axis=1)
+        parts = [repeated(self.phrases.begin, batch), _grid(self.symbols.first_item + items)]
+        segments = [np.zeros(part.indptr[-1], dtype=np.int64) for part in parts]
+        for place in range(count):
+            text = truncated(self.item_tokens.take(asked[:, place]), self.config.alignment_tokens, keep="first")
+            slot = repeated([self.symbols.first_slot], batch)
+            parts += [text, slot]
+            segments += [np.full(part.indptr[-1], place + 1) for part in (text, slot)]
+        symbols = padded(join_rows(parts))
+        levels = padded(join_rows([CSR(p.indptr, s) for p, s in zip(parts, segments, strict=True)]))
+        answers = np.flatnonzero(symbols.ravel() == self.symbols.first_slot)
+        nothing = torch.zeros(batch + 1, dtype=torch.int64)
+        return PromptBatch(
+            symbols=torch.from_numpy(symbols),
+            segments=torch.from_numpy(levels),
+            slots=torch.from_numpy(answers.reshape(batch, count)),
+            answers=torch.from_numpy(answers),
+            targets=as_targets(np.arange(batch * count), asked.ravel(), batch * count),
+            history_indptr=nothing,
+            history=torch.zeros(0, dtype=torch.int64),
+            user_kept=torch.ones(batch, dtype=torch.bool),
+        )
+
+    def _fixed_first(self, users: np.ndarray) -> np.ndarray | None:
+        return None if self.shown_at_least is None else self.shown_at_least[users]
+
+    def _shown(self, users: np.ndarray, lengths: np.ndarray, draws: Draws) -> np.ndarray:
+        """How many of each user's training items the prompt shows; at least one, and one is left to predict."""
+        limit = np.minimum(self.config.slots, lengths - 1)
+        if not self.ordered:
+            limit = np.maximum((lengths * self.config.holdout).astype(np.int64), np.minimum(1, lengths - 1))
+        if self.shown_at_least is not None:
+            limit = np.minimum(limit, lengths - self.shown_at_least[users])
+        held_out = 1 + (draws.uniform(users, HOLDOUT) * np.maximum(limit, 1)).astype(np.int64)
+        return np.maximum(lengths - np.minimum(held_out, np.maximum(limit, 0)), np.minimum(1, lengths))
+
+    def _assemble(
+        self,
+        users: np.ndarray,
+        history: CSR,
+        future: CSR,
+        kept: np.ndarray,
+        stage: str,
+        slots: int | None = None,
+        whole: bool = True,
+    ) -> PromptBatch:
+        slots = (self.config.slots if slots is None else slots) if whole else 0
+        history = truncated(history, self.config.max_history)
+        opening = repeated(self.phrases.begin + self.phrases.instruction, len(users))
+        nodes = CSR(history.indptr, history.indices.astype(np.int64) + self.symbols.first_item)
+        tail = repeated([], len(users))
+        if whole:
+            parts = [*self._texts(users, history, stage), *self._user(users), *self._answer(len(users), slots)]
+            tail = join_rows(parts)
+        symbols = padded(join_rows([opening, nodes, tail]))
+        first_node = len(opening[0]) if len(users) else 0
+        first_tail = first_node + history.lengths
+        starts = np.arange(len(users), dtype=np.int64) * symbols.shape[1]
+        first_slot = starts + first_tail + tail.lengths - slots
+        slot_positions = first_slot[:, None] + np.arange(slots)
+        answers, targets = self._targets(history, future, starts + first_node, slot_positions)
+        return PromptBatch(
+            symbols=torch.from_numpy(symbols),
+            segments=torch.from_numpy(self._segments(symbols.shape, first_node, first_tail)),
+            slots=torch.from_numpy(slot_positions),
+            answers=torch.from_numpy(answers),
+            targets=targets,
+            history_indptr=torch.from_numpy(history.indptr),
+            history=torch.from_numpy(history.indices.astype(np.int64)),
+            user_kept=torch.from_numpy(kept),
+        )
+
+    def _segments(self, shape: tuple[int, int], first_node: int, first_tail: np.ndarray) -> np.ndarray:
+        """Everything sees everything, or (causal) history item j sees only what stands before it."""
+        if not self.causal:
+            return np.zeros(shape, dtype=np.int64)
+        place = np.arange(shape[1])
+        causal = np.maximum(place - first_node + 1, 0)
+        return np.where(place < first_tail[:, None], causal, self.config.max_history + 1)
+
+    def _texts(self, users: np.ndarray, history: CSR, stage: str) -> list[CSR]:
+        texts = self.config.texts
+        if not (texts.profile or texts.prediction):
+            return []
+        if texts.source == "generated":
+            profile, prediction = (text.take(users) for text in self.written[stage])
+        else:
+            decay = texts.decay if self.ordered else 1.0
+            chosen = telling_terms(history, self.item_terms, self.term_weight, texts.terms, texts.terms, decay)
+            profile, prediction = (expand(terms, self.term_tokens) for terms in chosen)
+        parts: list[CSR] = []
+        if texts.profile:
+            parts += [repeated(self.phrases.profile, len(users)), profile]
+        if texts.prediction:
+            parts += [repeated(self.phrases.prediction, len(users)), prediction]
+        return parts
+
+    def _user(self, users: np.ndarray) -> list[CSR]:
+        if self.config.user_token == "none":
+            return []
+        lead = repeated(self.phrases.user, len(users))
+        if self.config.user_token == "aligned":
+            return [lead, _grid((self.symbols.first_user + users)[:, None])]
+        digits = self.phrases.digits
+        return [lead, CSR.from_lists([[t for d in str(user) for t in digits[int(d)]] for user in users])]
+
+    def _answer(self, rows: int, slots: int) -> list[CSR]:
+        places = self.symbols.first_slot + np.arange(slots)
+        return [repeated(self.phrases.answer, rows), repeated(places, rows)]
+
+    def _targets(
+        self, history: CSR, future: CSR, first_node: np.ndarray, slots: np.ndarray
+    ) -> tuple[np.ndarray, Targets]:
+        """Answer positions that have a target, ascending by kind, and the targets."""
+        place = np.arange(len(future.indices)) - future.indptr[future.rows]
+        if self.ordered or self.config.targets == "sampled":
+            used = place < slots.shape[1]
+            positions, items = slots[future.rows[used], place[used]], future.indices[used]
+        else:
+            positions = slots[future.rows].ravel()
+            items = np.repeat(future.indices, slots.shape[1])
+        if self.causal:
+            whole = join_rows([history, truncated(future, 1, keep="first")])
+            row = history.rows
+            offset = np.arange(len(history.indices)) - history.indptr[row]
+            known = whole.indptr[row] + offset + 1 < whole.indptr[row + 1]
+            following = whole.indices[(whole.indptr[row] + offset + 1)[known]]
+            positions = np.concatenate([(first_node[row] + offset)[known], positions])
+            items = np.concatenate([following, items])
+        answers, rows = np.unique(positions, return_inverse=True)
+        return answers, as_targets(rows, items, len(answers))
+
+
+class GLTA(nn.Module):
+    """The trained parts (two projectors, answer slots, head) around a frozen backbone.
+
+    item_nodes [I, d], item_shares [I, d] and user_nodes [U, d] come from graph pretraining and stay fixed.
+    """
+
+    def __init__(
+        self,
+        config: GLTAConfig,
+        backbone: Backbone,
+        symbols: Symbols,
+        item_nodes: torch.Tensor,
+        user_nodes: torch.Tensor,
+        item_shares: torch.Tensor,
+        token_scale: float,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.symbols = symbols
+        self.backbone = backbone.freeze()
+        node_width = item_nodes.shape[1]
+        self.register_buffer("item_nodes", item_nodes / item_nodes.std(), persistent=False)
+        self.register_buffer("user_nodes", user_nodes / user_nodes.std(), persistent=False)
+        self.register_buffer("item_shares", item_shares / user_nodes.std(), persistent=False)
+        self.item_projector = _projector(node_width, backbone.width, token_scale)
+        self.user_projector = _projector(node_width, backbone.width, token_scale)
+        self.answer_slots = nn.Embedding(symbols.slots, backbone.width)
+        nn.init.normal_(self.answer_slots.weight, std=token_scale)
+        if config.head == "tied":
+            self.head: nn.Module = TiedHead(backbone.width, symbols.items, node_width)
+        else:
+            self.head = LinearHead(backbone.width, symbols.items)
+
+    def forward(self, batch: PromptBatch, chunks: int = 1) -> torch.Tensor:
+        """Cross-entropy summed over the batch's answer positions; divide by their global count."""
+        hidden_BTD = self.hidden(batch)
+        hidden_PD = hidden_BTD.flatten(0, 1)[batch.answers]
+        return catalogue_cross_entropy(self.head, hidden_PD, self.item_nodes, batch.targets, chunks)
+
+    def slot_logits(self, batch: PromptBatch, slots: int | None = None) -> torch.Tensor:
+        """Logits [B, s, I] of the first s answer slots (default: all k)."""
+        positions = batch.slots[:, :slots]
+        hidden = self.hidden(batch).flatten(0, 1)[positions.flatten()]
+        return self.head(hidden, self.item_nodes).view(*positions.shape, -1)
+
+    def hidden(self, batch: PromptBatch) -> torch.Tensor:
+        """Last hidden states [B, T, D]."""
+        return self.backbone(self.embed(batch), batch.attention)
+
+    def embed(self, batch: PromptBatch) -> torch.Tensor:
+        """Symbols to embeddings [B, T, D]; the three kinds of node replace the token embedding at their places."""
+        symbols, base = batch.symbols, self.symbols
+        is_item = (symbols >= base.first_item) & (symbols < base.first_user)
+        is_user = (symbols >= base.first_user) & (symbols < base.first_slot)
+        is_slot = symbols >= base.first_slot
+        embeds = self.backbone.embed(symbols.clamp(0, base.text - 1) * (symbols < base.text))
+        items = self.item_projector(self.item_nodes[symbols[is_item] - base.first_item])
+        slots = self.answer_slots(symbols[is_slot] - base.first_slot)
+        embeds = embeds.masked_scatter(is_item[..., None], items.to(embeds.dtype))
+        embeds = embeds.masked_scatter(is_slot[..., None], slots.to(embeds.dtype))
+        rows = is_user.nonzero()[:, 0]
+        users = self.user_projector(self._user_vectors(batch, symbols[is_user] - base.first_user, rows))
+        return embeds.masked_scatter(is_user[..., None], users.to(embeds.dtype))
+
+    def _user_vectors(self, batch: PromptBatch, users: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Node vectors [n, d] of the prompts' users; zero where dropped out."""
+        if self.config.user_vector == "leave_out":
+            counts = batch.history_indptr.diff()
+            row_of = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+            sums = self.item_shares.new_zeros(len(counts), self.item_shares.shape[1])
+            sums = sums.index_add(0, row_of, self.item_shares[batch.history])
+            vectors = (sums / counts.clamp(min=1).sqrt()[:, None])[rows]
+        else:
+            vectors = self.user_nodes[users]
+        return vectors * batch.user_kept[rows, None]
+
+
+def token_scale(token_embeddings: torch.Tensor) -> float:
+    """Root mean square of the backbone's token embeddings: the size a projected node should start with."""
+    return float(token_embeddings.detach().float().pow(2).mean().sqrt())
+
+
+def _projector(node_width: int, width: int, scale: float) -> nn.Linear:
+    layer = nn.Linear(node_width, width)
+    nn.init.normal_(layer.weight, std=scale / node_width**0.5)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _grid(values: np.ndarray) -> CSR:
+    rows, columns = values.shape
+    return CSR(np.arange(rows + 1, dtype=np.int64) * columns, values.ravel())
+
+
+def _shuffled_rows(rows: CSR, users: np.ndarray, draws: Draws, first: np.ndarray | None = None) -> CSR:
+    """Each row in random order; with `first`, its first entries stay where they are."""
+    key = draws.uniform(users[rows.rows], np.asarray(rows.indices), SHUFFLE)
+    if first is not None:
+        place = np.arange(len(rows.indices)) - rows.indptr[rows.rows]
+        key = np.where(place < first[rows.rows], place - len(key), key)
+    order = np.lexsort((key, rows.rows))
+    return CSR(rows.indptr, np.asarray(rows.indices)[order])

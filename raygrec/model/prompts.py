@@ -1,0 +1,116 @@
+"""Prompts as arrays of symbols: text tokens, item nodes, user nodes and answer slots in one number space.
+
+No tokenizer runs here: phrases and terms come tokenised, prompts are gathered with numpy.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from raygrec.data.arrays import CSR
+from raygrec.model.head import Targets
+
+PAD = -1
+
+
+@dataclass(frozen=True)
+class Symbols:
+    """Where each kind of symbol begins: text ids from 0, then items, then users, then slots."""
+
+    text: int
+    items: int
+    users: int
+    slots: int
+
+    @property
+    def first_item(self) -> int:
+        return self.text
+
+    @property
+    def first_user(self) -> int:
+        return self.text + self.items
+
+    @property
+    def first_slot(self) -> int:
+        return self.text + self.items + self.users
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """B prompts of at most T symbols, and what they must answer.
+
+    symbols: [B, T] int64, PAD where a prompt has ended. segments: [B, T] int64; a position attends to the
+    segments up to its own. answers: [P] int64, flat positions (row · T + column) that carry a target.
+    slots: [B, k] int64, flat positions of the answer slots. history_indptr / history: the items each prompt
+    shows, as CSR. user_kept: [B] bool, False where the user token is dropped out.
+    """
+
+    symbols: torch.Tensor
+    segments: torch.Tensor
+    slots: torch.Tensor
+    answers: torch.Tensor
+    targets: Targets
+    history_indptr: torch.Tensor
+    history: torch.Tensor
+    user_kept: torch.Tensor
+
+    def to(self, device: torch.device | str) -> "PromptBatch":
+        return replace(self, **{name: value.to(device) for name, value in vars(self).items()})
+
+    @property
+    def attention(self) -> torch.Tensor:
+        """[B, T, T] bool: block-causal between segments, padding attends to itself only."""
+        shown = self.symbols != PAD
+        allowed = (self.segments[:, :, None] >= self.segments[:, None, :]) & shown[:, None, :]
+        return allowed | torch.eye(shown.shape[1], dtype=torch.bool, device=shown.device)
+
+
+def join_rows(parts: list[CSR]) -> CSR:
+    """Row r of the result is row r of every part, one after the other."""
+    rows = np.concatenate([part.rows for part in parts])
+    values = np.concatenate([np.asarray(part.indices, dtype=np.int64) for part in parts])
+    order = np.argsort(rows, kind="stable")
+    indptr = np.zeros(len(parts[0]) + 1, dtype=np.int64)
+    np.cumsum(sum(part.lengths for part in parts), out=indptr[1:])
+    return CSR(indptr, values[order])
+
+
+def repeated(values: np.ndarray | list[int], rows: int) -> CSR:
+    """The same values in every one of `rows` rows."""
+    values = np.asarray(values, dtype=np.int64)
+    return CSR(np.arange(rows + 1, dtype=np.int64) * len(values), np.tile(values, rows))
+
+
+def expand(rows: CSR, pieces: CSR) -> CSR:
+    """Replaces every number in `rows` by the row of `pieces` with that number (terms by their token ids)."""
+    pieces_taken = pieces.take(np.asarray(rows.indices))
+    ends = np.concatenate([[0], np.cumsum(pieces_taken.lengths)])
+    return CSR(ends[rows.indptr], pieces_taken.indices)
+
+
+def truncated(rows: CSR, length: int, keep: str = "last") -> CSR:
+    """At most `length` entries of each row, its last or its first ones."""
+    place = np.arange(len(rows.indices)) - rows.indptr[rows.rows]
+    kept = place < length if keep == "first" else place >= rows.lengths[rows.rows] - length
+    return CSR.from_pairs(rows.rows[kept], np.asarray(rows.indices)[kept], len(rows))
+
+
+def padded(rows: CSR, multiple: int = 1) -> np.ndarray:
+    """[rows, T] int64 with PAD at the end; T is the longest row, rounded up to `multiple`."""
+    lengths = rows.lengths
+    width = -(-max(int(lengths.max(initial=1)), 1) // multiple) * multiple
+    grid = np.full((len(rows), width), PAD, dtype=np.int64)
+    grid[np.arange(width) < lengths[:, None]] = rows.indices
+    return grid
+
+
+def as_targets(rows: np.ndarray, items: np.ndarray, positions: int) -> Targets:
+    """Targets of `positions` answer positions from (row, item) pairs; each row's items share its weight equally."""
+    grouped = CSR.from_pairs(rows, items, positions)
+    weights = 1.0 / grouped.lengths[grouped.rows]
+    return Targets(
+        torch.from_numpy(grouped.indptr),
+        torch.from_numpy(grouped.indices.astype(np.int64)),
+        torch.from_numpy(weights.astype(np.float32)),
+    )

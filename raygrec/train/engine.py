@@ -1,0 +1,312 @@
+"""The one file that knows DeepSpeed: set-up, backward, update, and full state in and out.
+
+Two engines with the same face: `LocalEngine` is plain torch in one process, `DeepSpeedEngine` runs ZeRO 0-3
+over the process group that the launcher has made. State leaves and enters an engine as full fp32 tensors by
+name, so a checkpoint knows neither the world size nor the ZeRO stage.
+"""
+
+import logging
+import math
+import os
+import resource
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from torch import nn
+
+from raygrec.config import StrictConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class EngineConfig(StrictConfig):
+    """Optimizer, precision and how the state is spread over workers."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    precision: Literal["fp32", "bf16"] = "fp32"
+    weight_decay: float = Field(0.01, ge=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip: float = Field(1.0, gt=0)
+    """Largest norm of the global gradient."""
+    activation_checkpointing: bool = False
+    offload_optimizer: bool = False
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient of a step was not finite; nothing was updated."""
+
+
+class Engine(Protocol):
+    """What the loop needs of an engine."""
+
+    model: nn.Module
+    device: torch.device
+
+    def autocast(self) -> Any:  # noqa: ANN401
+        """The context for forward passes outside `loss`."""
+
+    def loss(self, *arguments: object) -> torch.Tensor:
+        """The model's forward, through the engine."""
+
+    def backward(self, loss: torch.Tensor, scale: float, last: bool) -> None:
+        """Adds the gradient of `loss` · `scale`; `last` marks the step's last micro-batch."""
+
+    def update(self, lr: float) -> float:
+        """Clips, steps with learning rate `lr` and returns the gradient norm before clipping."""
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Full fp32 parameters (`param/…`) and AdamW moments (`exp_avg/…`, `exp_avg_sq/…`); collective."""
+
+    def load_state(self, tensors: dict[str, torch.Tensor], steps: int, arguments: tuple[object, ...]) -> None:
+        """The inverse of `state`, after `steps` updates, on every rank; `arguments` are any valid ones of `loss`."""
+
+
+def world() -> tuple[int, int]:
+    """(rank, world size); (0, 1) outside a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The sum over all ranks, in place; on any device the process group supports."""
+    if world()[1] > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def device() -> torch.device:
+    """This worker's accelerator, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def peak_memory_mib() -> float:
+    """Peak memory of this worker in MiB: of its GPU where it has one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+@contextmanager
+def loading(config: EngineConfig, distributed: bool) -> Iterator[None]:
+    """Inside, `from_pretrained` partitions the weights as it loads where ZeRO-3 asks for it."""
+    if not (distributed and config.zero_stage == 3):
+        yield
+        return
+    _quiet_deepspeed()
+    from transformers.integrations import HfDeepSpeedConfig
+
+    handle = HfDeepSpeedConfig(_deepspeed_settings(config, accumulation=1))
+    yield
+    del handle
+
+
+def full_tensor(parameter: nn.Parameter) -> torch.Tensor:
+    """A copy of a parameter that may be partitioned; collective where it is."""
+    if not hasattr(parameter, "ds_id"):
+        return parameter.detach().clone()
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()
+
+
+def make_engine(model: nn.Module, config: EngineConfig, accumulation: int, distributed: bool) -> Engine:
+    """The engine for `model`'s trainable parameters; `accumulation` micro-batches make one update."""
+    if config.activation_checkpointing:
+        for module in model.modules():
+            if hasattr(module, "gradient_checkpointing_enable"):
+                module.gradient_checkpointing_enable({"use_reentrant": False})
+                module.train()
+                break
+    return DeepSpeedEngine(model, config, accumulation) if distributed else LocalEngine(model, config)
+
+
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _adamw(model: nn.Module, config: EngineConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        list(_trainable(model).values()), lr=0.0, betas=config.betas, weight_decay=config.weight_decay
+    )
+
+
+class LocalEngine:
+    """Plain torch in one process: fp32, or bf16 autocast over fp32 weights."""
+
+    def __init__(self, model: nn.Module, config: EngineConfig) -> None:
+        self.device = device()
+        self.model = model.to(self.device)
+        self.config = config
+        self.optimizer = _adamw(model, config)
+
+    def autocast(self) -> Any:  # noqa: ANN401 - one of two context managers
+        if self.config.precision == "bf16":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+    def loss(self, *arguments: object) -> torch.Tensor:
+        with self.autocast():
+            return self.model(*arguments)
+
+    def backward(self, loss: torch.Tensor, scale: float, last: bool) -> None:
+        (loss * scale).backward()
+
+    def update(self, lr: float) -> float:
+        parameters = self.optimizer.param_groups[0]["params"]
+        norm = float(nn.utils.clip_grad_norm_(parameters, self.config.clip))
+        if not math.isfinite(norm):
+            raise NonFiniteError(f"gradient norm is {norm}")
+        _set_lr(self.optimizer, lr)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def state(self) -> dict[str, torch.Tensor]:
+        tensors: dict[str, torch.Tensor] = {}
+        for name, parameter in _trainable(self.model).items():
+            tensors[f"param/{name}"] = parameter.detach().cpu().clone()
+            for moment, value in self.optimizer.state.get(parameter, {}).items():
+                if moment in MOMENTS:
+                    tensors[f"{moment}/{name}"] = value.cpu().clone()
+        return tensors
+
+    def load_state(self, tensors: dict[str, torch.Tensor], steps: int, arguments: tuple[object, ...]) -> None:
+        for name, parameter in _trainable(self.model).items():
+            parameter.data.copy_(tensors[f"param/{name}"])
+            if f"exp_avg/{name}" in tensors:
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(steps)),
+                    **{moment: tensors[f"{moment}/{name}"].to(self.device) for moment in MOMENTS},
+                }
+
+
+class DeepSpeedEngine:
+    """DeepSpeed over the current process group."""
+
+    def __init__(self, model: nn.Module, config: EngineConfig, accumulation: int) -> None:
+        _quiet_deepspeed()
+        import deepspeed
+
+        self.config = config
+        self.accumulation = accumulation
+        self.world_size = world()[1]
+        self.device = device()
+        self._deepspeed = deepspeed
+        optimizer = _adamw(model, config)
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=model.to(self.device),
+            optimizer=optimizer,
+            config=_deepspeed_settings(config, accumulation),
+            dist_init_required=False,
+        )
+        self.model: nn.Module = self.engine.module
+
+    def autocast(self) -> Any:  # noqa: ANN401 - the weights are bf16 themselves
+        return nullcontext()
+
+    def loss(self, *arguments: object) -> torch.Tensor:
+        return self.engine(*arguments)
+
+    def backward(self, loss: torch.Tensor, scale: float, last: bool) -> None:
+        # DeepSpeed averages over ranks and micro-batches; both factors are taken out again, since `scale`
+        # already divides by the global count.
+        self.engine.backward(loss * (scale * self.world_size * self.accumulation))
+        if not last:
+            self.engine.step()  # DeepSpeed counts micro-batches here; it updates at the last one only
+
+    def update(self, lr: float) -> float:
+        _set_lr(self.engine.basic_optimizer, lr)
+        _set_lr(self.optimizer, lr)
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        norm = float("nan") if norm is None else float(norm)
+        if not math.isfinite(norm):
+            raise NonFiniteError(f"gradient norm is {norm}")
+        return norm
+
+    def state(self) -> dict[str, torch.Tensor]:
+        tensors: dict[str, torch.Tensor] = {}
+        for name, parameter in _trainable(self.model).items():
+            for kind in ("param", *MOMENTS):
+                value = self._full(parameter, kind)
+                if value is not None:
+                    tensors[f"{kind}/{name}"] = value.detach().float().cpu().clone()
+        return tensors
+
+    def load_state(self, tensors: dict[str, torch.Tensor], steps: int, arguments: tuple[object, ...]) -> None:
+        if any(name.startswith("exp_avg/") for name in tensors):
+            self._make_moments(arguments)
+        for name, parameter in _trainable(self.model).items():
+            for kind in ("param", *MOMENTS):
+                if f"{kind}/{name}" in tensors:
+                    self._set_full(parameter, kind, tensors[f"{kind}/{name}"].to(self.device))
+        for state in self.engine.basic_optimizer.state.values():
+            state["step"].fill_(steps)
+
+    def _partitioned(self, parameter: nn.Parameter) -> bool:
+        return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+
+    def _full(self, parameter: nn.Parameter, kind: str) -> torch.Tensor | None:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if not self._partitioned(parameter):
+            return parameter if kind == "param" else self.engine.basic_optimizer.state.get(parameter, {}).get(kind)
+        if kind == "param":
+            return safe_get_full_fp32_param(parameter)
+        if not self.engine.basic_optimizer.state:
+            return None
+        return safe_get_full_optimizer_state(parameter, kind)
+
+    def _set_full(self, parameter: nn.Parameter, kind: str, value: torch.Tensor) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        if not self._partitioned(parameter):
+            target = parameter.data if kind == "param" else self.engine.basic_optimizer.state[parameter][kind]
+            target.copy_(value)
+        elif kind == "param":
+            safe_set_full_fp32_param(parameter, value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, kind)
+
+    def _make_moments(self, arguments: tuple[object, ...]) -> None:
+        """Updates once with zero gradients and lr 0: DeepSpeed makes and links the moments only in an update."""
+        for micro in range(self.accumulation):
+            self.backward(self.loss(*arguments), 0.0, micro == self.accumulation - 1)
+        self.update(0.0)
+
+
+def _set_lr(optimizer: object, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def _deepspeed_settings(config: EngineConfig, accumulation: int) -> dict[str, object]:
+    zero: dict[str, object] = {"stage": config.zero_stage, "stage3_param_persistence_threshold": 0}
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.clip,
+        "bf16": {"enabled": config.precision == "bf16"},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+
+
+def _quiet_deepspeed() -> None:
+    """DeepSpeed logs at INFO from its import on, and warns of what a CPU machine lacks."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    warnings.filterwarnings("ignore", module="deepspeed")
+    import deepspeed  # noqa: F401
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

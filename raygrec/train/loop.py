@@ -1,0 +1,190 @@
+"""The training loop of one stage: the same on one process and on any number of workers."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from raygrec.draws import Draws
+from raygrec.model.prompts import PromptBatch
+from raygrec.train.engine import Engine, NonFiniteError, peak_memory_mib, sum_over_ranks, world
+from raygrec.train.folder import LoopState, RunFolder
+from raygrec.train.settings import StageConfig
+
+ORDER = 7  # the draws of the data order; the builders use other last counters
+
+
+class Reporter(Protocol):
+    """Where a run tells how it is doing; only rank 0 speaks."""
+
+    def progress(self, task: str, done: int, total: int, note: str = "") -> None:
+        """`done` of `total` steps of `task`."""
+
+    def report(self, record: dict[str, Any]) -> None:
+        """One record of history.jsonl, after it was written."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one stage trains on.
+
+    name: of its checkpoints and reports. lengths: [n] sort key of the n things (users, or groups of items) that
+    make a prompt, for batches of little padding. build: (things, draws) -> prompts. validate: -> metric to
+    maximise, or None where the last step is the result.
+    """
+
+    name: str
+    number: int
+    title: str
+    config: StageConfig
+    lengths: np.ndarray
+    build: Callable[[np.ndarray, Draws], PromptBatch]
+    validate: Callable[[], dict[str, float]] | None = None
+
+
+def epoch_order(lengths: np.ndarray, batch: int, draws: Draws) -> np.ndarray:
+    """[steps, batch] things of one epoch: a random order, sorted by length inside pools of 16 batches.
+
+    What does not fill a batch is left for another epoch. A function of the draws' key alone.
+    """
+    steps = len(lengths) // batch
+    order = draws.permutation(len(lengths))[: steps * batch]
+    pool = 16 * batch
+    sorted_pools = [
+        part[np.argsort(lengths[part], kind="stable")]
+        for part in (order[start : start + pool] for start in range(0, len(order), pool))
+    ]
+    batches = np.concatenate(sorted_pools).reshape(steps, batch) if steps else np.zeros((0, batch), dtype=np.int64)
+    return batches[draws.permutation(steps)]
+
+
+def learning_rate(step: int, total: int, config: StageConfig) -> float:
+    """Linear warm-up to `lr`, then half a cosine to zero; `step` counts from 0."""
+    warmup = config.warmup * total
+    if step < warmup:
+        return config.lr * (step + 1) / (warmup + 1)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+
+
+def portions(batch: int, micro_batch: int, workers: int) -> int:
+    """Micro-batches per worker and update."""
+    return -(-batch // (min(micro_batch, batch) * workers))
+
+
+def run_stage(
+    stage: Stage, engine: Engine, seed: int, folder: RunFolder, reporter: Reporter, chunks: int, stop_at: int | None = None
+) -> LoopState:
+    """Runs a stage to its end, from its last checkpoint where there is one.
+
+    The trained parameters end in `folder.parts_file(stage.name)`: the best by validation, else the last.
+    `stop_at` ends after that many updates without finishing (for tests of resuming).
+    """
+    config, rank = stage.config, world()[0]
+    batch = min(config.batch, len(stage.lengths))
+    steps_per_epoch = len(stage.lengths) // batch
+    total = steps_per_epoch * config.epochs
+    state = _resume(stage, engine, folder, seed, chunks) or LoopState(stage.name, records=len(folder.history()))
+    losses, counts, tokens, started = [], [], 0, time.monotonic()
+    order = np.zeros((0, batch))
+    while state.step < total and state.waited < config.patience:
+        epoch, place = divmod(state.step, steps_per_epoch)
+        if place == 0 or not len(order):
+            order = epoch_order(stage.lengths, batch, Draws(seed, stage.number, epoch, ORDER))
+        rate = learning_rate(state.step, total, config)
+        loss, count, read, norm = _step(stage, engine, order[place], Draws(seed, stage.number, epoch, place), rate, chunks)
+        losses.append(loss)
+        counts.append(count)
+        tokens += read
+        state.step += 1
+        if rank == 0:
+            reporter.progress(stage.title, state.step, total, f"loss {loss / max(count, 1):.3f}")
+        ends_epoch = state.step % steps_per_epoch == 0
+        if ends_epoch or state.step == total:
+            record = {
+                "stage": stage.name,
+                "step": state.step,
+                "epoch": state.step / steps_per_epoch,
+                "loss": sum(losses) / max(sum(counts), 1),
+                "lr": rate,
+                "gradient_norm": norm,
+                "tokens_per_second": tokens / (time.monotonic() - started),
+                "peak_memory_mib": peak_memory_mib(),
+            }
+            if stage.validate and (round(record["epoch"]) % config.evaluate_every == 0 or state.step == total):
+                record["valid"] = stage.validate()
+                _keep_best(stage, engine, folder, state, record["valid"]["ndcg@10"])
+            state.records += 1
+            if rank == 0:
+                folder.report(record)
+                reporter.report(record)
+            losses, counts, tokens, started = [], [], 0, time.monotonic()
+        if ends_epoch or state.step % config.checkpoint_every == 0:
+            tensors = engine.state()
+            if rank == 0:
+                folder.save_checkpoint(state, tensors)
+        if state.step == stop_at:
+            return state
+    if stage.validate is None:
+        parts = _parameters(engine)
+        if rank == 0:
+            folder.save_parts(folder.parts_file(stage.name), parts)
+    _barrier()
+    return state
+
+
+def _step(
+    stage: Stage, engine: Engine, things: np.ndarray, draws: Draws, rate: float, chunks: int
+) -> tuple[float, float, int, float]:
+    """One update; returns the loss summed over all ranks, the number of targets, tokens read here, gradient norm."""
+    rank, workers = world()
+    pieces = portions(len(things), stage.config.micro_batch, workers)
+    mine = np.array_split(things, workers * pieces)[rank::workers]
+    batches = [stage.build(piece, draws).to(engine.device) for piece in mine]
+    count = float(sum_over_ranks(torch.tensor(float(sum(len(batch.answers) for batch in batches)))))
+    total = torch.zeros((), dtype=torch.float64, device=engine.device)
+    for number, batch in enumerate(batches):
+        loss = engine.loss(batch, chunks)
+        total += loss.detach()
+        engine.backward(loss, 1.0 / max(count, 1.0), last=number == len(batches) - 1)
+    total = float(sum_over_ranks(total.cpu()))
+    if not math.isfinite(total):
+        raise NonFiniteError(f"{stage.name}: the loss is {total}; nothing was updated, lower {stage.name}.lr")
+    norm = engine.update(rate)
+    return total, count, sum(int((batch.symbols >= 0).sum()) for batch in batches), norm
+
+
+def _keep_best(stage: Stage, engine: Engine, folder: RunFolder, state: LoopState, metric: float) -> None:
+    if metric <= state.best:
+        state.waited += 1
+        return
+    state.best, state.best_step, state.waited = metric, state.step, 0
+    parts = _parameters(engine)
+    if world()[0] == 0:
+        folder.save_parts(folder.parts_file(stage.name), parts)
+
+
+def _parameters(engine: Engine) -> dict[str, torch.Tensor]:
+    prefix = "param/"
+    return {name.removeprefix(prefix): value for name, value in engine.state().items() if name.startswith(prefix)}
+
+
+def _resume(stage: Stage, engine: Engine, folder: RunFolder, seed: int, chunks: int) -> LoopState | None:
+    found = folder.last_checkpoint(stage.name)
+    if found is None:
+        return None
+    state, tensors = found
+    example = stage.build(np.arange(min(2, len(stage.lengths))), Draws(seed)).to(engine.device)
+    engine.load_state(tensors, state.step, (example, chunks))
+    if world()[0] == 0:
+        folder.forget_after(state.records)
+    _barrier()
+    return state
+
+
+def _barrier() -> None:
+    if world()[1] > 1:
+        torch.distributed.barrier()

@@ -1,0 +1,220 @@
+"""A GLTA run from config to metrics: what every worker executes, alone or beside others."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from raygrec.data.arrays import CSR
+from raygrec.data.store import Store
+from raygrec.draws import Draws
+from raygrec.evaluate.baselines import lightgcn_scores, popularity_scores
+from raygrec.evaluate.decoding import ranked_lists
+from raygrec.evaluate.metrics import MetricSums
+from raygrec.evaluate.ranking import top_k
+from raygrec.graph.lightgcn import NodeEmbeddings
+from raygrec.model.glta import GLTA, PromptBuilder
+from raygrec.model.prompts import PromptBatch
+from raygrec.train.assembly import Histories, build_model, build_prompts, fitted_items, histories
+from raygrec.train.engine import Engine, make_engine, peak_memory_mib, sum_over_ranks, world
+from raygrec.train.folder import RunFolder
+from raygrec.train.loop import Reporter, Stage, portions, run_stage
+from raygrec.train.settings import RunConfig, StageConfig
+
+POSITIONS_PER_CHUNK = 4096  # answer positions whose logits stand in memory at once
+ALIGNMENT, TRAINING = 1, 2  # stage numbers, part of every draw's key
+
+# Users [B], their histories -> lists [B, k]
+Ranker = Callable[[np.ndarray, CSR], torch.Tensor]
+
+
+def run(config: RunConfig, folder: RunFolder, reporter: Reporter, distributed: bool) -> dict[str, Any]:
+    """Both alignment stages, then the one reading of the test data by the checkpoint that validation chose.
+
+    Continues from whatever the folder holds. Returns (on every rank) and writes metrics.json's content.
+    """
+    torch.manual_seed(config.seed)
+    done = folder.metrics()
+    if done is not None:
+        return done
+    store = Store.open(config.store)
+    builder = build_prompts(config, store, folder)
+    parts: dict[str, torch.Tensor] = {}
+    if config.model.item_alignment and config.alignment.epochs:
+        parts = _align_items(config, folder, reporter, distributed, builder)
+    engine = _train_users(config, folder, reporter, distributed, store, builder, parts)
+    metrics = _final(config, folder, reporter, store, builder, engine)
+    if world()[0] == 0:
+        best = folder.load_parts(folder.parts_file("train"))
+        folder.save_parts(folder.model_file, {**parts, **best})
+        folder.write_metrics(metrics)
+    return metrics
+
+
+def _align_items(
+    config: RunConfig, folder: RunFolder, reporter: Reporter, distributed: bool, builder: PromptBuilder
+) -> dict[str, torch.Tensor]:
+    """Stage 2: item projector, answer slot and head learn to match descriptions to items."""
+    file = folder.parts_file("alignment")
+    if not file.exists():
+        model = build_model(config, builder.symbols, folder, distributed)
+        model.user_projector.requires_grad_(False)
+        size = min(config.model.alignment_items, builder.symbols.items)
+        groups = builder.symbols.items // size
+
+        def build(numbers: np.ndarray, draws: Draws) -> PromptBatch:
+            # The groups of an epoch: every item once, in a random order that all ranks share.
+            order = draws.permutation(builder.symbols.items)
+            return builder.alignment(order[: groups * size].reshape(groups, size)[numbers], draws)
+
+        stage = Stage("alignment", ALIGNMENT, "item-text alignment", config.alignment, np.ones(groups), build)
+        engine = _engine(config, model, config.alignment, distributed)
+        run_stage(stage, engine, config.seed, folder, reporter, _chunks(config.alignment, size))
+    return folder.load_parts(file)
+
+
+def _train_users(
+    config: RunConfig,
+    folder: RunFolder,
+    reporter: Reporter,
+    distributed: bool,
+    store: Store,
+    builder: PromptBuilder,
+    parts: dict[str, torch.Tensor],
+) -> Engine:
+    """Stage 3: user projector and head learn to name the user's other items; ends with the best parameters."""
+    model = build_model(config, builder.symbols, folder, distributed)
+    if parts:
+        _load_parts(model, parts)
+        model.item_projector.requires_grad_(False)
+    model.user_projector.requires_grad_(config.model.user_token == "aligned")
+    engine = _engine(config, model, config.train, distributed)
+    trainable = np.flatnonzero(builder.train.lengths >= 2)
+    valid = histories(store, "valid")
+    users = _some_users(valid, config)
+
+    def validate() -> dict[str, float]:
+        ranker = _ranker(config, engine, builder, "first", "valid")
+        return evaluate(config, reporter, "validation", ranker, valid, users, store.num_items)
+
+    stage = Stage(
+        name="train",
+        number=TRAINING,
+        title="user-item alignment",
+        config=config.train,
+        lengths=np.minimum(builder.train.lengths[trainable], config.model.max_history),
+        build=lambda numbers, draws: builder.training(trainable[numbers], draws),
+        validate=validate,
+    )
+    positions = config.model.slots + (config.model.max_history if builder.causal else 0)
+    run_stage(stage, engine, config.seed, folder, reporter, _chunks(config.train, positions))
+    engine.load_state(
+        {f"param/{name}": value for name, value in folder.load_parts(folder.parts_file("train")).items()}, 0, ()
+    )
+    return engine
+
+
+def _final(
+    config: RunConfig, folder: RunFolder, reporter: Reporter, store: Store, builder: PromptBuilder, engine: Engine
+) -> dict[str, Any]:
+    """Validation and test metrics of the chosen parameters and of the baselines that the run contains."""
+    valid, test = histories(store, "valid"), histories(store, "test")
+
+    def both(rank_valid: Ranker, rank_test: Ranker, title: str) -> dict[str, dict[str, float]]:
+        everyone = np.arange(store.num_users)
+        return {
+            "valid": evaluate(config, reporter, f"{title}, validation", rank_valid, valid, everyone, store.num_items),
+            "test": evaluate(config, reporter, f"{title}, test", rank_test, test, everyone, store.num_items),
+        }
+
+    def model(stage: str) -> Ranker:
+        return _ranker(config, engine, builder, config.evaluate.decoding, stage)
+
+    metrics: dict[str, Any] = both(model("valid"), model("test"), "GLTA")
+    train = store.interactions("train")
+    popularity = _score_ranker(popularity_scores(train, store.num_items), config)
+    metrics["baselines"] = {"Popularity": both(popularity, popularity, "Popularity")}
+    if config.model.user_vector != "cross_fit":  # there, LightGCN has not seen all the edges it is entitled to
+        nodes = NodeEmbeddings.load(folder.nodes_file)
+        rankers = [_score_ranker(lightgcn_scores(nodes, split.shown), config) for split in (valid, test)]
+        metrics["baselines"]["LightGCN"] = both(*rankers, "LightGCN")
+    metrics["decoding"] = config.evaluate.decoding
+    metrics["texts"] = config.model.texts.source
+    metrics["split"] = store.manifest["options"]["split"]
+    metrics["workers"] = world()[1]
+    memory = torch.zeros(world()[1], dtype=torch.float64)
+    memory[world()[0]] = peak_memory_mib()
+    metrics["peak_memory_mib"] = sum_over_ranks(memory).tolist()
+    return metrics
+
+
+def evaluate(
+    config: RunConfig,
+    reporter: Reporter,
+    title: str,
+    ranker: Ranker,
+    split: Histories,
+    users: np.ndarray,
+    num_items: int,
+) -> dict[str, float]:
+    """Full-ranking metrics of `users`, each rank ranking its share; the same figures on every rank."""
+    rank, workers = world()
+    users = users[split.targets.lengths[users] > 0]
+    users = users[np.argsort(split.shown.lengths[users], kind="stable")]
+    mine = users[rank::workers]
+    # Every rank makes as many passes as the one with the most users: under ZeRO-3 a pass is collective.
+    passes = -(-len(users[0::workers]) // config.evaluate.batch)
+    sums = MetricSums(tuple(config.evaluate.ks), num_items)
+    for number in range(passes):
+        part = mine[number * config.evaluate.batch : (number + 1) * config.evaluate.batch]
+        lists = ranker(part if len(part) else users[:1], split.shown.take(part if len(part) else users[:1]))
+        if len(part):
+            sums.add(lists, split.targets.take(part))
+        if rank == 0:
+            reporter.progress(title, number + 1, passes)
+    total = MetricSums.from_tensor(sum_over_ranks(sums.as_tensor()), sums.ks, num_items)
+    return total.result()
+
+
+def _ranker(config: RunConfig, engine: Engine, builder: PromptBuilder, decoding: str, stage: str) -> Ranker:
+    def rank(users: np.ndarray, shown: CSR) -> torch.Tensor:
+        with torch.no_grad(), engine.autocast():
+            return ranked_lists(
+                engine.model, builder, decoding, users, shown, stage, max(config.evaluate.ks), engine.device
+            )
+
+    return rank
+
+
+def _score_ranker(score: Callable[[np.ndarray], torch.Tensor], config: RunConfig) -> Ranker:
+    return lambda users, shown: top_k(score(users), max(config.evaluate.ks), [shown], users)
+
+
+def _engine(config: RunConfig, model: GLTA, stage: StageConfig, distributed: bool) -> Engine:
+    pieces = portions(stage.batch, stage.micro_batch, world()[1])
+    return make_engine(model, config.engine, pieces, distributed)
+
+
+def _chunks(stage: StageConfig, positions: int) -> int:
+    """Parts of the cross-entropy, from what a micro-batch may hold at most: the same number on every rank."""
+    most = -(-stage.batch // (world()[1] * portions(stage.batch, stage.micro_batch, world()[1]))) * positions
+    return max(1, -(-most // POSITIONS_PER_CHUNK))
+
+
+def _some_users(split: Histories, config: RunConfig) -> np.ndarray:
+    """The users that validations during training rank: all, or a fixed draw of `evaluate.valid_users`."""
+    users = np.flatnonzero(split.targets.lengths)
+    limit = config.evaluate.valid_users
+    if limit is None or limit >= len(users):
+        return users
+    return np.sort(users[Draws(config.seed).permutation(len(users))[:limit]])
+
+
+def _load_parts(model: GLTA, parts: dict[str, torch.Tensor]) -> None:
+    unknown: Sequence[str] = model.load_state_dict(parts, strict=False).unexpected_keys
+    if unknown:
+        raise RuntimeError(f"parts that the model does not have: {', '.join(unknown)}")
+
+
+__all__ = ["evaluate", "fitted_items", "run"]

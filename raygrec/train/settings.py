@@ -1,0 +1,80 @@
+"""The whole config of a run, checked once before anything starts."""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from raygrec.config import StrictConfig
+from raygrec.graph.lightgcn import LightGCNConfig
+from raygrec.model.backbone import BackboneConfig
+from raygrec.model.glta import GLTAConfig
+from raygrec.train.engine import EngineConfig
+
+
+class StageConfig(StrictConfig):
+    """One pass of the loop: how long, how fast, in what portions."""
+
+    epochs: int = Field(1, ge=0)
+    lr: float = Field(2e-3, gt=0)
+    warmup: float = Field(0.05, ge=0, le=1)
+    """Share of the steps over which the rate rises; then it falls along a cosine to zero."""
+    batch: int = Field(256, ge=1)
+    """Prompts per update over all workers: the result does not depend on the number of workers."""
+    micro_batch: int = Field(256, ge=1)
+    """Prompts per worker and pass at most; more of them make gradient accumulation."""
+    evaluate_every: int = Field(1, ge=1)
+    """Epochs between validations (stage 3)."""
+    patience: int = Field(3, ge=1)
+    """Validations without improvement before stage 3 ends."""
+    checkpoint_every: int = Field(200, ge=1)
+    """Updates between checkpoints, besides one at the end of each epoch."""
+
+
+class EvaluateConfig(StrictConfig):
+    """How the full ranking is made."""
+
+    ks: tuple[int, ...] = (5, 10)
+    decoding: Literal["first", "slots", "autoregressive"] = "first"
+    """`first`: top-k of the first slot; `slots`: top item of each slot; `autoregressive`: each item fed back."""
+    batch: int = Field(512, ge=1)
+    """Users per worker and pass."""
+    valid_users: int | None = Field(None, ge=1)
+    """At most so many users, drawn once, in the validations during training."""
+
+
+class ClusterConfig(StrictConfig):
+    """What a run asks of Ray; not read by a run in one process."""
+
+    workers: int = Field(2, ge=1)
+    cpus_per_worker: float = Field(1, gt=0)
+    gpus_per_worker: float = Field(0, ge=0)
+    max_failures: int = Field(3, ge=0)
+    """Restarts of the worker group before the run is given up."""
+
+
+class RunConfig(StrictConfig):
+    """Everything a run depends on; written to its folder as config.yaml."""
+
+    recipe: Literal["glta"] = "glta"
+    store: Path
+    out: Path
+    """The run folder; on a cluster, a path that all nodes share."""
+    seed: int = 0
+    graph: LightGCNConfig = LightGCNConfig()
+    backbone: BackboneConfig = BackboneConfig()
+    model: GLTAConfig = GLTAConfig()
+    alignment: StageConfig = StageConfig(batch=32, micro_batch=32)
+    train: StageConfig = StageConfig(epochs=5)
+    engine: EngineConfig = EngineConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _lists_fit_slots(self) -> Self:
+        if self.evaluate.decoding == "slots" and self.model.slots < max(self.evaluate.ks):
+            raise ValueError(
+                f"evaluate.decoding=slots ranks one item per slot: model.slots is {self.model.slots}, "
+                f"lists of {max(self.evaluate.ks)} need as many"
+            )
+        return self

@@ -1,0 +1,272 @@
+"""Every format from tiny files: what is read, and what is refused."""
+
+import gzip
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from raygrec.data.options import PrepareOptions
+from raygrec.data.readers import open_source
+from raygrec.data.text import Item
+from raygrec.errors import InputError
+
+
+def write(path, content):
+    """Writes text, or records as JSON lines; gzip where the name says so."""
+    text = content if isinstance(content, str) else "".join(json.dumps(record) + "\n" for record in content)
+    data = text if isinstance(text, bytes) else text.encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+def read(format_name, path, **options):
+    """(users, items, times, ratings) as lists, and items by id."""
+    source = open_source(PrepareOptions(format=format_name, path=path, out=path / "out", **options))
+    chunks = list(source.chunks())
+    users = [name for chunk in chunks for name in chunk.users.to_pylist()]
+    items = [name for chunk in chunks for name in chunk.items.to_pylist()]
+    times, ratings = (
+        np.concatenate([getattr(chunk, column) for chunk in chunks]).tolist()
+        if chunks and getattr(chunks[0], column) is not None
+        else None
+        for column in ("times", "ratings")
+    )
+    return (users, items, times, ratings), {
+        item.id: item for item in (source.items() if source.items else ())
+    }
+
+
+def refused(format_name, path, **options):
+    with pytest.raises(InputError) as error:
+        read(format_name, path, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value).replace(f"{path}/", "")
+
+
+REVIEW_2014 = {
+    "reviewerID": "U",
+    "asin": "A",
+    "overall": 4.0,
+    "unixReviewTime": 1400000000,
+    "reviewText": "x",
+}
+REVIEW_2023 = {"user_id": "U", "asin": "V", "parent_asin": "A", "rating": 4.0, "timestamp": 1600000000123}
+
+
+def test_amazon_2014(tmp_path):
+    write(tmp_path / "reviews_Toys_5.json.gz", [REVIEW_2014])
+    paths = [["Toys", "Games"], ["Gifts"]]
+    meta = {"asin": "A", "title": "Bob's Game", "categories": paths, "description": "Fun"}
+    write(tmp_path / "meta_Toys.json.gz", f"{meta}\n")  # a Python literal, not JSON
+    rows, items = read("amazon", tmp_path)
+    assert rows == (["U"], ["A"], [1400000000], [4.0])
+    assert items == {"A": Item("A", "Bob's Game", (("Toys", "Games"), ("Gifts",)), "Fun")}
+
+
+def test_amazon_2018_and_2023(tmp_path):
+    write(tmp_path / "2018/Toys_5.json.gz", [REVIEW_2014])
+    write(tmp_path / "2018/meta_Toys.json.gz", [{"asin": "A", "title": "T", "category": ["Toys", "Games"]}])
+    assert read("amazon", tmp_path / "2018")[1] == {"A": Item("A", "T", (("Toys", "Games"),))}
+    write(tmp_path / "2023/Toys.jsonl.gz", [REVIEW_2023])
+    meta = {
+        "parent_asin": "A",
+        "title": "T",
+        "categories": ["Toys", "Games"],
+        "description": ["One.", "Two."],
+    }
+    write(tmp_path / "2023/meta_Toys.jsonl.gz", [meta])
+    rows, items = read("amazon", tmp_path / "2023")
+    assert rows == (["U"], ["A"], [1600000000123], [4.0])
+    assert items == {"A": Item("A", "T", (("Toys", "Games"),), "One. Two.")}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([REVIEW_2014, {"asin": "A"}], "line 2: field 'reviewerID' is missing; found asin"),
+        ([{**REVIEW_2014, "overall": "good"}], "line 1: could not convert string to float: 'good'"),
+        ([{**REVIEW_2014, "asin": 7}], "line 1: expected ids that are strings and not empty, found ('U', 7)"),
+        ("{broken\n", "line 1: expected one JSON object, found '{broken'"),
+        ("[1, 2]\n", "line 1: expected one JSON object, found '[1, 2]'"),
+    ],
+)
+def test_amazon_wrong_lines(tmp_path, content, message):
+    write(tmp_path / "reviews_Toys.json.gz", content)
+    assert refused("amazon", tmp_path) == f"reviews_Toys.json.gz, {message}"
+
+
+def test_missing_and_double_files(tmp_path):
+    assert "no reviews file there; expected *.json.gz or *.json" in refused("amazon", tmp_path)
+    assert "does not exist; expected the folder with the review" in refused("yelp", tmp_path / "nowhere")
+    write(tmp_path / "reviews_A.json.gz", "")
+    write(tmp_path / "reviews_B.json.gz", "")
+    assert "more than one reviews file (reviews_A.json.gz, reviews_B.json.gz)" in refused("amazon", tmp_path)
+    assert "no interactions file there" in refused("goodreads", tmp_path)
+    assert "no ratings file there; expected u.data or ratings.dat" in refused("movielens", tmp_path)
+    assert "no sequences file there" in refused("sequences", tmp_path)
+    assert "no table there; expected interactions.csv" in refused("table", tmp_path)
+
+
+def test_movielens_100k(tmp_path):
+    write(tmp_path / "u.data", "196\t242\t3\t881250949\n186\t302\t3\t891717742\n")
+    write(tmp_path / "u.genre", "unknown|0\nAction|1\nComedy|2\n\n")
+    (tmp_path / "u.item").write_bytes(
+        "242|Misérables, Les (1995)|01-Jan-1995||http://x|0|1|1\n302|?||||1|0|0\n".encode("latin-1")
+    )
+    rows, items = read("movielens", tmp_path)
+    assert rows == (["196", "186"], ["242", "302"], [881250949, 891717742], [3.0, 3.0])
+    assert items["242"] == Item("242", "Misérables, Les (1995)", (("Action",), ("Comedy",)))
+    assert items["302"] == Item("302", "?")
+    write(tmp_path / "u.item", "242|only|three\n")
+    assert refused("movielens", tmp_path) == "u.item, line 1: expected 8 fields, found 3"
+
+
+def test_movielens_1m(tmp_path):
+    write(tmp_path / "ratings.dat", "1::1193::5::978300760\n1::661::3.5::978302109\n")
+    movies = "1193::Cuckoo's Nest: The Film (1975)::Drama\n661::Città::Animation|Children's\n"
+    (tmp_path / "movies.dat").write_bytes(movies.encode("latin-1"))
+    rows, items = read("movielens", tmp_path)
+    assert rows == (["1", "1"], ["1193", "661"], [978300760, 978302109], [5.0, 3.5])
+    assert items["1193"] == Item("1193", "Cuckoo's Nest: The Film (1975)", (("Drama",),))
+    assert items["661"] == Item("661", "Città", (("Animation",), ("Children's",)))
+    (tmp_path / "movies.dat").unlink()
+    assert refused("movielens", tmp_path).startswith("movies.dat: no such file")
+
+
+def test_movielens_csv(tmp_path):
+    write(tmp_path / "ratings.csv", "userId,movieId,rating,timestamp\n1,2,3.5,1112486027\n")
+    movies = 'movieId,title,genres\n2,"Juma, nji (1995)",Adventure|Children\n3,X,(no genres listed)\n'
+    write(tmp_path / "movies.csv", movies)
+    rows, items = read("movielens", tmp_path, min_rating=3)
+    assert rows == (["1"], ["2"], [1112486027], [3.5])
+    assert items["2"] == Item("2", "Juma, nji (1995)", (("Adventure",), ("Children",)))
+    assert items["3"] == Item("3", "X")
+
+
+def test_yelp(tmp_path):
+    review = {"user_id": "U", "business_id": "B", "stars": 5.0, "date": "2019-01-01 00:00:10"}
+    write(tmp_path / "yelp_academic_dataset_review.json", [review, {**review, "date": "2019-01-02"}])
+    businesses = [
+        {"business_id": "B", "name": "Bar", "categories": "Bars, Night Life"},
+        {"business_id": "C", "name": "Old", "categories": ["Food"]},
+        {"business_id": "D", "name": "None", "categories": None},
+    ]
+    write(tmp_path / "yelp_academic_dataset_business.json.gz", businesses)
+    rows, items = read("yelp", tmp_path)
+    assert rows == (["U", "U"], ["B", "B"], [1546300810, 1546387200], [5.0, 5.0])
+    assert items["B"].categories == (("Bars",), ("Night Life",))
+    assert (items["C"].categories, items["D"].categories) == ((("Food",),), ())
+    write(tmp_path / "yelp_academic_dataset_review.json", [{**review, "date": "yesterday"}])
+    assert "line 1: Invalid isoformat string: 'yesterday'" in refused("yelp", tmp_path)
+
+
+def test_goodreads(tmp_path):
+    interaction = {
+        "user_id": "u",
+        "book_id": "7",
+        "rating": 0,
+        "date_added": "Fri Sep 15 19:35:26 -0730 2017",
+    }
+    write(tmp_path / "goodreads_interactions_poetry.json.gz", [interaction, {**interaction, "rating": 4}])
+    shelves = [{"name": name, "count": "1"} for name in ("to-read", "poetry", "historical-fiction", "owned")]
+    book = {"book_id": "7", "title": "Odes", "popular_shelves": shelves, "description": "Old."}
+    write(tmp_path / "goodreads_books_poetry.json.gz", [book])
+    (users, books, times, ratings), items = read("goodreads", tmp_path)
+    assert (users, books, times) == (["u", "u"], ["7", "7"], [1505520000 + 3 * 3600 + 5 * 60 + 26] * 2)
+    assert np.isnan(ratings[0])
+    assert ratings[1] == 4
+    assert items["7"] == Item("7", "Odes", (("poetry",), ("historical fiction",)), "Old.")
+    write(tmp_path / "goodreads_interactions_poetry.json.gz", [{**interaction, "date_added": "2017"}])
+    assert "line 1: field 'date_added': expected a date like" in refused("goodreads", tmp_path)
+
+
+def test_sequences(tmp_path):
+    write(tmp_path / "sequences.txt", "u 1 2\n\nv 2\n")
+    write(tmp_path / "items.jsonl", [{"item": 1, "title": "One", "categories": [["A", "B"]]}])
+    rows, items = read("sequences", tmp_path)
+    assert rows == (["u", "u", "v"], ["1", "2", "2"], [0, 1, 2], None)
+    assert items == {"1": Item("1", "One", (("A", "B"),))}
+    write(tmp_path / "sequences.txt", "u 1 2\nv\n")
+    assert "sequences.txt, line 2: user 'v' has no items" in refused("sequences", tmp_path)
+
+
+CSV = "buyer,when,sku,stars\n7,2020-01-01 00:00:01,A,5\n8,2020-01-01,007,1\n"
+NAMES = {"user_column": "buyer", "item_column": "sku", "time_column": "when", "rating_column": "stars"}
+
+
+@pytest.mark.parametrize("ending", [".csv", ".csv.gz", ".tsv"])
+def test_table_text(tmp_path, ending):
+    text = CSV.replace("2020-01-01,", "2020-01-01 00:00:00,")
+    write(tmp_path / f"buys{ending}", text.replace(",", "\t") if ending == ".tsv" else text)
+    rows, items = read("table", tmp_path / f"buys{ending}", **NAMES, min_rating=2)
+    assert rows == (["7", "8"], ["A", "007"], [1577836801000000, 1577836800000000], [5.0, 1.0])
+    assert items == {}
+
+
+def test_table_parquet_with_items(tmp_path):
+    table = {"user": [3, 4], "item": [1, 2], "time": [10.25, 11.0]}
+    pq.write_table(pa.table(table), tmp_path / "interactions.parquet")
+    catalogue = {"item": [1, 2], "title": ["One", None], "categories": [["A", "B"], []]}
+    pq.write_table(pa.table(catalogue), tmp_path / "items.parquet")
+    rows, items = read("table", tmp_path)
+    assert rows == (["3", "4"], ["1", "2"], [10250000, 11000000], None)
+    assert items == {"1": Item("1", "One", (("A", "B"),)), "2": Item("2")}
+
+
+def test_table_items_as_csv(tmp_path):
+    write(tmp_path / "interactions.csv", "user,item,time\nu,01,5\n")
+    write(tmp_path / "items.csv", 'item,title,categories,description\n01,"A, ""B""",Home > Lamps,\n')
+    rows, items = read("table", tmp_path, category_separator=">")
+    assert rows == (["u"], ["01"], [5], None)
+    assert items == {"01": Item("01", 'A, "B"', (("Home", "Lamps"),))}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("user,item,when\nu,i,1\n", "t.csv: column 'time' is missing; found user, item, when"),
+        ("", "t.csv: empty; expected a header line and rows"),
+        ("user,item,time\nu,i,1\n,i,2\n", "t.csv, line 3: column 'user' is empty; expected an id"),
+        (
+            "user,item,time\nu,i,1\nu,i,\n",
+            "t.csv, line 3: column 'time': expected seconds since 1970 or ISO dates in one form",
+        ),
+        ("user,item,time\nu,i,noon\n", "t.csv, line 2: column 'time': expected seconds since 1970"),
+        ("user,item,time\nu,i,nan\n", "t.csv, line 2: column 'time': expected seconds since 1970"),
+        ("user,item,time\nu,i,12\nu,j,1x\n", "t.csv, line 3: column 'time': expected seconds since 1970"),
+        ("user,item,time\nu,i,99999999999999999999\n", "t.csv, line 2: column 'time': expected seconds"),
+        ("user,item,time\nu,i\n", "Expected 3 columns, got 2"),
+        (b"user,item,time\nu,i,1\nu,\xff,2\n", "t.csv, line 3: not UTF-8 text"),
+    ],
+)
+def test_table_wrong_content(tmp_path, text, message):
+    (tmp_path / "t.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InputError) as error:
+        read("table", tmp_path / "t.csv")
+    assert "\n" not in str(error.value)
+    assert message in str(error.value)
+
+
+def test_table_wrong_files(tmp_path):
+    assert "unknown kind of table" in refused_file(tmp_path, "t.xlsx", "x")
+    assert "no such file" in refused_file(tmp_path, "absent.csv", None)
+    assert "Parquet magic bytes not found" in refused_file(
+        tmp_path, "t.parquet", "this is not a parquet file at all"
+    )
+
+
+def refused_file(folder, name, content):
+    if content is not None:
+        write(folder / name, content)
+    return refused("table", folder / name)
+
+
+def test_table_items_column_that_was_named_must_exist(tmp_path):
+    write(tmp_path / "interactions.csv", "user,item,time\nu,i,5\n")
+    write(tmp_path / "items.csv", "item,title\ni,T\n")
+    assert read("table", tmp_path)[1] == {"i": Item("i", "T")}
+    message = refused("table", tmp_path, categories_column="genre")
+    assert message == "items.csv: column 'genre' is missing; found item, title"

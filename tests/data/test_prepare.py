@@ -1,0 +1,233 @@
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from raygrec.data.prepare import PrepareOptions, prepare
+from raygrec.errors import InputError
+
+
+def table(folder, rows, items=None):
+    """A folder with interactions.csv of (user, item, rating, time) rows, and items.csv of titles by id."""
+    folder.mkdir(exist_ok=True)
+    lines = ["user,item,rating,time", *(",".join(map(str, row)) for row in rows)]
+    (folder / "interactions.csv").write_text("\n".join(lines) + "\n")
+    if items is not None:
+        titles = ["item,title", *(f"{name},{title}" for name, title in items.items())]
+        (folder / "items.csv").write_text("\n".join(titles) + "\n")
+    return folder
+
+
+def build(tmp_path, rows, items=None, **options):
+    source = table(tmp_path / "source", rows, items)
+    return prepare(
+        PrepareOptions(format="table", path=source, out=tmp_path / "store", **{"k_core": 0, **options})
+    )
+
+
+def named(store, split):
+    """{user id: [item ids]} of the rows that are not empty."""
+    csr = store.interactions(split)
+    histories = {
+        store.user_ids[user]: [store.item_ids[item] for item in csr[user]] for user in range(len(csr))
+    }
+    return {user: items for user, items in histories.items() if items}
+
+
+def refused(tmp_path, *args, **options):
+    with pytest.raises(InputError) as error:
+        build(tmp_path, *args, **options)
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    return str(error.value)
+
+
+def test_time_order_ties_and_leave_one_out(tmp_path):
+    rows = [("u", "c", 1, 30), ("v", "a", 1, 5), ("u", "a", 1, 10), ("u", "d", 1, 20), ("u", "b", 1, 20)]
+    store = build(tmp_path, rows)
+    assert named(store, "train") == {"u": ["a", "d"], "v": ["a"]}
+    assert named(store, "valid") == {"u": ["b"]}
+    assert named(store, "test") == {"u": ["c"]}
+    assert list(store.item_ids) == ["c", "a", "d", "b"]  # first appearance in the file
+    assert store.manifest["notes"][1].startswith("1 interactions have the same time as the one before")
+
+
+def test_deduplicate_keeps_the_earliest_in_time(tmp_path):
+    rows = [("u", "a", 1, 9), ("u", "b", 1, 5), ("u", "a", 1, 1), ("u", "c", 1, 7)]
+    store = build(tmp_path, rows, split="global-time", valid_ratio=0, test_ratio=0)
+    assert named(store, "train") == {"u": ["a", "b", "c"]}
+
+
+def test_repeats_may_be_kept(tmp_path):
+    rows = [("u", "a", 1, 9), ("u", "b", 1, 5), ("u", "a", 1, 1)]
+    store = build(tmp_path, rows, deduplicate=False, split="global-time", valid_ratio=0, test_ratio=0)
+    assert named(store, "train") == {"u": ["a", "b", "a"]}
+
+
+def test_filters_are_counted(tmp_path):
+    rows = [
+        ("u", "a", 5, 1),
+        ("u", "b", 4, 2),
+        ("v", "a", 4, 3),
+        ("v", "b", 5, 4),
+        ("v", "b", 5, 5),
+        ("w", "a", 3, 6),
+    ]
+    store = build(tmp_path, [*rows, ("x", "c", 5, 7)], k_core=2, min_rating=4)
+    assert list(store.manifest["counts"].values()) == [7, 6, 5, 4]
+    assert (list(store.user_ids), list(store.item_ids)) == (["u", "v"], ["a", "b"])
+    assert store.manifest["num_interactions"] == {"train": 4, "valid": 0, "test": 0}
+
+
+def test_date_window_takes_both_days(tmp_path):
+    day = 86_400
+    rows = [
+        ("u", name, 1, moment)
+        for name, moment in zip("abcd", (day - 1, day, 2 * day - 1, 2 * day), strict=True)
+    ]
+    store = build(tmp_path, rows, date_from="1970-01-02", date_to="1970-01-02")
+    assert list(store.item_ids) == ["b", "c"]
+
+
+def test_ratio(tmp_path):
+    rows = [(f"u{user}", f"i{item}", 1, item) for user in range(3) for item in range(10)]
+    store = build(tmp_path, rows, split="ratio", seed=1)
+    assert not store.ordered
+    for user in range(3):
+        parts = [store.interactions(split)[user] for split in ("train", "valid", "test")]
+        assert [len(part) for part in parts] == [7, 1, 2]
+        assert sorted(np.concatenate(parts)) == list(range(10))
+        assert np.all(np.diff(parts[0]) > 0)  # still in time order
+
+
+def test_global_time_drops_items_that_training_has_not_seen(tmp_path):
+    rows = [("u", "a", 1, 1), ("u", "b", 1, 2), ("u", "c", 1, 3), ("v", "a", 1, 4), ("u", "d", 1, 5)]
+    rows += [("u", "a2", 1, 0), ("w", "b", 1, 6), ("w", "e", 1, 7)]
+    store = build(tmp_path, rows, split="global-time", valid_ratio=0.25, test_ratio=0.25)
+    # by time: a2 a b c | v:a d | w:b e; d and e are not in training
+    assert named(store, "train") == {"u": ["a2", "a", "b", "c"]}
+    assert (named(store, "valid"), named(store, "test")) == ({"v": ["a"]}, {"w": ["b"]})
+    assert list(store.item_ids) == ["a", "b", "c", "a2"]
+    notes = " / ".join(store.manifest["notes"])
+    assert "1 valid interactions dropped: item not in training / 1 test interactions dropped" in notes
+    assert "1 valid users have no training interaction / 1 test users have no training interaction" in notes
+
+
+def test_file_order_without_times(tmp_path):
+    store = build(tmp_path, [("u", "b", 1, 9), ("u", "a", 1, 5), ("u", "c", 1, 1)], time_column="")
+    assert named(store, "test") == {"u": ["c"]}
+    assert "no time column" in store.manifest["notes"][0]
+
+
+def test_manifest_tells_what_was_done(tmp_path):
+    store = build(tmp_path, [("u", "a", 1, 1)], {"a": "Lamp", "b": "Unused"}, name="shop", seed=7)
+    manifest = json.loads((store.path / "manifest.json").read_text())
+    assert (manifest["name"], manifest["options"]["seed"], manifest["options"]["k_core"]) == ("shop", 7, 0)
+    assert [Path(source["file"]).name for source in manifest["sources"]] == ["interactions.csv", "items.csv"]
+    assert all(len(source["sha256"]) == 64 for source in manifest["sources"])
+    assert list(store.titles) == ["Lamp"]
+
+
+ROWS = [("u", "a", 3, 1), ("u", "b", 3, 2)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_rating": 4}, "no interactions are left after: minimum rating (min_rating=4.0)"),
+        ({"k_core": 2}, "no interactions are left after: k-core (k_core=2)"),
+        ({"date_from": "1999-01-01"}, "date window (date_from=1999-01-01, date_to=None)"),
+        (
+            {"split": "global-time", "test_ratio": 0.9, "valid_ratio": 0.05},
+            "no training interactions are left",
+        ),
+    ],
+)
+def test_nothing_left_names_the_filter(tmp_path, options, message):
+    assert message in refused(tmp_path, ROWS, **options)
+
+
+def test_items_without_text(tmp_path):
+    message = refused(tmp_path, ROWS, {"a": "Lamp"})
+    assert "items.csv: 1 of 2 items have no text there, the first is 'b'" in message
+    store = build(tmp_path, ROWS, {"a": "Lamp"}, allow_missing_text=True)
+    assert list(store.texts) == ["Lamp", "b"]
+    assert "1 items have no text in the source; their ids stand in" in store.manifest["notes"]
+
+
+def test_no_items_file(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "sequences.txt").write_text("u 1 2\n")
+    options = {"format": "sequences", "path": source, "out": tmp_path / "store"}
+    with pytest.raises(InputError, match="no file that describes the items"):
+        prepare(PrepareOptions(**options))
+    assert list(prepare(PrepareOptions(**options, allow_missing_text=True)).titles) == ["1", "2"]
+
+
+def test_options_that_do_not_fit_the_data(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "sequences.txt").write_text("u 1 2\n")
+    options = {"format": "sequences", "path": source, "out": tmp_path / "store"}
+    with pytest.raises(InputError, match="min_rating: sequences data have no ratings"):
+        prepare(PrepareOptions(**options, min_rating=3))
+    with pytest.raises(InputError, match="these data have an order but no dates"):
+        prepare(PrepareOptions(**options, date_to="2020-01-01"))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"k_core": -1},
+        {"valid_ratio": 0.5, "test_ratio": 0.5},
+        {"date_from": "2020-01-02", "date_to": "2020-01-01"},
+        {"split": "global-time", "time_column": None},
+        {"text_template": "{name}"},
+        {"no_such_key": 1},
+    ],
+)
+def test_wrong_options(wrong):
+    with pytest.raises(ValidationError):
+        PrepareOptions(format="table", path="x", out="y", **wrong)
+
+
+def test_defaults_follow_the_format():
+    table_options = PrepareOptions(format="table", path="x", out="y", k_core=None)
+    sequence_options = PrepareOptions(format="sequences", path="x", out="y")
+    assert (table_options.k_core, table_options.deduplicate) == (5, True)
+    assert (sequence_options.k_core, sequence_options.deduplicate) == (0, False)
+    assert PrepareOptions(format="sequences", path="x", out="y", k_core=3).k_core == 3
+
+
+def test_an_interrupt_while_reading_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("raygrec.data.filters.first_occurrences", interrupt)
+    source = table(tmp_path / "source", ROWS)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(PrepareOptions(format="table", path=source, out=tmp_path / "store"))
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.data
+@pytest.mark.skipif("RAYGREC_DATA" not in os.environ, reason="RAYGREC_DATA is not set")
+@pytest.mark.parametrize(
+    ("format_name", "folder", "users", "items", "interactions"),
+    [
+        ("sequences", "amazon_beauty", 22_363, 12_101, 198_502),
+        ("sequences", "amazon_toys", 19_412, 11_924, 167_597),
+        ("movielens", "ml-100k", 943, 1_682, 100_000),
+    ],
+)
+def test_real_data(tmp_path, format_name, folder, users, items, interactions):
+    path = Path(os.environ["RAYGREC_DATA"]) / folder
+    store = prepare(PrepareOptions(format=format_name, path=path, out=tmp_path / "store", k_core=0))
+    assert (store.num_users, store.num_items) == (users, items)
+    assert sum(store.manifest["num_interactions"].values()) == interactions
+    assert store.manifest["num_interactions"]["test"] == users
+    assert not any("&amp;" in title for title in store.titles)

@@ -1,0 +1,55 @@
+import pytest
+
+from raygrec.data.text import Item, check_template, clean, fill_template, item_terms, make_item
+from raygrec.errors import InputError
+
+
+def test_clean_unescapes_and_drops_tags():
+    assert (
+        clean("Salt &amp;amp; Pepper &#39;n&#39;\n <b>Co</b>.  I <3 it") == "Salt & Pepper 'n' Co . I <3 it"
+    )
+
+
+def test_make_item_drops_empty_names_and_repeated_paths():
+    item = make_item("a", None, [["Toys", ""], ["Toys"], []], None)
+    assert item == Item("a", "", (("Toys",),), "")
+
+
+@pytest.mark.parametrize(
+    ("template", "item", "text"),
+    [
+        (
+            "{title}. {categories}",
+            Item("1", "Gloom", (("Games", "Board Games"),)),
+            "Gloom. Games, Board Games",
+        ),
+        ("{title}. {categories}", Item("1", "Gloom"), "Gloom"),
+        ("{title}. {categories}", Item("1", "", (("Games",),)), "Games"),
+        ("{title}. {categories}", Item("1"), "1"),
+        ("Title: {title}; {description}", Item("1", "Gloom", (), "Dark."), "Title: Gloom; Dark."),
+        ("{title} ({categories})", Item("1", "A", (("B", "C"), ("B", "D"))), "A (B, C, D)"),
+    ],
+)
+def test_fill_template(template, item, text):
+    assert fill_template(template, item) == text
+
+
+@pytest.mark.parametrize(
+    "template", ["", "plain", "{name}", "{title.__class__}", "{title!r}", "{title", "{}"]
+)
+def test_wrong_templates_are_refused(template):
+    with pytest.raises(InputError, match=r"text_template .*"):
+        check_template(template)
+
+
+def test_terms_go_from_leaf_to_root_then_title_words():
+    items = [
+        Item("1", "OPI Nail Lacquer", (("Beauty", "Makeup", "Nails"),)),
+        Item("2", "opi nail File in the Makeup Bag", (("Beauty", "Tools"), ("Beauty", "Nails"))),
+    ]
+    terms, names = item_terms(items)
+    assert [[names[number] for number in row] for row in (terms[0], terms[1])] == [
+        ["Nails", "Makeup", "Beauty", "opi", "nail"],
+        ["Tools", "Beauty", "Nails", "opi", "nail", "Makeup"],  # 'makeup' is the category's term
+    ]
+    assert list(names) == ["Nails", "Makeup", "Beauty", "opi", "nail", "Tools"]

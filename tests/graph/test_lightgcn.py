@@ -1,0 +1,152 @@
+import numpy as np
+import pytest
+import torch
+from torch_geometric.nn import LightGCN
+
+from raygrec.data.arrays import CSR
+from raygrec.errors import InputError
+from raygrec.graph.lightgcn import (
+    LightGCNConfig,
+    NodeEmbeddings,
+    _Triplets,
+    bpr_loss,
+    node_embeddings,
+    normalized_adjacency,
+    pretrain,
+    propagate,
+    propagate_users,
+)
+
+USERS, ITEMS = 30, 20
+
+
+@pytest.fixture
+def train() -> CSR:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(0, 8, USERS)  # some users, and perhaps items, have no edge
+    return CSR.from_lists([rng.choice(ITEMS - 1, size, replace=False) for size in lengths])
+
+
+@pytest.fixture
+def ego() -> torch.Tensor:
+    return torch.randn(USERS + ITEMS, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def blocks() -> tuple[CSR, CSR]:
+    """Two communities by parity; each user holds 6 of its 10 items, a seventh is the validation item."""
+    rng = np.random.default_rng(0)
+    picks = [rng.choice(10, 7, replace=False) * 2 + user % 2 for user in range(USERS)]
+    return CSR.from_lists([pick[:6] for pick in picks]), CSR.from_lists([pick[6:] for pick in picks])
+
+
+def test_adjacency_by_hand_counts_repeats_once():
+    adjacency = normalized_adjacency(CSR.from_lists([[0, 1, 0], [1]]), num_items=2).to_dense()
+    half, one = 1 / np.sqrt(2), 1 / 2
+    upper = torch.tensor([[half, one], [0, half]])  # degrees: users 2 and 1, items 1 and 2
+    expected = torch.zeros(4, 4)
+    expected[:2, 2:], expected[2:, :2] = upper, upper.T
+    torch.testing.assert_close(adjacency, expected)
+
+
+def test_item_out_of_range_is_an_input_error():
+    with pytest.raises(InputError, match="item 5 is outside 0…2"):
+        normalized_adjacency(CSR.from_lists([[0, 5]]), num_items=3)
+
+
+@pytest.mark.parametrize("layers", [0, 1, 3])
+def test_propagate_equals_pyg_in_value_and_gradient(train, ego, layers):
+    edges = torch.from_numpy(np.stack([train.rows, train.indices + USERS]).astype(np.int64))
+    pyg = LightGCN(USERS + ITEMS, ego.shape[1], layers)
+    pyg.embedding.weight.data = ego.clone()
+    expected = pyg.get_embedding(torch.cat([edges, edges.flip(0)], 1))
+    weights = torch.randn_like(ego)
+    (expected * weights).sum().backward()
+
+    ours = ego.clone().requires_grad_()
+    final = propagate(normalized_adjacency(train, ITEMS), ours, layers)
+    (final * weights).sum().backward()
+    torch.testing.assert_close(final, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.grad, pyg.embedding.weight.grad, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layers", [0, 1, 3])
+def test_own_part_plus_history_rebuilds_every_user(train, ego, layers):
+    embeddings = node_embeddings(normalized_adjacency(train, ITEMS), ego, layers, USERS)
+    rebuilt = embeddings.users_ego + propagate_users(embeddings.items_inductive, train)
+    torch.testing.assert_close(rebuilt, embeddings.users)
+
+
+def test_propagate_users_without_the_target_edge_by_hand():
+    items_inductive = torch.tensor([[1.0, 0.0], [0.0, 2.0], [5.0, 5.0]])
+    users = propagate_users(items_inductive, CSR.from_lists([[0, 1], [], [1]]))
+    expected = torch.tensor([[1 / np.sqrt(2), 2 / np.sqrt(2)], [0, 0], [0, 2]], dtype=torch.float32)
+    torch.testing.assert_close(users, expected)
+
+
+def test_bpr_loss_equals_pyg(ego):
+    users, items, negatives = ego[:5], ego[5:10], ego[10:15]
+    pyg = LightGCN(1, 1, 1)
+    expected = pyg.recommendation_loss((users * items).sum(1), (users * negatives).sum(1), lambda_reg=0)
+    torch.testing.assert_close(bpr_loss(users, items, negatives[:, None]), expected)
+
+
+def test_negatives_are_uniform_over_the_items_a_user_does_not_hold():
+    triplets = _Triplets(CSR.from_lists([[0, 1], [0, 1, 2, 3]]), 4, 900, torch.Generator().manual_seed(0))
+    users, items, negatives = triplets.draw(torch.arange(2))
+    assert users.tolist() == [0, 0] and items.tolist() == [0, 1]  # user 1 holds everything
+    counts = negatives.flatten().bincount(minlength=4)
+    assert counts[:2].sum() == 0
+    assert abs(int(counts[2]) - 900) < 4 * np.sqrt(450)  # within four standard deviations
+
+
+def test_an_epoch_visits_every_edge_once(train):
+    batches = _Triplets(train, ITEMS, 1, torch.Generator().manual_seed(0)).epoch(batch_size=10)
+    assert max(map(len, batches)) <= 10
+    assert torch.cat(batches).sort().values.tolist() == list(range(len(train.indices)))
+
+
+def test_pretrain_finds_communities_and_repeats_itself(blocks):
+    train, valid = blocks
+    config = LightGCNConfig(dim=8, layers=2, batch_size=64, epochs=20)
+    embeddings, history = pretrain(train, ITEMS, config, seed=0, valid=valid)
+    scores = embeddings.users @ embeddings.items.T
+    assert scores[::2, ::2].min() > scores[::2, 1::2].max()
+    assert history["loss"][-1] < history["loss"][0]
+    again, _ = pretrain(train, ITEMS, config, seed=0, valid=valid)
+    torch.testing.assert_close(again.users, embeddings.users, rtol=0, atol=0)
+
+
+def test_early_stopping_returns_the_best_epoch(blocks):
+    train, valid = blocks
+    config = LightGCNConfig(dim=8, layers=2, batch_size=64, epochs=60, evaluate_every=2, patience=2)
+    seen: list[dict[str, float]] = []
+    embeddings, history = pretrain(train, ITEMS, config, seed=0, valid=valid, on_epoch=seen.append)
+    best = int(np.argmax(history["ndcg@10"]))
+    assert [report["epoch"] for report in seen] == history["epoch"]
+    assert history["epoch"][-1] < 60 and len(seen) == best + 1 + config.patience
+    until_best = config.model_copy(update={"epochs": int(history["epoch"][best])})
+    expected, _ = pretrain(train, ITEMS, until_best, seed=0)
+    torch.testing.assert_close(embeddings.users, expected.users, rtol=0, atol=0)
+
+
+def test_pretrain_refuses_a_graph_without_negatives():
+    with pytest.raises(InputError, match="negative"):
+        pretrain(CSR.from_lists([[0, 1]]), 2, LightGCNConfig(), seed=0)
+
+
+def test_save_and_load(train, ego, tmp_path):
+    embeddings = node_embeddings(normalized_adjacency(train, ITEMS), ego, 2, USERS)
+    path = tmp_path / "nodes.safetensors"
+    embeddings.save(path, {"seed": 0})
+    loaded = NodeEmbeddings.load(path)
+    for name, tensor in vars(embeddings).items():
+        assert torch.equal(getattr(loaded, name), tensor)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_load_names_a_damaged_file(tmp_path):
+    path = tmp_path / "nodes.safetensors"
+    path.write_bytes(b"not safetensors")
+    with pytest.raises(InputError, match=r"nodes\.safetensors: not readable"):
+        NodeEmbeddings.load(path)
