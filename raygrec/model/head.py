@@ -29,6 +29,8 @@ class TiedHead(nn.Module):
     def __init__(self, width: int, num_items: int, node_width: int) -> None:
         super().__init__()
         self.query = nn.Linear(width, node_width)
+        nn.init.normal_(self.query.weight, std=0.02)
+        nn.init.zeros_(self.query.bias)
         self.bias = nn.Embedding(num_items, 1)
         nn.init.zeros_(self.bias.weight)
 

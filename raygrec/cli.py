@@ -1,0 +1,144 @@
+"""The command line: parse, call, print. Exit codes: 0 done, 1 failed while running, 2 wrong input."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from raygrec import __version__
+from raygrec.config import apply_overrides, read_yaml, validate
+from raygrec.errors import InputError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings, as key.sub=value")]
+AsJson = Annotated[bool, typer.Option("--json", help="print the result as one JSON document on the last line")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="where the store and the run go; must not exist")] = Path("raygrec-demo"),
+    as_json: AsJson = False,
+) -> None:
+    """Makes a small data set, trains GLTA on two Ray Train workers and shows what came of it."""
+    from raygrec.cluster.demo import run_demo
+
+    result = run_demo(out)
+    _print(result, as_json)
+
+
+@app.command()
+def prepare(
+    format: Annotated[str, typer.Argument(help="amazon, movielens, yelp, goodreads, sequences or table")],
+    path: Annotated[Path, typer.Argument(help="the source's folder or file")],
+    out: Annotated[Path, typer.Option(help="the store's folder")],
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Turns raw interactions and item texts into a store."""
+    from raygrec.data.prepare import PrepareOptions
+    from raygrec.data.prepare import prepare as make
+
+    given = apply_overrides({"format": format, "path": str(path), "out": str(out)}, overrides or [])
+    store = make(validate(PrepareOptions, given, "prepare"))
+    counts = {split: len(store.interactions(split).indices) for split in ("train", "valid", "test")}
+    result = {"store": str(store.path), "users": store.num_users, "items": store.num_items, **counts}
+    if not as_json:
+        print(f"{store.path}: {store.num_users:,} users, {store.num_items:,} items, ", end="")
+        print(", ".join(f"{count:,} {split}" for split, count in counts.items()))
+    _print(result, as_json)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="a run config, see jobs/")],
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option(help="go on with the run that `out` holds")] = False,
+    local: Annotated[bool, typer.Option(help="in this one process, without Ray and DeepSpeed")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Trains a recommender on Ray Train workers, evaluates it and writes the run folder."""
+    from raygrec.train.settings import RunConfig
+
+    checked = validate(RunConfig, apply_overrides(read_yaml(config), overrides or []), str(config))
+    if local:
+        from raygrec.train.local import train_here as run
+    else:
+        from raygrec.cluster.launcher import train_on_ray as run
+    metrics = run(checked, resume)
+    _show_metrics(metrics, checked.out, as_json)
+
+
+@app.command()
+def evaluate(
+    run: Run,
+    decoding: Annotated[str | None, typer.Option(help="first, slots or autoregressive; default: the run's")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Repeats a finished run's validation and test metrics from its folder and store."""
+    from raygrec.serve.topk import evaluate_run
+
+    if decoding not in (None, "first", "slots", "autoregressive"):
+        raise InputError(f"--decoding {decoding}: expected first, slots or autoregressive")
+    _show_metrics(evaluate_run(run, decoding), run, as_json)
+
+
+@app.command()
+def recommend(
+    run: Run,
+    k: Annotated[int, typer.Option("--k", help="items per user")] = 10,
+    out: Annotated[Path, typer.Option(help="a parquet file")] = Path("recommendations.parquet"),
+    as_json: AsJson = False,
+) -> None:
+    """Writes every user's top-k items with scores and titles."""
+    from raygrec.serve.topk import recommend_all
+
+    rows = recommend_all(run, k, out)
+    if not as_json:
+        print(f"{out}: {rows:,} rows")
+    _print({"file": str(out), "rows": rows}, as_json)
+
+
+@app.command()
+def version() -> None:
+    """Prints the version."""
+    print(__version__)
+
+
+def _show_metrics(metrics: dict[str, Any], run: Path, as_json: bool) -> None:
+    if not as_json:
+        from rich.console import Console
+
+        from raygrec.evaluate.tables import Row, terminal_table
+
+        rows = [Row(name, [both["test"]]) for name, both in metrics.get("baselines", {}).items()]
+        rows.append(Row("GLTA", [metrics["test"]]))
+        Console().print(terminal_table(rows, title="test, full ranking"))
+        print(f"run folder: {run}")
+    _print(metrics, as_json)
+
+
+def _print(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result))
+
+
+def main() -> None:
+    """The entry point: turns `InputError` into one line and exit code 2, any other failure into exit code 1."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app(standalone_mode=True)
+    except InputError as error:
+        print(f"raygrec: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("raygrec: interrupted; what was reported is kept", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Top-k lists from a finished run: batch evaluation and recommending, from the run folder and its store."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from raygrec.data.arrays import CSR
+from raygrec.data.store import Store
+from raygrec.errors import InputError
+from raygrec.evaluate.decoding import ranked_lists
+from raygrec.evaluate.ranking import top_k
+from raygrec.model.glta import GLTA, PromptBuilder
+from raygrec.progress import track
+from raygrec.train.assembly import histories, load_model
+from raygrec.train.engine import LocalEngine, device
+from raygrec.train.folder import RunFolder
+from raygrec.train.settings import RunConfig
+
+ROWS = 65_536  # rows of a parquet row group
+
+
+class FinishedRun:
+    """A run whose model is loaded and ready."""
+
+    def __init__(self, path: Path) -> None:
+        self.folder = RunFolder(path)
+        self.config: RunConfig = self.folder.config()
+        if self.folder.metrics() is None:
+            raise InputError(f"{path}: the run has not finished (metrics.json is missing); resume it first")
+        self.store = Store.open(self.config.store)
+        model, builder = load_model(self.config, self.folder, self.store)
+        self.model: GLTA = model
+        self.builder: PromptBuilder = builder
+
+    def top(self, users: np.ndarray, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The k best new items of each user and their scores: [B, k] each.
+
+        Reads all interactions up to the test set's; the score is the log-probability in the first slot.
+        """
+        shown = histories(self.store, "test").shown.take(users)
+        batch = self.builder.recommending(users, shown, "test", 1).to(device())
+        with torch.inference_mode():
+            scores = self.model.slot_logits(batch)[:, 0].float().log_softmax(-1).cpu()
+        items = top_k(scores, k, [shown], users)
+        return items, scores.gather(1, items.clamp(min=0))
+
+    def history(self, user: int) -> list[str]:
+        """Titles that the user has interacted with before the test set, oldest first."""
+        shown: CSR = histories(self.store, "test").shown
+        return [self.store.titles[int(item)] for item in shown[user]]
+
+
+def evaluate_run(path: Path, decoding: str | None = None) -> dict[str, Any]:
+    """Repeats a finished run's validation and test metrics from its folder and store alone."""
+    from raygrec.train.local import bar_reporter
+    from raygrec.train.pipeline import evaluate
+
+    finished = FinishedRun(path)
+    config, store = finished.config, finished.store
+    mode = decoding or config.evaluate.decoding
+    engine = LocalEngine(finished.model, config.engine)
+
+    def ranker(stage: str) -> Any:  # noqa: ANN401 - see train.pipeline.Ranker
+        def rank(users: np.ndarray, shown: CSR) -> torch.Tensor:
+            with torch.no_grad(), engine.autocast():
+                k = max(config.evaluate.ks)
+                return ranked_lists(finished.model, finished.builder, mode, users, shown, stage, k, engine.device)
+
+        return rank
+
+    users = np.arange(store.num_users)
+    with bar_reporter() as reporter:
+        return {
+            split: evaluate(config, reporter, split, ranker(split), histories(store, split), users, store.num_items)
+            for split in ("valid", "test")
+        }
+
+
+def recommend_all(path: Path, k: int, out: Path) -> int:
+    """Writes every user's top k as parquet (user, rank, item, score, title); returns the number of rows."""
+    finished = FinishedRun(path)
+    store = finished.store
+    if not 1 <= k <= store.num_items:
+        raise InputError(f"--k {k}: the catalogue has {store.num_items} items")
+    schema = pa.schema(
+        [("user", pa.string()), ("rank", pa.int32()), ("item", pa.string()), ("score", pa.float32()), ("title", pa.string())]
+    )
+    draft = out.with_name(f".{out.name}.draft")
+    rows = 0
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with pq.ParquetWriter(draft, schema) as writer:
+            for start in track(range(0, store.num_users, 512), "recommending"):
+                users = np.arange(start, min(start + 512, store.num_users))
+                table = _as_table(finished, users, k, schema)
+                rows += len(table)
+                writer.write_table(table, row_group_size=ROWS)
+        os.replace(draft, out)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror or error})") from None
+    finally:
+        draft.unlink(missing_ok=True)
+    return rows
+
+
+def _as_table(finished: FinishedRun, users: np.ndarray, k: int, schema: pa.Schema) -> pa.Table:
+    items, scores = finished.top(users, k)
+    row, rank = (items >= 0).nonzero(as_tuple=True)
+    chosen = items[row, rank].tolist()
+    store = finished.store
+    columns = [
+        [store.user_ids[int(users[r])] for r in row.tolist()],
+        (rank + 1).tolist(),
+        [store.item_ids[item] for item in chosen],
+        scores[row, rank].tolist(),
+        [store.titles[item] for item in chosen],
+    ]
+    return pa.table(dict(zip(schema.names, columns, strict=True)), schema=schema)

@@ -1,0 +1,45 @@
+"""A run in this one process, without Ray: how it is debugged, and how it runs on a bare GPU machine."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from raygrec.progress import progress_bar
+from raygrec.train.assembly import prepare_run
+from raygrec.train.folder import RunFolder
+from raygrec.train.pipeline import run
+from raygrec.train.settings import RunConfig
+
+
+class BarReporter:
+    """Draws one bar per task; a task ends when its last step is told."""
+
+    def __init__(self, bar: Any) -> None:  # noqa: ANN401 - rich's Progress or our stand-in
+        self.bar = bar
+        self.tasks: dict[str, Any] = {}
+
+    def progress(self, task: str, done: int, total: int, note: str = "") -> None:
+        if task not in self.tasks:
+            self.tasks[task] = self.bar.add_task(task, total=total, note=note)
+        self.bar.update(self.tasks[task], completed=done, total=total, note=note)
+        if done >= total:
+            del self.tasks[task]
+
+    def report(self, record: dict[str, Any]) -> None:
+        """Records go to history.jsonl; a terminal shows the bars only."""
+
+
+def train_here(config: RunConfig, resume: bool = False) -> dict[str, Any]:
+    """Trains in this process and returns the final metrics; `InputError` where the run folder is taken."""
+    folder = RunFolder(config.out)
+    folder.start(config, resume)
+    prepare_run(config, folder)
+    with bar_reporter() as reporter:
+        return run(config, folder, reporter, distributed=False)
+
+
+@contextmanager
+def bar_reporter() -> Iterator[BarReporter]:
+    """A reporter that draws for as long as the block runs."""
+    with progress_bar() as bar:
+        yield BarReporter(bar)
