@@ -30,8 +30,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "tags are not allowed, plain values only"
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise InputError(f"{path}{where}: not valid YAML: {problem}") from None
+    except ValueError as error:  # a date or number that only looks like one
+        raise InputError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a mapping of keys to values at the top")
     return content
@@ -46,12 +48,13 @@ def apply_overrides(content: dict[str, Any], overrides: list[str]) -> dict[str, 
             raise InputError(f"override '{override}': expected key.sub=value")
         try:
             parsed = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):
             raise InputError(f"override '{override}': '{value}' is not a YAML value") from None
         node = result
         *parents, leaf = key.split(".")
         for parent in parents:
-            child = node.get(parent) or {}
+            child = node.get(parent)
+            child = {} if child is None else child
             if not isinstance(child, dict):
                 raise InputError(f"override '{override}': '{parent}' is a value, not a section")
             node[parent] = node = {**child}
@@ -60,7 +63,7 @@ def apply_overrides(content: dict[str, Any], overrides: list[str]) -> dict[str, 
 
 
 def validate(model: type[C], content: dict[str, Any], source: str) -> C:
-    """Builds `model` from `content`; `InputError` names `source`, the first wrong key and the nearest known one."""
+    """Builds `model` from `content`; `InputError` names `source`, the first wrong key and the nearest."""
     try:
         return model.model_validate(content)
     except ValidationError as error:
@@ -71,20 +74,20 @@ def _first_problem(model: type[BaseModel], error: ValidationError) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        known = list(_known_keys(model))
-        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-        return f"unknown key '{key}'; the nearest known key is '{nearest[0]}'" if nearest else f"unknown key '{key}'"
+        nearest = difflib.get_close_matches(key, _known_keys(model), n=1, cutoff=0.0)
+        hint = f"; the nearest known key is '{nearest[0]}'" if nearest else ""
+        return f"unknown key '{key}'{hint}"
     if first["type"] == "missing":
         return f"key '{key}' is missing"
-    return f"key '{key}': {first['msg'].removeprefix('Value error, ')} (got {first['input']!r})"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"key '{key}': {message} (got {first['input']!r})" if key else message
 
 
 def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     keys: list[str] = []
     for name, field in model.model_fields.items():
+        keys.append(prefix + name)
         annotation = field.annotation
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             keys += _known_keys(annotation, f"{prefix}{name}.")
-        else:
-            keys.append(prefix + name)
     return keys

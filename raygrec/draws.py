@@ -1,4 +1,4 @@
-"""Random numbers as a pure function of what they are for: no state, no dependence on ranks or batch splits."""
+"""Random numbers as a pure function of what they are for: no state, the same for any batch split."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ _MIX2 = np.uint64(0x94D049BB133111EB)
 
 
 class Draws:
-    """Uniform numbers keyed by (seed, stage, epoch, …) and, entry by entry, by counters such as user and place.
+    """Uniform numbers keyed by (seed, stage, epoch, …) and, entry by entry, by counters such as user, place.
 
     The mixing function is splitmix64's finaliser (Steele et al., OOPSLA 2014), applied once per counter.
     """
@@ -19,7 +19,7 @@ class Draws:
         self.key = _absorb(np.zeros((), dtype=np.uint64), key)
 
     def uniform(self, *counters: np.ndarray | int) -> np.ndarray:
-        """[...] float64 in [0, 1), of the counters' broadcast shape; the same counters give the same number."""
+        """float64 in [0, 1), of the counters' broadcast shape; the same counters give the same number."""
         return (_absorb(self.key, counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def permutation(self, count: int) -> np.ndarray:

@@ -25,14 +25,14 @@ INITIAL_SCALE = 0.1  # standard deviation of the ego embeddings at the start, as
 class LightGCNConfig(StrictConfig):
     """Settings of the pretraining; the defaults were tuned on the validation items of Amazon Beauty."""
 
-    dim: int = Field(64, ge=1)
-    layers: int = Field(3, ge=0)
+    dim: int = Field(128, ge=1)
+    layers: int = Field(4, ge=0)
     lr: float = Field(1e-2, gt=0)
     l2: float = Field(1e-4, ge=0)
     batch_size: int = Field(16384, ge=1)
     negatives: int = Field(1, ge=1)
-    epochs: int = Field(200, ge=1)
-    evaluate_every: int = Field(5, ge=1)
+    epochs: int = Field(50, ge=1)
+    evaluate_every: int = Field(10, ge=1)
     patience: int = Field(3, ge=1)
 
 

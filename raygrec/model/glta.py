@@ -12,12 +12,12 @@ from torch import nn
 
 from raygrec.config import StrictConfig
 from raygrec.data.arrays import CSR
+from raygrec.data.filters import first_occurrences
 from raygrec.draws import Draws
 from raygrec.model.backbone import Backbone
 from raygrec.model.head import LinearHead, Targets, TiedHead, catalogue_cross_entropy
 from raygrec.model.profiles import telling_terms
 from raygrec.model.prompts import (
-    PAD,
     PromptBatch,
     Symbols,
     as_targets,
@@ -109,9 +109,9 @@ class PromptBuilder:
     """Makes the prompts of both alignment stages and of recommending, from arrays alone.
 
     train: CSR of each user's training items. item_tokens / term_tokens: CSR of token ids. item_terms: CSR of
-    term numbers. `written` holds generated texts, (profile, prediction) CSRs of token ids per user, for each of
-    train, valid and test. shown_at_least: [U], how many of a user's first training items a training prompt must
-    show: those that generated texts, or cross-fitted embeddings, were made from.
+    term numbers. `written` holds generated texts, (profile, prediction) CSRs of token ids per user, for each
+    of train, valid and test. shown_at_least: [U], how many of a user's first training items a training prompt
+    must show: those that generated texts, or cross-fitted embeddings, were made from.
     """
 
     def __init__(
@@ -151,7 +151,9 @@ class PromptBuilder:
         place = np.arange(len(items.indices)) - items.indptr[items.rows]
         seen = place < shown[items.rows]
         history = CSR.from_pairs(items.rows[seen], items.indices[seen], len(users))
-        future = CSR.from_pairs(items.rows[~seen], items.indices[~seen], len(users))
+        # An item that came before, shown or not, is no target: it may stand in the prompt.
+        new = ~seen & first_occurrences(items.rows, items.indices)
+        future = CSR.from_pairs(items.rows[new], items.indices[new], len(users))
         kept = draws.uniform(users, DROPOUT) >= self.config.user_dropout
         whole = not self.causal or draws.uniform(WHOLE) < self.config.full_prompts
         return self._assemble(users, history, future, kept, "train", whole=bool(whole))
@@ -167,7 +169,7 @@ class PromptBuilder:
         return self._assemble(users, histories, nothing, np.ones(len(users), dtype=bool), stage, slots)
 
     def alignment(self, items: np.ndarray, draws: Draws) -> PromptBatch:
-        """Stage 2 prompts: the tokens of n items, then their descriptions in shuffled order, each to be matched.
+        """Stage 2 prompts: the tokens of n items, then their descriptions, shuffled, each to be matched.
 
         items: [B, n]. A description sees the item tokens and the descriptions before it; its last position,
         an answer slot, must name its item.
@@ -178,7 +180,8 @@ class PromptBuilder:
         parts = [repeated(self.phrases.begin, batch), _grid(self.symbols.first_item + items)]
         segments = [np.zeros(part.indptr[-1], dtype=np.int64) for part in parts]
         for place in range(count):
-            text = truncated(self.item_tokens.take(asked[:, place]), self.config.alignment_tokens, keep="first")
+            text = self.item_tokens.take(asked[:, place])
+            text = truncated(text, self.config.alignment_tokens, keep="first")
             slot = repeated([self.symbols.first_slot], batch)
             parts += [text, slot]
             segments += [np.full(part.indptr[-1], place + 1) for part in (text, slot)]
@@ -201,7 +204,7 @@ class PromptBuilder:
         return None if self.shown_at_least is None else self.shown_at_least[users]
 
     def _shown(self, users: np.ndarray, lengths: np.ndarray, draws: Draws) -> np.ndarray:
-        """How many of each user's training items the prompt shows; at least one, and one is left to predict."""
+        """How many of each user's items the prompt shows: at least one, and one is left to predict."""
         limit = np.minimum(self.config.slots, lengths - 1)
         if not self.ordered:
             limit = np.maximum((lengths * self.config.holdout).astype(np.int64), np.minimum(1, lengths - 1))
@@ -226,8 +229,8 @@ class PromptBuilder:
         nodes = CSR(history.indptr, history.indices.astype(np.int64) + self.symbols.first_item)
         tail = repeated([], len(users))
         if whole:
-            parts = [*self._texts(users, history, stage), *self._user(users), *self._answer(len(users), slots)]
-            tail = join_rows(parts)
+            texts, user = self._texts(users, history, stage), self._user(users)
+            tail = join_rows([*texts, *user, *self._answer(len(users), slots)])
         symbols = padded(join_rows([opening, nodes, tail]))
         first_node = len(opening[0]) if len(users) else 0
         first_tail = first_node + history.lengths
@@ -261,8 +264,8 @@ class PromptBuilder:
         if texts.source == "generated":
             profile, prediction = (text.take(users) for text in self.written[stage])
         else:
-            decay = texts.decay if self.ordered else 1.0
-            chosen = telling_terms(history, self.item_terms, self.term_weight, texts.terms, texts.terms, decay)
+            decay, count = texts.decay if self.ordered else 1.0, texts.terms
+            chosen = telling_terms(history, self.item_terms, self.term_weight, count, count, decay)
             profile, prediction = (expand(terms, self.term_tokens) for terms in chosen)
         parts: list[CSR] = []
         if texts.profile:
@@ -297,12 +300,11 @@ class PromptBuilder:
             items = np.repeat(future.indices, slots.shape[1])
         if self.causal:
             whole = join_rows([history, truncated(future, 1, keep="first")])
-            row = history.rows
-            offset = np.arange(len(history.indices)) - history.indptr[row]
-            known = whole.indptr[row] + offset + 1 < whole.indptr[row + 1]
-            following = whole.indices[(whole.indptr[row] + offset + 1)[known]]
-            positions = np.concatenate([(first_node[row] + offset)[known], positions])
-            items = np.concatenate([following, items])
+            offset = np.arange(len(whole.indices)) - whole.indptr[whole.rows]
+            following = (offset > 0) & first_occurrences(whole.rows, whole.indices)
+            before = (first_node[whole.rows] + offset - 1)[following]
+            positions = np.concatenate([before, positions])
+            items = np.concatenate([whole.indices[following], items])
         answers, rows = np.unique(positions, return_inverse=True)
         return answers, as_targets(rows, items, len(answers))
 
@@ -357,7 +359,7 @@ class GLTA(nn.Module):
         return self.backbone(self.embed(batch), batch.attention)
 
     def embed(self, batch: PromptBatch) -> torch.Tensor:
-        """Symbols to embeddings [B, T, D]; the three kinds of node replace the token embedding at their places."""
+        """Embeddings [B, T, D] of the symbols: tokens, and in between projected nodes and answer slots."""
         symbols, base = batch.symbols, self.symbols
         is_item = (symbols >= base.first_item) & (symbols < base.first_user)
         is_user = (symbols >= base.first_user) & (symbols < base.first_slot)

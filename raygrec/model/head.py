@@ -46,7 +46,7 @@ def catalogue_cross_entropy(
     """Sum over positions of −Σ_i w_i log softmax(Z)_i, over the full catalogue, in `chunks` equal parts.
 
     The logits of a part are recomputed in the backward pass, so memory is |I| · P / chunks. Every rank must
-    pass the same `chunks`: under ZeRO-3 each part gathers the head. hidden_PD: [P, D]. Returns a scalar in fp32.
+    pass the same `chunks`: under ZeRO-3 each part gathers the head. hidden_PD: [P, D]. Returns fp32 [].
     """
     total = hidden_PD.new_zeros((), dtype=torch.float32)
     size = max(-(-len(hidden_PD) // chunks), 1)
@@ -60,14 +60,19 @@ def catalogue_cross_entropy(
     return total
 
 
-def _chunk_loss(head: nn.Module, hidden_PD: torch.Tensor, items_Id: torch.Tensor, targets: "Targets") -> torch.Tensor:
+def _chunk_loss(
+    head: nn.Module, hidden_PD: torch.Tensor, items_Id: torch.Tensor, targets: "Targets"
+) -> torch.Tensor:
     logits_PI = head(hidden_PD, items_Id).float()
     matched = (logits_PI[targets.rows, targets.items] * targets.weights).sum()
     return logits_PI.logsumexp(dim=1).sum() - matched
 
 
 class Targets:
-    """What answer positions must predict: position p has items `items[indptr[p]:indptr[p+1]]`, weights adding to 1."""
+    """What answer positions must predict: position p has `items[indptr[p]:indptr[p + 1]]`.
+
+    The weights of a position's items add to 1.
+    """
 
     def __init__(self, indptr: torch.Tensor, items: torch.Tensor, weights: torch.Tensor) -> None:
         self.indptr = indptr

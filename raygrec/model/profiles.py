@@ -11,7 +11,7 @@ from raygrec.data.arrays import CSR
 
 
 def inverse_frequency(item_terms: CSR, num_terms: int) -> np.ndarray:
-    """[terms] float32: ln(|I| / items that carry the term); 0 for a term of one item only, it describes no taste."""
+    """[terms] float32: ln(|I| / items that carry the term); 0 for a term of one item: it tells no taste."""
     carriers = np.bincount(np.asarray(item_terms.indices), minlength=num_terms)
     weight = np.log(max(len(item_terms), 1) / np.maximum(carriers, 1)).astype(np.float32)
     weight[carriers < 2] = 0
@@ -23,11 +23,11 @@ def telling_terms(
 ) -> tuple[CSR, CSR]:
     """The `profile` terms that sum up each history and the `prediction` terms that point past it.
 
-    A term scores Σ over the history's items of its inverse frequency. Prediction terms are scored alike with
-    an item's weight falling by `decay` per step back from the newest (1: no order), without the profile's own.
+    A term scores Σ over the history's items of its inverse frequency. Prediction terms are scored alike, with
+    an item's weight falling by `decay` per step back from the newest (1: no order), and are no profile terms.
     Returns two CSRs of term numbers, best first, one row per history.
     """
-    age = histories.lengths[histories.rows] - 1 - (np.arange(len(histories.indices)) - histories.indptr[histories.rows])
+    age = histories.indptr[histories.rows + 1] - 1 - np.arange(len(histories.indices))
     recency = np.power(decay, age)
     carried = item_terms.take(np.asarray(histories.indices))
     rows = histories.rows[carried.rows]
@@ -44,7 +44,7 @@ def telling_terms(
 
 
 def _best_per_row(rows: np.ndarray, scores: np.ndarray, count: int) -> np.ndarray:
-    """Indices of each row's `count` largest positive scores, best first; equal scores keep the given order."""
+    """Indices of each row's `count` largest positive scores, best first; equal ones keep the given order."""
     order = np.lexsort((-scores, rows))
     starts = np.searchsorted(rows[order], rows[order])
     place = np.arange(len(order)) - starts

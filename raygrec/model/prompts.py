@@ -60,7 +60,7 @@ class PromptBatch:
 
     @property
     def attention(self) -> torch.Tensor:
-        """[B, T, T] bool: block-causal between segments, padding attends to itself only."""
+        """[B, T, T] bool: block-causal between segments; no symbol attends to padding."""
         shown = self.symbols != PAD
         allowed = (self.segments[:, :, None] >= self.segments[:, None, :]) & shown[:, None, :]
         return allowed | torch.eye(shown.shape[1], dtype=torch.bool, device=shown.device)
@@ -106,7 +106,7 @@ def padded(rows: CSR, multiple: int = 1) -> np.ndarray:
 
 
 def as_targets(rows: np.ndarray, items: np.ndarray, positions: int) -> Targets:
-    """Targets of `positions` answer positions from (row, item) pairs; each row's items share its weight equally."""
+    """Targets of `positions` answer positions from (row, item) pairs; the items of a row weigh the same."""
     grouped = CSR.from_pairs(rows, items, positions)
     weights = 1.0 / grouped.lengths[grouped.rows]
     return Targets(

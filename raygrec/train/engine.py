@@ -272,6 +272,8 @@ class DeepSpeedEngine:
             target.copy_(value)
         elif kind == "param":
             safe_set_full_fp32_param(parameter, value)
+            if not hasattr(parameter, "ds_id"):  # ZeRO 1 and 2 would refresh the model's copy at the next update only
+                parameter.data.copy_(value)
         else:
             safe_set_full_optimizer_state(parameter, value, kind)
 

@@ -33,8 +33,8 @@ class Stage:
     """What one stage trains on.
 
     name: of its checkpoints and reports. lengths: [n] sort key of the n things (users, or groups of items) that
-    make a prompt, for batches of little padding. build: (things, draws) -> prompts. validate: -> metric to
-    maximise, or None where the last step is the result.
+    make a prompt, for batches of little padding. build: (things, draws) -> prompts. validate: -> metrics, of which
+    `metric` is maximised; None where the last step is the result.
     """
 
     name: str
@@ -44,6 +44,7 @@ class Stage:
     lengths: np.ndarray
     build: Callable[[np.ndarray, Draws], PromptBatch]
     validate: Callable[[], dict[str, float]] | None = None
+    metric: str = "ndcg@10"
 
 
 def epoch_order(lengths: np.ndarray, batch: int, draws: Draws) -> np.ndarray:
@@ -116,7 +117,7 @@ def run_stage(
             }
             if stage.validate and (round(record["epoch"]) % config.evaluate_every == 0 or state.step == total):
                 record["valid"] = stage.validate()
-                _keep_best(stage, engine, folder, state, record["valid"]["ndcg@10"])
+                _keep_best(stage, engine, folder, state, record["valid"][stage.metric])
             state.records += 1
             if rank == 0:
                 folder.report(record)

@@ -106,6 +106,7 @@ def _train_users(
         lengths=np.minimum(builder.train.lengths[trainable], config.model.max_history),
         build=lambda numbers, draws: builder.training(trainable[numbers], draws),
         validate=validate,
+        metric=f"ndcg@{max(config.evaluate.ks)}",
     )
     positions = config.model.slots + (config.model.max_history if builder.causal else 0)
     run_stage(stage, engine, config.seed, folder, reporter, _chunks(config.train, positions))

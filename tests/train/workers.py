@@ -1,0 +1,88 @@
+"""Runs the pipeline on n real worker processes of one gloo group, for tests of distribution."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from raygrec.train.assembly import prepare_run
+from raygrec.train.folder import RunFolder
+from raygrec.train.settings import RunConfig
+
+SCRIPT = """
+import json, os, sys
+import torch
+torch.set_num_threads(1)
+import torch.distributed as dist
+from pathlib import Path
+from raygrec.train.folder import RunFolder
+from raygrec.train import loop, pipeline
+dist.init_process_group("gloo")
+stop = json.loads(sys.argv[2])
+if stop:
+    # Cut off for real: the process ends in the middle of a stage, right after an update.
+    step = loop._step
+    seen = [0]
+    def counted(*arguments):
+        seen[0] += 1
+        if seen[0] > stop:
+            os._exit(9)
+        return step(*arguments)
+    loop._step = counted
+class Silent:
+    def progress(self, *a, **k): pass
+    def report(self, *a, **k): pass
+folder = RunFolder(Path(sys.argv[1]))
+pipeline.run(folder.config(), folder, Silent(), distributed=True)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def run_workers(config: RunConfig, workers: int, stop_after: int = 0) -> RunFolder:
+    """Runs or resumes `config` on `workers` processes; with `stop_after`, all are cut off after that many updates."""
+    folder = RunFolder(config.out)
+    folder.start(config, resume=True)
+    prepare_run(config, folder)
+    port = str(20000 + os.getpid() % 20000 + workers)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, str(config.out), json.dumps(stop_after)],
+            env=os.environ
+            | {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(workers),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "OMP_NUM_THREADS": "1",
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(workers)
+    ]
+    for process in processes:
+        output, _ = process.communicate(timeout=300)
+        if process.returncode != (9 if stop_after else 0):
+            raise AssertionError(f"a worker ended with {process.returncode}:\n{output}")
+    return folder
+
+
+def tiny_config(store: Path, backbone: Path, out: Path, **changes: object) -> RunConfig:
+    """A run of a few dozen updates on the tiny store."""
+    content = {
+        "store": store,
+        "out": out,
+        "graph": {"epochs": 4, "evaluate_every": 2, "dim": 8, "batch_size": 64},
+        "backbone": {"name": str(backbone)},
+        "model": {"slots": 3, "max_history": 6, "alignment_items": 4, "full_prompts": 0.5},
+        "alignment": {"epochs": 2, "batch": 4, "micro_batch": 2, "lr": 0.01},
+        "train": {"epochs": 3, "batch": 12, "micro_batch": 3, "lr": 0.01, "checkpoint_every": 2},
+        "evaluate": {"ks": (2, 3), "batch": 7},
+    }
+    for key, value in changes.items():
+        content[key] = {**content[key], **value} if isinstance(content.get(key), dict) else value
+    return RunConfig.model_validate(content)
