@@ -224,9 +224,10 @@ class DeepSpeedEngine:
     def update(self, lr: float) -> float:
         _set_lr(self.engine.basic_optimizer, lr)
         _set_lr(self.optimizer, lr)
+        plain = [p.grad for p in _trainable(self.model).values() if p.grad is not None and not self._partitioned(p)]
+        norm = nn.utils.get_total_norm(plain) if plain else None
         self.engine.step()
-        norm = self.engine.get_global_grad_norm()
-        norm = float("nan") if norm is None else float(norm)
+        norm = float(self.engine.get_global_grad_norm() if norm is None else norm)
         if not math.isfinite(norm):
             raise NonFiniteError(f"gradient norm is {norm}")
         return norm
@@ -272,7 +273,8 @@ class DeepSpeedEngine:
             target.copy_(value)
         elif kind == "param":
             safe_set_full_fp32_param(parameter, value)
-            if not hasattr(parameter, "ds_id"):  # ZeRO 1 and 2 would refresh the model's copy at the next update only
+            # DeepSpeed would refresh the model's own copy at the next update only.
+            with self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 parameter.data.copy_(value)
         else:
             safe_set_full_optimizer_state(parameter, value, kind)

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,9 @@ class LoopState:
     waited: int = 0
     records: int = 0
     """Lines of history.jsonl that this state has seen."""
-    counts: dict[str, float] = field(default_factory=dict)
+    loss: float = 0.0
+    """Summed over the targets since the last record."""
+    targets: float = 0.0
 
 
 class RunFolder:

@@ -89,7 +89,7 @@ def run_stage(
     steps_per_epoch = len(stage.lengths) // batch
     total = steps_per_epoch * config.epochs
     state = _resume(stage, engine, folder, seed, chunks) or LoopState(stage.name, records=len(folder.history()))
-    losses, counts, tokens, started = [], [], 0, time.monotonic()
+    tokens, started = 0, time.monotonic()
     order = np.zeros((0, batch))
     while state.step < total and state.waited < config.patience:
         epoch, place = divmod(state.step, steps_per_epoch)
@@ -97,9 +97,7 @@ def run_stage(
             order = epoch_order(stage.lengths, batch, Draws(seed, stage.number, epoch, ORDER))
         rate = learning_rate(state.step, total, config)
         loss, count, read, norm = _step(stage, engine, order[place], Draws(seed, stage.number, epoch, place), rate, chunks)
-        losses.append(loss)
-        counts.append(count)
-        tokens += read
+        state.loss, state.targets, tokens = state.loss + loss, state.targets + count, tokens + read
         state.step += 1
         if rank == 0:
             reporter.progress(stage.title, state.step, total, f"loss {loss / max(count, 1):.3f}")
@@ -109,7 +107,7 @@ def run_stage(
                 "stage": stage.name,
                 "step": state.step,
                 "epoch": state.step / steps_per_epoch,
-                "loss": sum(losses) / max(sum(counts), 1),
+                "loss": state.loss / max(state.targets, 1),
                 "lr": rate,
                 "gradient_norm": norm,
                 "tokens_per_second": tokens / (time.monotonic() - started),
@@ -122,7 +120,7 @@ def run_stage(
             if rank == 0:
                 folder.report(record)
                 reporter.report(record)
-            losses, counts, tokens, started = [], [], 0, time.monotonic()
+            state.loss, state.targets, tokens, started = 0.0, 0.0, 0, time.monotonic()
         if ends_epoch or state.step % config.checkpoint_every == 0:
             tensors = engine.state()
             if rank == 0:

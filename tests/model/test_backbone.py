@@ -1,0 +1,276 @@
+import importlib.util
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, ElectraConfig, T5EncoderModel
+
+from raygrec.errors import InputError
+from raygrec.model.backbone import (
+    MINILM_PACKAGE,
+    Backbone,
+    BackboneConfig,
+    generate,
+    load_tokenizer,
+)
+
+KINDS = {"bert": "encoder", "t5": "encoder-decoder", "llama": "decoder"}
+ATTENTIONS = ["sdpa", "eager"]
+SEGMENTS = torch.tensor([0, 0, 1, 1, 1, 2, 2])
+
+needs_minilm = pytest.mark.skipif(
+    importlib.util.find_spec(MINILM_PACKAGE) is None, reason="the extra raygrec[minilm] is not installed"
+)
+needs_data = pytest.mark.skipif("RAYGREC_DATA" not in os.environ, reason="RAYGREC_DATA is not set")
+
+
+def stories() -> str:
+    return str(Path(os.environ["RAYGREC_DATA"]) / "stories260k")
+
+
+def everything(batch: int, length: int) -> torch.Tensor:
+    return torch.ones(batch, length, length, dtype=torch.bool)
+
+
+def block_causal(segments: torch.Tensor, batch: int) -> torch.Tensor:
+    return (segments[:, None] >= segments[None, :]).expand(batch, -1, -1)
+
+
+def assert_nothing_leaks(backbone: Backbone) -> None:
+    """What stands in a later segment changes no earlier hidden state, and does change its own."""
+    torch.manual_seed(1)
+    embeds = torch.randn(2, len(SEGMENTS), backbone.width)
+    mask = block_causal(SEGMENTS, 2)
+    with torch.no_grad():
+        before = backbone(embeds, mask)
+        for segment in (1, 2):
+            changed = embeds.clone()
+            changed[:, segment <= SEGMENTS] = torch.randn(2, int((segment <= SEGMENTS).sum()), backbone.width)
+            after = backbone(changed, mask)
+            assert torch.equal(before[:, segment > SEGMENTS], after[:, segment > SEGMENTS])
+            assert (before - after)[:, segment <= SEGMENTS].abs().amax(-1).min() > 1e-3
+
+
+def assert_padding_changes_nothing(backbone: Backbone) -> None:
+    torch.manual_seed(2)
+    lengths, longest = [3, 7, 5], 7
+    embeds = torch.randn(len(lengths), longest, backbone.width)
+    shown = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    mask = shown[:, None, :] | torch.eye(longest, dtype=torch.bool)
+    with torch.no_grad():
+        together = backbone(embeds, mask)
+        for row, length in enumerate(lengths):
+            alone = backbone(embeds[row : row + 1, :length], everything(1, length))[0]
+            torch.testing.assert_close(together[row, :length], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_family_width_and_vocabulary(kind, backbone_folder):
+    backbone = Backbone(BackboneConfig(name=backbone_folder(kind)))
+    assert (backbone.family, backbone.width, backbone.vocabulary) == (KINDS[kind], 16, 60)
+    table = backbone.model.get_input_embeddings().weight
+    ids = torch.tensor([[3, 4], [59, 0]])
+    assert torch.equal(backbone.embed(ids), table[ids])
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_later_segment_leaks_nothing(kind, attention, backbone_folder):
+    assert_nothing_leaks(Backbone(BackboneConfig(name=backbone_folder(kind), attention=attention)))
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_changes_nothing(kind, attention, backbone_folder):
+    assert_padding_changes_nothing(Backbone(BackboneConfig(name=backbone_folder(kind), attention=attention)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_attentions_agree(kind, backbone_folder):
+    torch.manual_seed(3)
+    embeds = torch.randn(2, len(SEGMENTS), 16)
+    sdpa, eager = (
+        Backbone(BackboneConfig(name=backbone_folder(kind), attention=attention))(
+            embeds, block_causal(SEGMENTS, 2)
+        )
+        for attention in ATTENTIONS
+    )
+    torch.testing.assert_close(sdpa, eager, atol=1e-5, rtol=1e-5)
+
+
+def test_a_decoder_stays_causal_inside_a_segment(backbone_folder):
+    backbone = Backbone(BackboneConfig(name=backbone_folder("llama")))
+    embeds = torch.randn(1, 5, 16)
+    changed = embeds.clone()
+    changed[:, 3] = torch.randn(16)
+    before, after = (backbone(e, everything(1, 5)) for e in (embeds, changed))
+    assert torch.equal(before[:, :3], after[:, :3])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_first_layers_are_those_of_the_whole_model(kind, backbone_folder):
+    folder = backbone_folder(kind)
+    ids = torch.tensor([[5, 8, 2, 40], [7, 7, 1, 9]])
+    whole = (T5EncoderModel if kind == "t5" else AutoModel).from_pretrained(folder)
+    final = {
+        "bert": lambda h: h,
+        "t5": lambda h: whole.encoder.final_layer_norm(h),
+        "llama": lambda h: whole.norm(h),
+    }
+    with torch.no_grad():
+        output = whole(input_ids=ids, output_hidden_states=True)
+        for layers in (1, 2, 3, None):
+            backbone = Backbone(BackboneConfig(name=folder, layers=layers))
+            expected = (
+                output.last_hidden_state if layers in (3, None) else final[kind](output.hidden_states[layers])
+            )
+            hidden = backbone(backbone.embed(ids), everything(2, 4))
+            torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layers", [0, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_that_are_not_there(kind, layers, backbone_folder):
+    with pytest.raises(InputError, match=rf"key 'backbone.layers': {layers} given, '.*' has 3$"):
+        Backbone(BackboneConfig(name=backbone_folder(kind), layers=layers))
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_weights_are_a_function_of_the_seed(kind, attention, backbone_folder, tmp_path):
+    shutil.copytree(backbone_folder(kind), tmp_path, dirs_exist_ok=True)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "dtype": "bfloat16"}))
+    (tmp_path / "model.safetensors").unlink()
+    config = BackboneConfig(name=str(tmp_path), pretrained=False, layers=2, attention=attention)
+    backbones = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        backbones.append(Backbone(config))
+    first, same, other = (torch.cat([p.flatten() for p in b.parameters()]) for b in backbones)
+    assert first.dtype == torch.float32
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+    assert backbones[0].model.config._attn_implementation == attention
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_reach_the_embeddings_and_not_a_frozen_backbone(kind, backbone_folder):
+    backbone = Backbone(BackboneConfig(name=backbone_folder(kind))).freeze()
+    embeds = torch.randn(1, 4, 16, requires_grad=True)
+    backbone(embeds, everything(1, 4)).square().sum().backward()
+    assert embeds.grad.abs().min() > 0
+    assert all(p.grad is None and not p.requires_grad for p in backbone.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_mode_is_deterministic_and_checkpointing_changes_no_gradient(kind, backbone_folder):
+    """The saved models have dropout 0.5, which must be off: `train()` is what turns checkpointing on."""
+    backbone = Backbone(BackboneConfig(name=backbone_folder(kind))).freeze()
+    torch.manual_seed(4)
+    embeds = torch.randn(2, len(SEGMENTS), 16)
+    results = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
+            backbone.model.train()
+        leaf = embeds.clone().requires_grad_()
+        hidden = backbone(leaf, block_causal(SEGMENTS, 2))
+        hidden.square().sum().backward()
+        results.append((hidden.detach(), leaf.grad))
+    torch.testing.assert_close(*results)
+    assert backbone.model.training
+
+
+def test_names_that_are_no_backbone(tmp_path):
+    missing = str(tmp_path / "missing")
+    for call in (lambda: Backbone(BackboneConfig(name=missing)), lambda: load_tokenizer(missing)):
+        with pytest.raises(InputError) as error:
+            call()
+        assert str(error.value).startswith(f"backbone '{missing}': no such folder or model")
+        assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="no such folder or model"):
+        generate(missing, [[1]], 1)
+
+
+def test_a_model_type_whose_masks_nobody_checked_is_refused(tmp_path):
+    ElectraConfig(vocab_size=10, hidden_size=8, num_attention_heads=1).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"is of type 'electra'; expected one of bert, .*, llama"):
+        Backbone(BackboneConfig(name=str(tmp_path), pretrained=False))
+
+
+def test_weights_that_cannot_be_read(backbone_folder, tmp_path):
+    shutil.copytree(backbone_folder("bert"), tmp_path, dirs_exist_ok=True)
+    for damage in (lambda file: file.write_bytes(b"\x08" + bytes(30)), lambda file: file.unlink()):
+        damage(tmp_path / "model.safetensors")
+        with pytest.raises(InputError, match=r"^backbone '.*' with attention 'sdpa' does not load: .+$"):
+            Backbone(BackboneConfig(name=str(tmp_path)))
+
+
+def test_encoders_do_not_generate(backbone_folder):
+    for kind in ("bert", "t5"):
+        with pytest.raises(
+            InputError, match=rf"\({kind}\) cannot generate: use model.texts.source=extracted"
+        ):
+            generate(backbone_folder(kind), [[1, 2]], 3)
+
+
+@needs_minilm
+def test_minilm_is_itself_and_keeps_to_the_mask():
+    backbone = Backbone(BackboneConfig(layers=2)).freeze()
+    assert (backbone.family, backbone.width) == ("encoder", 384)
+    folder = Path(importlib.util.find_spec(MINILM_PACKAGE).origin).parent / "model"
+    ids = torch.tensor([load_tokenizer("minilm").encode("a blue whale sings")])
+    with torch.no_grad():
+        whole = AutoModel.from_pretrained(folder)(input_ids=ids, output_hidden_states=True)
+        hidden = backbone(backbone.embed(ids), everything(1, ids.shape[1]))
+    torch.testing.assert_close(hidden, whole.hidden_states[2], atol=1e-5, rtol=1e-4)
+    assert_nothing_leaks(backbone)
+    assert_padding_changes_nothing(backbone)
+
+
+def assert_generates_as_the_model_alone(
+    folder: str, prompts: list[list[int]], tokens: int
+) -> list[list[int]]:
+    """In one batch (padded on the left), in several and alone; returns the continuations."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    length = {"min_new_tokens": tokens, "max_new_tokens": tokens}
+    expected = [
+        model.generate(torch.tensor([prompt]), do_sample=False, pad_token_id=0, **length)[
+            0, len(prompt) :
+        ].tolist()
+        for prompt in prompts
+    ]
+    assert generate(folder, prompts, tokens) == expected
+    assert generate(folder, prompts, tokens, batch_size=2) == expected
+    assert generate(folder, prompts[1:2], tokens) == expected[1:2]
+    return expected
+
+
+def test_generation_does_not_depend_on_the_batch(backbone_folder):
+    answers = assert_generates_as_the_model_alone(
+        backbone_folder("llama"), [[5, 9, 30], [7], [8, 8, 41, 2, 17]], 6
+    )
+    assert len({tuple(answer) for answer in answers}) == 3
+
+
+@pytest.mark.data
+@needs_data
+def test_generation_of_a_real_model():
+    tokenizer = load_tokenizer(stories())
+    texts = ["Once upon a time", "Lily", "The big red dog ran to the park and", "Tom saw a"]
+    prompts = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    answers = assert_generates_as_the_model_alone(stories(), prompts, 12)
+    assert tokenizer.decode(answers[0]).strip().startswith(", there was")
+
+
+@pytest.mark.data
+@needs_data
+def test_a_real_decoder_keeps_to_the_mask():
+    backbone = Backbone(BackboneConfig(name=stories())).freeze()
+    assert backbone.family == "decoder"
+    assert_nothing_leaks(backbone)
+    assert_padding_changes_nothing(backbone)

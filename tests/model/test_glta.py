@@ -1,0 +1,562 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.nn import functional
+from transformers import PreTrainedTokenizerFast
+
+from raygrec.data.arrays import CSR
+from raygrec.draws import Draws
+from raygrec.graph.lightgcn import propagate_users
+from raygrec.model.backbone import Backbone, BackboneConfig
+from raygrec.model.glta import GLTA, GLTAConfig, Phrases, ProfileConfig, PromptBuilder, token_scale
+from raygrec.model.prompts import PAD, PromptBatch, Symbols
+
+WORDS = ["[PAD]", "[CLS]", "history", ":", ";", "likes", "wants", "user", "next", ",", *"0123456789"]
+TEXT, ITEMS = 60, 20  # token ids below 20 are WORDS, 20 + i is the one word of item i
+NO_TEXTS = ProfileConfig(profile=False, prediction=False)
+
+Answers = dict[int, dict[int, float]]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, "[PAD]"))
+    # Digits and signs stand alone: "12" is two tokens.
+    words.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.Digits(individual_digits=True)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=words, cls_token="[CLS]", pad_token="[PAD]")
+
+
+def builder(
+    train: CSR | list[list[int]],
+    ordered: bool = True,
+    slots: int = 2,
+    item_terms: list[list[int]] | None = None,
+    weight: list[float] | None = None,
+    term_tokens: list[list[int]] | None = None,
+    **settings: object,
+) -> PromptBuilder:
+    """Without `item_terms`, the one term of item i is i, of weight 1, written as token 20 + i."""
+    config = GLTAConfig(slots=slots, **settings)
+    train = train if isinstance(train, CSR) else CSR.from_lists(train)
+    item_terms = item_terms or [[item] for item in range(ITEMS)]
+    term_tokens = term_tokens or [[20 + term] for term in range(ITEMS)]
+    return PromptBuilder(
+        config,
+        Symbols(TEXT, ITEMS, len(train), slots),
+        Phrases(tokenizer(), config),
+        train,
+        ordered,
+        CSR.from_lists([[20 + item] * (item % 4) for item in range(ITEMS)]),
+        CSR.from_lists(item_terms),
+        CSR.from_lists(term_tokens),
+        np.array(weight or [1.0] * len(term_tokens), dtype=np.float32),
+    )
+
+
+def answers(batch: PromptBatch) -> list[Answers]:
+    """For each prompt, column -> {item: weight} of its answer positions."""
+    width = batch.symbols.shape[1]
+    found: list[Answers] = [{} for _ in batch.symbols]
+    for place, row in enumerate(batch.targets.rows.tolist()):
+        prompt, column = divmod(int(batch.answers[row]), width)
+        item, weight = int(batch.targets.items[place]), float(batch.targets.weights[place])
+        found[prompt].setdefault(column, {})[item] = weight
+    return found
+
+
+def prompts(batch: PromptBatch) -> list[list[int]]:
+    return [row[row != PAD].tolist() for row in batch.symbols]
+
+
+def histories(batch: PromptBatch) -> list[list[int]]:
+    return [part.tolist() for part in batch.history.split(batch.history_indptr.diff().tolist())]
+
+
+def columns(batch: PromptBatch) -> torch.Tensor:
+    return batch.slots - torch.arange(len(batch.slots))[:, None] * batch.symbols.shape[1]
+
+
+def random_rows(seed: int, users: int = 30, repeats: bool = False) -> CSR:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(0, 12, users)
+    if repeats:
+        return CSR.from_lists([rng.integers(0, ITEMS // 2, length) for length in lengths])
+    return CSR.from_lists([rng.permutation(ITEMS)[:length] for length in lengths])
+
+
+# ---- recommending and training prompts
+
+
+def test_a_training_prompt_by_hand():
+    terms = [[] for _ in range(ITEMS)]
+    terms[3], terms[5], terms[7], terms[2] = [0], [0, 1], [2], [2]
+    prompter = builder(
+        [[4], [3, 5, 7, 2]],
+        item_terms=terms,
+        weight=[1.0, 0.5, 9.0],
+        term_tokens=[[20], [21, 22], [23]],
+        texts=ProfileConfig(terms=1),
+        full_prompts=1.0,
+        max_history=6,
+    )
+    draws = next(
+        d for d in map(Draws, range(50)) if histories(prompter.training(np.array([1]), d)) == [[3, 5]]
+    )
+    batch = prompter.training(np.array([1, 0]), draws)
+    item, user, slot = TEXT, TEXT + ITEMS, TEXT + ITEMS + 2
+    assert (prompter.symbols.first_item, prompter.symbols.first_user, prompter.symbols.first_slot) == (
+        item,
+        user,
+        slot,
+    )
+    # Items 3 and 5 share term 0 (score 2): it is the profile; the prediction is term 1, two tokens. Term 2,
+    # the heaviest, belongs to the targets 7 and 2 and must not be there.
+    likes, wants, who, then = [4, 5], [4, 6], [4, 7], [4, 8, 3]
+    start = [1, 2, 3]
+    full = [*start, item + 3, item + 5, *likes, 20, *wants, 21, 22, *who, user + 1, *then, slot, slot + 1]
+    lone = [*start, item + 4, *likes, *wants, *who, user + 0, *then, slot, slot + 1]
+    assert prompts(batch) == [full, lone]
+    tail = len(full) - 5
+    assert batch.segments[0].tolist() == [0, 0, 0, 1, 2] + [7] * tail
+    assert batch.segments[1, :5].tolist() == [0, 0, 0, 1, 7]
+    assert columns(batch).tolist() == [[len(full) - 2, len(full) - 1], [len(lone) - 2, len(lone) - 1]]
+    first, second = columns(batch)[0].tolist()
+    assert answers(batch) == [{3: {5: 1.0}, 4: {7: 1.0}, first: {7: 1.0}, second: {2: 1.0}}, {}]
+    assert batch.answers.tolist() == sorted(batch.answers.tolist())
+    assert histories(batch) == [[3, 5], [4]]
+
+
+def test_only_slots_answer_without_history_loss():
+    prompter = builder([[3, 5, 7]], history_loss=False, texts=NO_TEXTS, slots=1)
+    batch = prompter.training(np.array([0]), Draws(0))
+    assert answers(batch) == [{int(columns(batch)[0, 0]): {7: 1.0}}]
+    assert batch.segments.unique().tolist() == [0]
+
+
+def test_history_only_prompts_train_every_position():
+    prompter = builder([[3, 5, 7, 2], [6, 1], [9], []], full_prompts=1e-9, slots=1)
+    batch = prompter.training(np.arange(4), Draws(0))
+    shown = [[1, 2, 3, *(TEXT + i for i in items)] for items in ([3, 5, 7], [6], [9], [])]
+    assert prompts(batch) == shown
+    assert answers(batch) == [{3: {5: 1.0}, 4: {7: 1.0}, 5: {2: 1.0}}, {3: {1: 1.0}}, {}, {}]
+    assert batch.slots.shape == (4, 0)
+
+
+def test_the_share_of_whole_prompts():
+    prompter = builder([[3, 5, 7, 2]], full_prompts=0.25)
+    whole = [prompter.training(np.array([0]), Draws(0, 0, step)).slots.shape[1] > 0 for step in range(600)]
+    assert abs(np.mean(whole) - 0.25) < 5 * np.sqrt(0.25 * 0.75 / 600)
+
+
+def test_history_is_cut_to_its_newest_items():
+    prompter = builder([list(range(10))], max_history=3, full_prompts=1.0, slots=1, texts=NO_TEXTS)
+    batch = prompter.training(np.array([0]), Draws(0))
+    assert histories(batch) == [[6, 7, 8]]
+    assert answers(batch)[0] == {3: {7: 1.0}, 4: {8: 1.0}, 5: {9: 1.0}, int(columns(batch)[0, 0]): {9: 1.0}}
+    assert batch.segments.max() == 4
+
+
+SETTINGS = {
+    "ordered": {"ordered": True},
+    "ordered, short": {"ordered": True, "max_history": 3},
+    "ordered, slots only": {"ordered": True, "history_loss": False},
+    "ordered, histories only": {"ordered": True, "full_prompts": 1e-9},
+    "unordered": {"ordered": False},
+    "unordered, sampled": {"ordered": False, "targets": "sampled"},
+    "unordered, most held out": {"ordered": False, "holdout": 0.9, "max_history": 2},
+}
+
+
+@pytest.mark.parametrize("repeats", [False, True], ids=["distinct", "repeats"])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_no_answer_stands_where_its_position_can_see_it(settings, repeats):
+    """METHODS, trap 3: not as history, not through the user, not in a text; over many draws."""
+    for seed in range(12):
+        train = random_rows(seed, repeats=repeats)
+        prompter = builder(train, slots=3, **{"full_prompts": 1.0, **settings})
+        users = np.random.default_rng(seed).permutation(len(train))
+        batch = prompter.training(users, Draws(seed))
+        attention = batch.attention
+        slots = columns(batch)
+        for row, (wanted, shown) in enumerate(zip(answers(batch), histories(batch), strict=True)):
+            assert set(shown) <= set(train[users[row]].tolist())
+            for column, items in wanted.items():
+                assert sum(items.values()) == pytest.approx(1)
+                seen = set(batch.symbols[row][attention[row, column]].tolist())
+                assert not seen & {TEXT + item for item in items}
+                assert not seen & {20 + item for item in items}
+                if column in slots[row]:
+                    assert not set(items) & set(shown)  # what the leave-one-out user vector is made of
+                else:
+                    assert max(seen) < prompter.symbols.first_user
+                    assert batch.symbols[row, column] >= prompter.symbols.first_item
+        if "max_history" not in settings:
+            texts = [{t - 20 for t in p if 20 <= t < 20 + ITEMS} for p in prompts(batch)]
+            assert all(text <= set(shown) for text, shown in zip(texts, histories(batch), strict=True))
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_every_user_with_two_items_has_a_target_and_every_count_is_drawn(ordered):
+    train = CSR.from_lists([list(range(length)) for length in range(13)])
+    prompter = builder(train, ordered, slots=3, full_prompts=1.0, holdout=0.5)
+    shown = {length: set() for length in range(13)}
+    for seed in range(80):
+        batch = prompter.training(np.arange(13), Draws(seed))
+        for length, (history, wanted) in enumerate(zip(histories(batch), answers(batch), strict=True)):
+            shown[length].add(len(history))
+            assert bool(wanted) == (length >= 2)
+    assert shown[0] == {0}
+    assert shown[1] == {1}
+    assert shown[2] == {1}
+    assert shown[12] == ({9, 10, 11} if ordered else set(range(6, 12)))
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_items_that_texts_or_embeddings_were_made_from_are_shown(ordered):
+    """`shown_at_least`: a user's first items are history in every training prompt, never a slot's target."""
+    train = CSR.from_lists([list(np.random.default_rng(u).permutation(ITEMS)[:u]) for u in range(12)])
+    prompter = builder(train, ordered, slots=4, full_prompts=1.0, holdout=0.9)
+    prompter.shown_at_least = train.lengths - train.lengths // 2
+    drawn = Counter()
+    for seed in range(40):
+        batch = prompter.training(np.arange(12), Draws(seed))
+        slots = columns(batch)
+        for user, (shown, wanted) in enumerate(zip(histories(batch), answers(batch), strict=True)):
+            first = train[user][: prompter.shown_at_least[user]].tolist()
+            assert shown[: len(first)] == first
+            targets = {i for column, items in wanted.items() if column in slots[user] for i in items}
+            assert not targets & set(first)
+            drawn.update([(user, len(shown))])
+    assert {count for user, count in drawn if user == 11} == ({7, 8, 9, 10} if ordered else set(range(6, 11)))
+
+
+def test_repeated_items_are_no_targets():
+    prompter = builder([[3, 5, 3, 3, 7]], slots=1, full_prompts=1.0, texts=NO_TEXTS)
+    batch = prompter.training(np.array([0]), Draws(0))
+    assert histories(batch) == [[3, 5, 3, 3]]
+    assert answers(batch) == [{3: {5: 1.0}, 6: {7: 1.0}, int(columns(batch)[0, 0]): {7: 1.0}}]
+    nothing_new = builder([[3, 3]], slots=1, full_prompts=1.0).training(np.array([0]), Draws(0))
+    assert answers(nothing_new) == [{}]
+
+
+def test_unordered_targets_all_and_sampled():
+    """Same draws, same history; `sampled` gives slot j one of the items that `all` gives every slot."""
+    train = CSR.from_lists([np.random.default_rng(u).permutation(ITEMS)[:9] for u in range(20)])
+    batches = {
+        kind: builder(train, False, targets=kind, slots=3).training(np.arange(20), Draws(5))
+        for kind in ("all", "sampled")
+    }
+    assert prompts(batches["all"]) == prompts(batches["sampled"])
+    for user, (every, one) in enumerate(zip(*map(answers, batches.values()), strict=True)):
+        future = set(train[user].tolist()) - set(histories(batches["all"])[user])
+        slots = columns(batches["all"])[user].tolist()
+        assert every == {slot: {item: pytest.approx(1 / len(future)) for item in future} for slot in slots}
+        picked = [item for slot in slots for item in one.get(slot, {})]
+        assert len(picked) == len(set(picked)) == min(3, len(future))
+        assert set(picked) <= future
+        assert list(one) == slots[: len(picked)]
+
+
+def test_unordered_histories_and_sampled_slots_are_uniform():
+    users = 4000
+    prompter = builder(
+        CSR.from_lists([[0, 1, 2, 3]] * users), False, targets="sampled", slots=2, texts=NO_TEXTS
+    )
+    batch = prompter.training(np.arange(users), Draws(1))
+    first_slot, first_shown = Counter(), Counter(history[0] for history in histories(batch))
+    for slots, wanted in zip(columns(batch).tolist(), answers(batch), strict=True):
+        first_slot.update(wanted[slots[0]])
+    for counts in (first_slot, first_shown):
+        assert sum(counts.values()) == users
+        assert all(abs(counts[item] - users / 4) < 5 * np.sqrt(users * 3 / 16) for item in range(4))
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_prompt_does_not_depend_on_its_batch(ordered):
+    train = random_rows(3)
+    prompter = builder(train, ordered, slots=3, full_prompts=1.0, user_dropout=0.5)
+    users, draws = np.array([7, 2, 29, 11, 0]), Draws(9, 1)
+
+    def described(batch: PromptBatch) -> list[tuple]:
+        segments = [s[: len(p)].tolist() for s, p in zip(batch.segments, prompts(batch), strict=True)]
+        kept, slots = batch.user_kept.tolist(), columns(batch).tolist()
+        return list(zip(prompts(batch), segments, histories(batch), answers(batch), kept, slots, strict=True))
+
+    together = described(prompter.training(users, draws))
+    parts = [
+        part
+        for split in ([7], [2, 29], [11, 0])
+        for part in described(prompter.training(np.array(split), draws))
+    ]
+    assert together == parts
+
+
+def test_recommending_shows_the_given_histories_and_asks_for_the_given_slots():
+    prompter = builder([[3], [5]], slots=3, texts=NO_TEXTS, max_history=2)
+    batch = prompter.recommending(np.array([1, 0]), CSR.from_lists([[5, 8, 9], []]), slots=1)
+    slot, user = prompter.symbols.first_slot, prompter.symbols.first_user
+    assert prompts(batch) == [
+        [1, 2, 3, TEXT + 8, TEXT + 9, 4, 7, user + 1, 4, 8, 3, slot],
+        [1, 2, 3, 4, 7, user, 4, 8, 3, slot],
+    ]
+    assert batch.slots.tolist() == [[11], [12 + 9]]
+    assert not set(batch.answers.tolist()) & set(batch.slots.flatten().tolist())
+    assert batch.user_kept.all()
+    assert prompter.recommending(np.array([1]), CSR.from_lists([[5]])).slots.shape == (1, 3)
+
+
+def test_the_user_as_text_or_not_at_all():
+    train = [[3, 5]] * 13
+    as_text = builder(train, user_token="id", texts=NO_TEXTS, slots=1)
+    history = CSR.from_lists([[3], [3]])
+    digits = {1: [11], 12: [11, 12]}
+    for user, row in zip((1, 12), prompts(as_text.recommending(np.array([1, 12]), history)), strict=True):
+        assert row == [1, 2, 3, TEXT + 3, 4, 7, *digits[user], 4, 8, 3, as_text.symbols.first_slot]
+    without = builder(train, user_token="none", texts=NO_TEXTS, slots=1)
+    assert prompts(without.recommending(np.array([1, 12]), history))[1][4:7] == [4, 8, 3]
+
+
+@pytest.mark.parametrize(("profile", "prediction"), [(True, False), (False, True)])
+def test_each_text_can_be_left_out(profile, prediction):
+    texts = ProfileConfig(profile=profile, prediction=prediction, terms=1)
+    prompter = builder([[3, 5]], texts=texts, user_token="none", slots=1)
+    row = prompts(prompter.recommending(np.array([0]), CSR.from_lists([[3, 5]])))[0]
+    # Equal scores: the profile is the lower term, 3; the prediction is the newest of the others, 5.
+    assert row[5:8] == ([4, 5, 23] if profile else [4, 6, 25])
+    assert row[8:] == [4, 8, 3, prompter.symbols.first_slot]
+
+
+@pytest.mark.parametrize(("ordered", "wanted"), [(True, 7), (False, 5)])
+def test_only_ordered_histories_weigh_their_newest_items_more(ordered, wanted):
+    weight = [1.0] * ITEMS
+    weight[3], weight[5], weight[7] = 3.0, 1.0, 0.8  # with decay 0.5 item 5 falls to 0.5
+    texts = ProfileConfig(terms=1, decay=0.5)
+    prompter = builder([[3, 5, 7]], ordered, texts=texts, weight=weight, user_token="none", slots=1)
+    row = prompts(prompter.recommending(np.array([0]), CSR.from_lists([[3, 5, 7]])))[0]
+    assert row[6:12] == [4, 5, 20 + 3, 4, 6, 20 + wanted]
+
+
+def test_generated_texts_are_those_of_the_stage_and_user():
+    prompter = builder(
+        [[3, 5], [5, 3]],
+        texts=ProfileConfig(source="generated"),
+        user_token="none",
+        slots=1,
+        full_prompts=1.0,
+    )
+    for number, stage in enumerate(("train", "valid", "test")):
+        base = 20 + 10 * number
+        prompter.written[stage] = tuple(CSR.from_lists([[base + n], [base + n + 1, base]]) for n in (1, 5))
+    history = CSR.from_lists([[3]])
+    for stage, base in (("valid", 30), ("test", 40)):
+        row = prompts(prompter.recommending(np.array([1]), history, stage))[0]
+        assert row[4:-4] == [4, 5, base + 2, base, 4, 6, base + 6, base]
+    row = prompts(prompter.training(np.array([1, 0]), Draws(0)))[0]
+    assert row[4:-4] == [4, 5, 22, 20, 4, 6, 26, 20]
+
+
+# ---- item-text alignment
+
+
+def test_alignment_prompts_ask_for_the_item_of_each_description():
+    prompter = builder([[1]], alignment_tokens=2)
+    items = np.random.default_rng(0).permutation(ITEMS).reshape(4, 5)
+    batch = prompter.alignment(items, Draws(3))
+    item, slot = prompter.symbols.first_item, prompter.symbols.first_slot
+    attention, orders = batch.attention, set()
+    for row in range(4):
+        symbols = batch.symbols[row].tolist()
+        assert symbols[:6] == [1, *(item + i for i in items[row])]
+        asked = []
+        for column, wanted in answers(batch)[row].items():
+            [(target, weight)] = wanted.items()
+            asked.append(target)
+            assert (symbols[column], weight) == (slot, 1.0)
+            length = min(target % 4, 2)  # the text of item i is its word, i % 4 times
+            assert symbols[column - length : column] == [20 + target] * length
+            seen = batch.symbols[row][attention[row, column]].tolist()
+            texts = {number - 20 for number in seen if 20 <= number < 20 + ITEMS}
+            assert texts == {i for i in asked if i % 4}  # its own and earlier descriptions, no later ones
+            assert {number - item for number in seen if item <= number < item + ITEMS} == set(items[row])
+        assert sorted(asked) == sorted(items[row])
+        assert list(answers(batch)[row]) == columns(batch)[row].tolist()
+        orders.add(tuple(items[row].tolist().index(i) for i in asked))
+    assert len(orders) > 1  # shuffled, and not alike in every prompt
+    assert batch.answers.tolist() == batch.slots.flatten().tolist()
+
+
+def test_alignment_shuffles_uniformly_and_by_the_draws():
+    prompter = builder([[1]])
+    items = np.tile(np.arange(3), (1, 1))
+    orders = Counter(tuple(prompter.alignment(items, Draws(s)).targets.items.tolist()) for s in range(1200))
+    assert len(orders) == 6
+    assert all(abs(count - 200) < 5 * np.sqrt(1200 * 5 / 36) for count in orders.values())
+    one, two = (prompter.alignment(items, Draws(4)) for _ in range(2))
+    assert torch.equal(one.symbols, two.symbols)
+
+
+# ---- the model
+
+
+@pytest.fixture(scope="module")
+def backbone(backbone_folder):
+    return Backbone(BackboneConfig(name=backbone_folder("bert"), layers=2))
+
+
+def model_of(prompter: PromptBuilder, backbone: Backbone) -> GLTA:
+    torch.manual_seed(5)
+    users, items, shares = (
+        torch.randn(prompter.symbols.users, 4),
+        torch.randn(ITEMS, 4),
+        torch.randn(ITEMS, 4),
+    )
+    scale = token_scale(backbone.model.get_input_embeddings().weight)
+    return GLTA(prompter.config, backbone, prompter.symbols, items, users * 3, shares, scale)
+
+
+def test_token_scale():
+    assert token_scale(torch.tensor([[3.0, -4.0], [0.0, 5.0]])) == pytest.approx(12.5**0.5)
+
+
+@pytest.mark.parametrize("head", ["linear", "tied"])
+def test_logits_cover_slots_and_catalogue(head, backbone):
+    prompter = builder([[3, 5, 7], [2]], slots=3, head=head)
+    model = model_of(prompter, backbone)
+    batch = prompter.recommending(np.arange(2), CSR.from_lists([[3], [2, 4, 5]]))
+    with torch.no_grad():
+        logits = model.slot_logits(batch)
+        assert logits.shape == (2, 3, ITEMS)
+        torch.testing.assert_close(model.slot_logits(batch, 1), logits[:, :1])
+        hidden = model.hidden(batch)
+        row, slot = 1, 2
+        position = int(columns(batch)[row, slot])
+        alone = model.head(hidden[row, position][None], model.item_nodes)[0]
+    torch.testing.assert_close(logits[row, slot], alone)
+
+
+def test_every_symbol_is_embedded_as_its_kind(backbone):
+    prompter = builder([[3, 5], [2, 4]], user_vector="full", texts=NO_TEXTS)
+    model = model_of(prompter, backbone)
+    batch = prompter.recommending(np.array([1, 0]), CSR.from_lists([[3, 9], [2]]))
+    base = prompter.symbols
+    with torch.no_grad():
+        embeds = model.embed(batch)
+        for row, symbols in enumerate(prompts(batch)):
+            for column, symbol in enumerate(symbols):
+                if symbol < base.first_item:
+                    expected = backbone.embed(torch.tensor(symbol))
+                elif symbol < base.first_user:
+                    expected = model.item_projector(model.item_nodes[symbol - base.first_item])
+                elif symbol < base.first_slot:
+                    expected = model.user_projector(model.user_nodes[symbol - base.first_user])
+                else:
+                    expected = model.answer_slots.weight[symbol - base.first_slot]
+                torch.testing.assert_close(embeds[row, column], expected)
+
+
+def test_leave_out_vectors_are_the_propagated_shown_histories(backbone):
+    prompter = builder(
+        random_rows(1, users=12), user_vector="leave_out", slots=2, max_history=4, full_prompts=1.0
+    )
+    model = model_of(prompter, backbone)
+    batch = prompter.training(np.arange(12), Draws(0))
+    shown = CSR(batch.history_indptr.numpy(), batch.history.numpy())
+    assert 0 in shown.lengths
+    with torch.no_grad():
+        embeds = model.embed(batch)[
+            batch.symbols.ge(prompter.symbols.first_user) & batch.symbols.lt(prompter.symbols.first_slot)
+        ]
+        expected = model.user_projector(propagate_users(model.item_shares, shown))
+    torch.testing.assert_close(embeds, expected)
+
+
+def test_leave_out_does_not_read_the_pretrained_user(backbone):
+    prompter = builder([[3, 5, 7]], user_vector="leave_out", full_prompts=1.0)
+    model = model_of(prompter, backbone)
+    batch = prompter.training(np.array([0]), Draws(0))
+    before = model(batch)
+    model.user_nodes.add_(1.0)
+    assert torch.equal(model(batch), before)
+
+
+@pytest.mark.parametrize("vector", ["full", "leave_out", "cross_fit"])
+def test_user_dropout_leaves_the_bias_alone(vector, backbone):
+    prompter = builder(
+        [[3, 5, 7]] * 400, user_vector=vector, user_dropout=0.3, texts=NO_TEXTS, full_prompts=1.0
+    )
+    model = model_of(prompter, backbone)
+    model.user_projector.bias.data.normal_()
+    batch = prompter.training(np.arange(400), Draws(2))
+    dropped = ~batch.user_kept
+    assert abs(float(dropped.float().mean()) - 0.3) < 5 * np.sqrt(0.21 / 400)
+    is_user = batch.symbols.ge(prompter.symbols.first_user) & batch.symbols.lt(prompter.symbols.first_slot)
+    with torch.no_grad():
+        tokens = model.embed(batch)[is_user]
+    bias = model.user_projector.bias
+    torch.testing.assert_close(tokens[dropped], bias.expand(int(dropped.sum()), -1))
+    assert (tokens[~dropped] - bias).abs().amax(1).min() > 0
+
+
+@pytest.mark.parametrize("user_token", ["aligned", "id", "none"])
+def test_gradients_reach_the_trained_parts_only(user_token, backbone):
+    prompter = builder([[3, 5, 7], [2, 4]], user_token=user_token, full_prompts=1.0, slots=1)
+    model = model_of(prompter, backbone)
+    model(prompter.training(np.arange(2), Draws(0)), chunks=2).backward()
+    reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    trained = {name for name, _ in model.named_parameters() if not name.startswith("backbone.")}
+    unread = set() if user_token == "aligned" else {"user_projector.weight", "user_projector.bias"}
+    assert reached == trained - unread
+
+
+@pytest.mark.parametrize("head", ["linear", "tied"])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_the_loss_of_a_batch_is_the_sum_of_its_prompts_losses(settings, head, backbone):
+    """Against one unpadded prompt at a time, position by position, with torch's cross-entropy."""
+    train = random_rows(2, users=8)
+    prompter = builder(train, slots=3, head=head, **{"full_prompts": 1.0, **settings})
+    model = model_of(prompter, backbone)
+    batch = prompter.training(np.arange(8), Draws(1))
+    slow = torch.zeros(())
+    with torch.no_grad():
+        for user in range(8):
+            one = prompter.training(np.array([user]), Draws(1))
+            hidden = model.hidden(one)[0]
+            for column, wanted in answers(one)[0].items():
+                target = torch.zeros(ITEMS)
+                target[list(wanted)] = torch.tensor(list(wanted.values()))
+                slow += functional.cross_entropy(
+                    model.head(hidden[column][None], model.item_nodes)[0], target
+                )
+        for chunks in (1, 3):
+            torch.testing.assert_close(model(batch, chunks), slow, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5", "llama"])
+def test_a_history_position_knows_nothing_of_what_follows(kind, backbone_folder):
+    prompter = builder([[3, 5, 7, 2], [9, 4]], full_prompts=1.0)
+    model = model_of(prompter, Backbone(BackboneConfig(name=backbone_folder(kind))))
+    histories = CSR.from_lists([[3, 5, 7, 2], [3, 5, 11, 12]])
+    with torch.no_grad():
+        hidden = model.hidden(prompter.recommending(np.arange(2), histories))
+    same, rest = slice(0, 5), slice(5, 7)  # the opening and items 3 and 5, then the two others
+    torch.testing.assert_close(hidden[0, same], hidden[1, same], rtol=0, atol=1e-6)
+    assert (hidden[0, rest] - hidden[1, rest]).abs().amax(1).min() > 1e-3
+
+
+def test_a_batch_without_targets_has_a_loss_of_zero_that_can_be_stepped(backbone):
+    prompter = builder([[3], []], full_prompts=1.0)
+    model = model_of(prompter, backbone)
+    loss = model(prompter.training(np.arange(2), Draws(0)))
+    loss.backward()
+    assert loss == 0
+
+
+def test_node_embeddings_are_scaled_and_stay_out_of_the_saved_weights(backbone):
+    model = model_of(builder([[3, 5]] * 50), backbone)
+    assert float(model.item_nodes.std()) == pytest.approx(1)
+    assert float(model.user_nodes.std()) == pytest.approx(1)
+    assert not {"item_nodes", "user_nodes", "item_shares"} & set(model.state_dict())

@@ -1,0 +1,143 @@
+import pytest
+from pydantic import Field, ValidationError, model_validator
+
+from raygrec.config import StrictConfig, apply_overrides, read_yaml, validate
+from raygrec.errors import InputError
+
+
+class Engine(StrictConfig):
+    precision: str = "fp32"
+    zero_stage: int = Field(2, ge=0, le=3)
+
+
+class Run(StrictConfig):
+    store: str
+    seed: int = 0
+    rate: float = 0.1
+    ks: tuple[int, ...] = (5, 10)
+    engine: Engine = Engine()
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Run":
+        if self.seed == 13:
+            raise ValueError("seed 13 with this store: use another")
+        return self
+
+
+def written(tmp_path, content: str | bytes):
+    file = tmp_path / "run.yaml"
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
+    return file
+
+
+def test_a_file_becomes_a_config(tmp_path):
+    content = read_yaml(written(tmp_path, "store: books\nks: [1, 20]\nengine:\n  zero_stage: 3\n"))
+    run = validate(Run, content, "run.yaml")
+    assert run == Run(store="books", ks=(1, 20), engine=Engine(zero_stage=3))
+    with pytest.raises(ValidationError):
+        run.seed = 1
+
+
+@pytest.mark.parametrize(
+    ("content", "key", "nearest"),
+    [
+        ({"store": "s", "sed": 1}, "sed", "seed"),
+        ({"store": "s", "engin": {}}, "engin", "engine"),
+        ({"store": "s", "engine": {"zero_stge": 1}}, "engine.zero_stge", "engine.zero_stage"),
+        ({"store": "s", "precision": "bf16"}, "precision", "engine.precision"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_known_one(content, key, nearest):
+    with pytest.raises(InputError) as error:
+        validate(Run, content, "run.yaml")
+    assert str(error.value) == f"run.yaml: unknown key '{key}'; the nearest known key is '{nearest}'"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "run.yaml: key 'store' is missing"),
+        ({"store": "s", "seed": "many"}, "run.yaml: key 'seed': Input should be a valid integer"),
+        (
+            {"store": "s", "engine": {"zero_stage": 4}},
+            "run.yaml: key 'engine.zero_stage': Input should be less",
+        ),
+        ({"store": "s", "ks": [5, "x"]}, "run.yaml: key 'ks.1': Input should be a valid integer"),
+        ({"store": "s", "engine": 3}, "run.yaml: key 'engine': Input should be a valid dictionary"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_key(content, message):
+    with pytest.raises(InputError) as error:
+        validate(Run, content, "run.yaml")
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_a_rule_over_several_keys_speaks_for_itself():
+    with pytest.raises(InputError, match=r"^run\.yaml: seed 13 with this store: use another$"):
+        validate(Run, {"store": "s", "seed": 13}, "run.yaml")
+
+
+def test_overrides_set_keys_and_leave_the_given_content_alone():
+    content = {"store": "books", "engine": {"zero_stage": 1, "precision": "fp32"}, "nothing": None}
+    changed = apply_overrides(
+        content, ["engine.zero_stage=0", "ks=[1, 2]", "rate=1e-3", "store=a=b", "nothing.a.b=true"]
+    )
+    assert changed == {
+        "store": "a=b",
+        "engine": {"zero_stage": 0, "precision": "fp32"},
+        "ks": [1, 2],
+        "rate": "1e-3",  # YAML 1.1 reads a string here; the config makes a number of it
+        "nothing": {"a": {"b": True}},
+    }
+    assert content == {"store": "books", "engine": {"zero_stage": 1, "precision": "fp32"}, "nothing": None}
+    del changed["nothing"]
+    assert validate(Run, changed, "overrides").rate == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed", "expected key.sub=value"),
+        ("=3", "expected key.sub=value"),
+        ("seed.low=3", "'seed' is a value, not a section"),
+        ("engine.zero_stage.low=3", "'zero_stage' is a value, not a section"),
+        ("ks=[1", "'[1' is not a YAML value"),
+        ("store=2024-13-45", "'2024-13-45' is not a YAML value"),
+        ("store=!!python/object/apply:os.getcwd []", "is not a YAML value"),
+    ],
+)
+def test_wrong_overrides(override, message):
+    with pytest.raises(InputError) as error:
+        apply_overrides({"seed": 0, "engine": {"zero_stage": 0}}, [override])
+    assert str(error.value).startswith(f"override '{override}': ")
+    assert str(error.value).endswith(message)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a: 1\nb: [1, 2\nc: 3\n", "line 3: not valid YAML"),
+        ("a: 1\nb: !!python/object/apply:os.system [echo]\n", "line 2: not valid YAML: could not determine"),
+        ("a: 1\nb: !!python/name:os.system\n", "line 2: not valid YAML: could not determine"),
+        ("a: 2024-13-45\n", "not valid YAML: month must be"),
+        ("a: \0\n", "not valid YAML: unacceptable character"),
+        ("- a\n- b\n", "expected a mapping of keys to values"),
+        ("", "expected a mapping of keys to values"),
+        (b"a: \xff\n", "not UTF-8 at byte 3"),
+    ],
+)
+def test_files_that_are_no_config(tmp_path, content, message):
+    file = written(tmp_path, content)
+    with pytest.raises(InputError) as error:
+        read_yaml(file)
+    assert str(error.value).startswith(str(file))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_and_a_folder(tmp_path):
+    with pytest.raises(InputError, match=r"missing\.yaml: cannot be read \(No such file"):
+        read_yaml(tmp_path / "missing.yaml")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_yaml(tmp_path)
