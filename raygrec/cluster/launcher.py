@@ -121,7 +121,9 @@ def _fit(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
         run_config=train.RunConfig(
             name=f"{folder.path.name}-{time.time_ns()}",
             storage_path=str(folder.path / "ray"),
-            failure_config=train.FailureConfig(max_failures=config.cluster.max_failures, controller_failure_limit=3),
+            failure_config=train.FailureConfig(
+                max_failures=config.cluster.max_failures, controller_failure_limit=3
+            ),
         ),
     )
     stop = threading.Event()

@@ -69,14 +69,18 @@ def evaluate_run(path: Path, decoding: str | None = None) -> dict[str, Any]:
         def rank(users: np.ndarray, shown: CSR) -> torch.Tensor:
             with torch.no_grad(), engine.autocast():
                 k = max(config.evaluate.ks)
-                return ranked_lists(finished.model, finished.builder, mode, users, shown, stage, k, engine.device)
+                return ranked_lists(
+                    finished.model, finished.builder, mode, users, shown, stage, k, engine.device
+                )
 
         return rank
 
     users = np.arange(store.num_users)
     with bar_reporter() as reporter:
         return {
-            split: evaluate(config, reporter, split, ranker(split), histories(store, split), users, store.num_items)
+            split: evaluate(
+                config, reporter, split, ranker(split), histories(store, split), users, store.num_items
+            )
             for split in ("valid", "test")
         }
 
@@ -88,7 +92,13 @@ def recommend_all(path: Path, k: int, out: Path) -> int:
     if not 1 <= k <= store.num_items:
         raise InputError(f"--k {k}: the catalogue has {store.num_items} items")
     schema = pa.schema(
-        [("user", pa.string()), ("rank", pa.int32()), ("item", pa.string()), ("score", pa.float32()), ("title", pa.string())]
+        [
+            ("user", pa.string()),
+            ("rank", pa.int32()),
+            ("item", pa.string()),
+            ("score", pa.float32()),
+            ("title", pa.string()),
+        ]
     )
     draft = out.with_name(f".{out.name}.draft")
     rows = 0

@@ -67,7 +67,13 @@ def prepare_run(config: RunConfig, folder: RunFolder) -> None:
         edges, _ = fitted_items(store, config)
         place = "cuda" if torch.cuda.is_available() else "cpu"
         nodes = load_or_pretrain(
-            edges, store.interactions("valid"), store.num_items, config.graph, config.seed, store.path / "graph", place
+            edges,
+            store.interactions("valid"),
+            store.num_items,
+            config.graph,
+            config.seed,
+            store.path / "graph",
+            place,
         )
         nodes.save(folder.nodes_file, {"source": "LightGCN", "seed": config.seed})
     if config.model.texts.source == "generated" and not folder.texts_file.exists():
@@ -151,4 +157,6 @@ def _read_texts(file: Path) -> dict[str, tuple[CSR, CSR]]:
         users, length = tensors[name].shape
         return CSR(np.arange(users + 1, dtype=np.int64) * length, tensors[name].numpy().ravel())
 
-    return {stage: (rows(f"{stage}/profile"), rows(f"{stage}/prediction")) for stage in ("train", "valid", "test")}
+    return {
+        stage: (rows(f"{stage}/profile"), rows(f"{stage}/prediction")) for stage in ("train", "valid", "test")
+    }

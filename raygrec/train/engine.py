@@ -224,7 +224,9 @@ class DeepSpeedEngine:
     def update(self, lr: float) -> float:
         _set_lr(self.engine.basic_optimizer, lr)
         _set_lr(self.optimizer, lr)
-        plain = [p.grad for p in _trainable(self.model).values() if p.grad is not None and not self._partitioned(p)]
+        plain = [
+            p.grad for p in _trainable(self.model).values() if p.grad is not None and not self._partitioned(p)
+        ]
         norm = nn.utils.get_total_norm(plain) if plain else None
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm() if norm is None else norm)
@@ -258,7 +260,11 @@ class DeepSpeedEngine:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         if not self._partitioned(parameter):
-            return parameter if kind == "param" else self.engine.basic_optimizer.state.get(parameter, {}).get(kind)
+            return (
+                parameter
+                if kind == "param"
+                else self.engine.basic_optimizer.state.get(parameter, {}).get(kind)
+            )
         if kind == "param":
             return safe_get_full_fp32_param(parameter)
         if not self.engine.basic_optimizer.state:

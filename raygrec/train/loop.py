@@ -15,7 +15,7 @@ from raygrec.train.engine import Engine, NonFiniteError, peak_memory_mib, sum_ov
 from raygrec.train.folder import LoopState, RunFolder
 from raygrec.train.settings import StageConfig
 
-ORDER = 7  # the draws of the data order; the builders use other last counters
+ORDER = 2**32  # keeps the draws of an epoch's order apart from those of its steps
 
 
 class Reporter(Protocol):
@@ -32,8 +32,9 @@ class Reporter(Protocol):
 class Stage:
     """What one stage trains on.
 
-    name: of its checkpoints and reports. lengths: [n] sort key of the n things (users, or groups of items) that
-    make a prompt, for batches of little padding. build: (things, draws) -> prompts. validate: -> metrics, of which
+    name: of its checkpoints and reports. lengths: [n] sort key of the n things (users or items) that prompts are
+    made of, for batches of little padding. per_prompt: things in one prompt. build: (things [B, per_prompt] or [B],
+    draws) -> B prompts. validate: -> metrics, of which
     `metric` is maximised; None where the last step is the result.
     """
 
@@ -45,6 +46,7 @@ class Stage:
     build: Callable[[np.ndarray, Draws], PromptBatch]
     validate: Callable[[], dict[str, float]] | None = None
     metric: str = "ndcg@10"
+    per_prompt: int = 1
 
 
 def epoch_order(lengths: np.ndarray, batch: int, draws: Draws) -> np.ndarray:
@@ -59,7 +61,9 @@ def epoch_order(lengths: np.ndarray, batch: int, draws: Draws) -> np.ndarray:
         part[np.argsort(lengths[part], kind="stable")]
         for part in (order[start : start + pool] for start in range(0, len(order), pool))
     ]
-    batches = np.concatenate(sorted_pools).reshape(steps, batch) if steps else np.zeros((0, batch), dtype=np.int64)
+    batches = (
+        np.concatenate(sorted_pools).reshape(steps, batch) if steps else np.zeros((0, batch), dtype=np.int64)
+    )
     return batches[draws.permutation(steps)]
 
 
@@ -77,7 +81,13 @@ def portions(batch: int, micro_batch: int, workers: int) -> int:
 
 
 def run_stage(
-    stage: Stage, engine: Engine, seed: int, folder: RunFolder, reporter: Reporter, chunks: int, stop_at: int | None = None
+    stage: Stage,
+    engine: Engine,
+    seed: int,
+    folder: RunFolder,
+    reporter: Reporter,
+    chunks: int,
+    stop_at: int | None = None,
 ) -> LoopState:
     """Runs a stage to its end, from its last checkpoint where there is one.
 
@@ -85,18 +95,22 @@ def run_stage(
     `stop_at` ends after that many updates without finishing (for tests of resuming).
     """
     config, rank = stage.config, world()[0]
-    batch = min(config.batch, len(stage.lengths))
+    batch = min(config.batch, len(stage.lengths) // stage.per_prompt) * stage.per_prompt
     steps_per_epoch = len(stage.lengths) // batch
     total = steps_per_epoch * config.epochs
-    state = _resume(stage, engine, folder, seed, chunks) or LoopState(stage.name, records=len(folder.history()))
+    state = _resume(stage, engine, folder, seed, chunks) or LoopState(
+        stage.name, records=len(folder.history())
+    )
     tokens, started = 0, time.monotonic()
     order = np.zeros((0, batch))
     while state.step < total and state.waited < config.patience:
         epoch, place = divmod(state.step, steps_per_epoch)
         if place == 0 or not len(order):
-            order = epoch_order(stage.lengths, batch, Draws(seed, stage.number, epoch, ORDER))
+            order = epoch_order(stage.lengths, batch, Draws(seed, stage.number, ORDER, epoch))
         rate = learning_rate(state.step, total, config)
-        loss, count, read, norm = _step(stage, engine, order[place], Draws(seed, stage.number, epoch, place), rate, chunks)
+        loss, count, read, norm = _step(
+            stage, engine, order[place], Draws(seed, stage.number, epoch, place), rate, chunks
+        )
         state.loss, state.targets, tokens = state.loss + loss, state.targets + count, tokens + read
         state.step += 1
         if rank == 0:
@@ -113,7 +127,9 @@ def run_stage(
                 "tokens_per_second": tokens / (time.monotonic() - started),
                 "peak_memory_mib": peak_memory_mib(),
             }
-            if stage.validate and (round(record["epoch"]) % config.evaluate_every == 0 or state.step == total):
+            if stage.validate and (
+                round(record["epoch"]) % config.evaluate_every == 0 or state.step == total
+            ):
                 record["valid"] = stage.validate()
                 _keep_best(stage, engine, folder, state, record["valid"][stage.metric])
             state.records += 1
@@ -140,8 +156,9 @@ def _step(
 ) -> tuple[float, float, int, float]:
     """One update; returns the loss summed over all ranks, the number of targets, tokens read here, gradient norm."""
     rank, workers = world()
-    pieces = portions(len(things), stage.config.micro_batch, workers)
-    mine = np.array_split(things, workers * pieces)[rank::workers]
+    prompts = things if stage.per_prompt == 1 else things.reshape(-1, stage.per_prompt)
+    pieces = portions(len(prompts), stage.config.micro_batch, workers)
+    mine = np.array_split(prompts, workers * pieces)[rank::workers]
     batches = [stage.build(piece, draws).to(engine.device) for piece in mine]
     count = float(sum_over_ranks(torch.tensor(float(sum(len(batch.answers) for batch in batches)))))
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
@@ -168,7 +185,9 @@ def _keep_best(stage: Stage, engine: Engine, folder: RunFolder, state: LoopState
 
 def _parameters(engine: Engine) -> dict[str, torch.Tensor]:
     prefix = "param/"
-    return {name.removeprefix(prefix): value for name, value in engine.state().items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): value for name, value in engine.state().items() if name.startswith(prefix)
+    }
 
 
 def _resume(stage: Stage, engine: Engine, folder: RunFolder, seed: int, chunks: int) -> LoopState | None:
@@ -176,7 +195,8 @@ def _resume(stage: Stage, engine: Engine, folder: RunFolder, seed: int, chunks: 
     if found is None:
         return None
     state, tensors = found
-    example = stage.build(np.arange(min(2, len(stage.lengths))), Draws(seed)).to(engine.device)
+    things = np.arange(stage.per_prompt)
+    example = stage.build(things if stage.per_prompt == 1 else things[None], Draws(seed)).to(engine.device)
     engine.load_state(tensors, state.step, (example, chunks))
     if world()[0] == 0:
         folder.forget_after(state.records)

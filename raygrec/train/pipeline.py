@@ -15,7 +15,6 @@ from raygrec.evaluate.metrics import MetricSums
 from raygrec.evaluate.ranking import top_k
 from raygrec.graph.lightgcn import NodeEmbeddings
 from raygrec.model.glta import GLTA, PromptBuilder
-from raygrec.model.prompts import PromptBatch
 from raygrec.train.assembly import Histories, build_model, build_prompts, fitted_items, histories
 from raygrec.train.engine import Engine, make_engine, peak_memory_mib, sum_over_ranks, world
 from raygrec.train.folder import RunFolder
@@ -61,14 +60,15 @@ def _align_items(
         model = build_model(config, builder.symbols, folder, distributed)
         model.user_projector.requires_grad_(False)
         size = min(config.model.alignment_items, builder.symbols.items)
-        groups = builder.symbols.items // size
-
-        def build(numbers: np.ndarray, draws: Draws) -> PromptBatch:
-            # The groups of an epoch: every item once, in a random order that all ranks share.
-            order = draws.permutation(builder.symbols.items)
-            return builder.alignment(order[: groups * size].reshape(groups, size)[numbers], draws)
-
-        stage = Stage("alignment", ALIGNMENT, "item-text alignment", config.alignment, np.ones(groups), build)
+        stage = Stage(
+            name="alignment",
+            number=ALIGNMENT,
+            title="item-text alignment",
+            config=config.alignment,
+            lengths=np.ones(builder.symbols.items),
+            build=builder.alignment,
+            per_prompt=size,
+        )
         engine = _engine(config, model, config.alignment, distributed)
         run_stage(stage, engine, config.seed, folder, reporter, _chunks(config.alignment, size))
     return folder.load_parts(file)
@@ -111,13 +111,20 @@ def _train_users(
     positions = config.model.slots + (config.model.max_history if builder.causal else 0)
     run_stage(stage, engine, config.seed, folder, reporter, _chunks(config.train, positions))
     engine.load_state(
-        {f"param/{name}": value for name, value in folder.load_parts(folder.parts_file("train")).items()}, 0, ()
+        {f"param/{name}": value for name, value in folder.load_parts(folder.parts_file("train")).items()},
+        0,
+        (),
     )
     return engine
 
 
 def _final(
-    config: RunConfig, folder: RunFolder, reporter: Reporter, store: Store, builder: PromptBuilder, engine: Engine
+    config: RunConfig,
+    folder: RunFolder,
+    reporter: Reporter,
+    store: Store,
+    builder: PromptBuilder,
+    engine: Engine,
 ) -> dict[str, Any]:
     """Validation and test metrics of the chosen parameters and of the baselines that the run contains."""
     valid, test = histories(store, "valid"), histories(store, "test")
@@ -125,7 +132,9 @@ def _final(
     def both(rank_valid: Ranker, rank_test: Ranker, title: str) -> dict[str, dict[str, float]]:
         everyone = np.arange(store.num_users)
         return {
-            "valid": evaluate(config, reporter, f"{title}, validation", rank_valid, valid, everyone, store.num_items),
+            "valid": evaluate(
+                config, reporter, f"{title}, validation", rank_valid, valid, everyone, store.num_items
+            ),
             "test": evaluate(config, reporter, f"{title}, test", rank_test, test, everyone, store.num_items),
         }
 
@@ -136,7 +145,9 @@ def _final(
     train = store.interactions("train")
     popularity = _score_ranker(popularity_scores(train, store.num_items), config)
     metrics["baselines"] = {"Popularity": both(popularity, popularity, "Popularity")}
-    if config.model.user_vector != "cross_fit":  # there, LightGCN has not seen all the edges it is entitled to
+    if (
+        config.model.user_vector != "cross_fit"
+    ):  # there, LightGCN has not seen all the edges it is entitled to
         nodes = NodeEmbeddings.load(folder.nodes_file)
         rankers = [_score_ranker(lightgcn_scores(nodes, split.shown), config) for split in (valid, test)]
         metrics["baselines"]["LightGCN"] = both(*rankers, "LightGCN")
