@@ -43,9 +43,7 @@ DECODINGS = ("slots", "autoregressive")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="make what is missing")
     run.add_argument("suite", choices=STORES)
@@ -91,9 +89,7 @@ def one(suite: str, variant: str, seed: int, threads: int) -> None:
     metrics = json.loads((out / "metrics.json").read_text())
     if variant == "GLTA":
         metrics["decodings"] = {
-            mode: json.loads(
-                call([*raygrec, "evaluate", str(out), "--decoding", mode, "--json"], environment)
-            )
+            mode: json.loads(call([*raygrec, "evaluate", str(out), "--decoding", mode, "--json"], environment))
             for mode in DECODINGS
         }
     history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]

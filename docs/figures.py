@@ -45,9 +45,7 @@ CELL, LEFT, CELLS_Y = 5.2, 2.0, 21.0  # of the drawn prompt; the canvas is 160 Ã
 
 
 def main() -> None:
-    plt.rcParams.update(
-        {"font.family": "DejaVu Sans", "mathtext.fontset": "dejavusans", "svg.hashsalt": "raygrec"}
-    )
+    plt.rcParams.update({"font.family": "DejaVu Sans", "mathtext.fontset": "dejavusans", "svg.hashsalt": "raygrec"})
     figure = plt.figure(figsize=(16, 9), facecolor="white")
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 160), ylim=(0, 90))
     axes.set_axis_off()
@@ -67,9 +65,7 @@ def draw_stations(axes: Axes) -> None:
     for number, (title, text, colour) in enumerate(STATIONS):
         left = 2 + number * (width + gap)
         box(axes, left, bottom, width, height, colour)
-        axes.text(
-            left + width / 2, bottom + 9.7, title, ha="center", va="center", size=13, weight="bold", color=INK
-        )
+        axes.text(left + width / 2, bottom + 9.7, title, ha="center", va="center", size=13, weight="bold", color=INK)
         axes.text(
             left + width / 2,
             bottom + 4.4,
@@ -88,9 +84,7 @@ def draw_prompt(axes: Axes) -> None:
     """The prompt as a row of cells under the language model."""
     heading(axes, 2, 63, "b", "One prompt, one forward pass")
     for place, (word, kind) in enumerate(PROMPT):
-        cell = Rectangle(
-            (LEFT + place * CELL, CELLS_Y), CELL, CELL, facecolor=KINDS[kind][0], edgecolor="white", lw=2
-        )
+        cell = Rectangle((LEFT + place * CELL, CELLS_Y), CELL, CELL, facecolor=KINDS[kind][0], edgecolor="white", lw=2)
         axes.add_patch(cell)
         size = 13 if kind != "text" else 8.2
         axes.text(middle(place), CELLS_Y + CELL / 2, word, ha="center", va="center", size=size, color=INK)
@@ -119,9 +113,7 @@ def draw_sources(axes: Axes) -> None:
     for kind, text in sources:
         places = [place for place, other in enumerate(KIND) if other == kind]
         first, last = LEFT + places[0] * CELL + 0.5, LEFT + (places[-1] + 1) * CELL - 0.5
-        axes.plot(
-            [first, first, last, last], [20, 19.2, 19.2, 20], color=LINE, lw=1.2, solid_joinstyle="miter"
-        )
+        axes.plot([first, first, last, last], [20, 19.2, 19.2, 20], color=LINE, lw=1.2, solid_joinstyle="miter")
         axes.text((first + last) / 2, 18.2, text, ha="center", va="top", size=10, color=INK, linespacing=1.5)
     for number, (colour, name) in enumerate(KINDS.values()):
         left, bottom = LEFT + (number % 3) * 36, 7.4 - (number // 3) * 4
@@ -158,17 +150,13 @@ def draw_mask(axes: Axes, left: float, top: float, size: float) -> None:
     levels = np.array([0] * 3 + [1, 2, 3, 4, 5] + [tail] * (tail - 8))
     allowed = levels[:, None] >= levels[None, :]
     for row in range(tail):
-        axes.add_patch(
-            Rectangle((left - 2.9, top - (row + 1) * size), size, size, facecolor=KINDS[KIND[row]][0])
-        )
+        axes.add_patch(Rectangle((left - 2.9, top - (row + 1) * size), size, size, facecolor=KINDS[KIND[row]][0]))
         axes.add_patch(Rectangle((left + row * size, top + 0.95), size, size, facecolor=KINDS[KIND[row]][0]))
         for column in range(tail):
             colour = KINDS[KIND[column]][0] if allowed[row, column] else "#ffffff"
             corner = (left + column * size, top - (row + 1) * size)
             axes.add_patch(Rectangle(corner, size, size, facecolor=colour, edgecolor="#ffffff", lw=0.8))
-    axes.add_patch(
-        Rectangle((left, top - tail * size), tail * size, tail * size, fill=False, edgecolor=LINE, lw=1.2)
-    )
+    axes.add_patch(Rectangle((left, top - tail * size), tail * size, tail * size, fill=False, edgecolor=LINE, lw=1.2))
     note = (
         "A history item sees what stands before it; everything after\n"
         "the history sees the whole prompt (a causal LM lays its own\n"
@@ -194,9 +182,7 @@ def heading(axes: Axes, x: float, y: float, letter: str, title: str) -> None:
 
 def box(axes: Axes, left: float, bottom: float, width: float, height: float, colour: str) -> None:
     style = "round,pad=0,rounding_size=1.0"
-    axes.add_patch(
-        FancyBboxPatch((left, bottom), width, height, style, facecolor=colour, edgecolor=LINE, lw=1.2)
-    )
+    axes.add_patch(FancyBboxPatch((left, bottom), width, height, style, facecolor=colour, edgecolor=LINE, lw=1.2))
 
 
 def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], width: float = 1.6) -> None:

@@ -12,24 +12,16 @@ from raygrec import __version__
 from raygrec.config import apply_overrides, read_yaml, validate
 from raygrec.errors import InputError
 
-app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
-)
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings, as key.sub=value")
-]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="print the result as one JSON document on the last line")
-]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings, as key.sub=value")]
+AsJson = Annotated[bool, typer.Option("--json", help="print the result as one JSON document on the last line")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")]
 
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="where the store and the run go; must not exist")] = Path(
-        "raygrec-demo"
-    ),
+    out: Annotated[Path, typer.Option(help="where the store and the run go; must not exist")] = Path("raygrec-demo"),
     as_json: AsJson = False,
 ) -> None:
     """Makes a small data set, trains GLTA on two Ray Train workers and shows what came of it."""
@@ -84,9 +76,7 @@ def train(
 @app.command()
 def evaluate(
     run: Run,
-    decoding: Annotated[
-        str | None, typer.Option(help="first, slots or autoregressive; default: the run's")
-    ] = None,
+    decoding: Annotated[str | None, typer.Option(help="first, slots or autoregressive; default: the run's")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Repeats a finished run's validation and test metrics from its folder and store."""

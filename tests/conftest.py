@@ -33,9 +33,7 @@ def tiny_unordered_store(tmp_path_factory: pytest.TempPathFactory):
 
 def _tiny_source(factory: pytest.TempPathFactory, split: str) -> dict[str, object]:
     folder: Path = factory.mktemp("tiny")
-    items = [
-        f"i{number},The {SUBJECTS[number % 4]} book {number},{SUBJECTS[number % 4]}" for number in range(24)
-    ]
+    items = [f"i{number},The {SUBJECTS[number % 4]} book {number},{SUBJECTS[number % 4]}" for number in range(24)]
     rows = [
         f"u{user},i{(user % 4 + 4 * (user // 4 + step)) % 24},{step}"
         for user in range(48)
@@ -55,9 +53,7 @@ def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("backbone")
     letters = "abcdefghijklmnopqrstuvwxyz0123456789:;,."
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *("##" + letter for letter in letters), *SUBJECTS]
-    tokenizer = Tokenizer(
-        models.WordPiece({word: number for number, word in enumerate(words)}, unk_token="[UNK]")
-    )
+    tokenizer = Tokenizer(models.WordPiece({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     special = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)

@@ -54,9 +54,7 @@ def on_terminal(script: str, columns: int) -> tuple[int, str, str]:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     hidden = ("COLUMNS", "LINES", "RAYGREC_QUIET", "NO_COLOR", "FORCE_COLOR")
-    environment = {name: value for name, value in os.environ.items() if name not in hidden} | {
-        "TERM": "xterm"
-    }
+    environment = {name: value for name, value in os.environ.items() if name not in hidden} | {"TERM": "xterm"}
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdin=theirs, stdout=subprocess.PIPE, stderr=theirs, env=environment
     )
@@ -127,11 +125,7 @@ def test_steps_done_before_a_resumed_task_do_not_count_as_fast(capsys, seconds):
             bars.update(task, completed=step)
             seconds[0] += 0.5
         bars.update(task, note="loss 0.5")  # a finished task may still get its last note
-        assert (
-            capsys.readouterr()
-            .err.splitlines()[0]
-            .startswith("alignment: 420/500 so far, 2.00/s, 00:40 left")
-        )
+        assert capsys.readouterr().err.splitlines()[0].startswith("alignment: 420/500 so far, 2.00/s, 00:40 left")
     assert capsys.readouterr().err == "alignment: 500/500 in 50.0 s, 2.00/s, loss 0.5\n"
 
 

@@ -36,9 +36,7 @@ def run_demo(out: Path) -> dict[str, Any]:
         raise InputError(f"{out}: exists already; remove it or name another folder with --out")
     console = Console()
     source = write_demo(out / "source")
-    store = prepare(
-        validate(PrepareOptions, {"format": "table", "path": source, "out": out / "store"}, "demo")
-    )
+    store = prepare(validate(PrepareOptions, {"format": "table", "path": source, "out": out / "store"}, "demo"))
     train, valid, test = (len(store.interactions(split).indices) for split in ("train", "valid", "test"))
     console.print(
         f"A made-up bookshop: {store.num_users:,} readers, {store.num_items:,} books, "
@@ -54,9 +52,7 @@ def run_demo(out: Path) -> dict[str, Any]:
     examples = _examples(FinishedRun(run))
     for example in examples:
         _show(console, example)
-    console.print(
-        f"\nrun folder: {run}   (raygrec evaluate {run} · raygrec recommend {run} --k 10)", soft_wrap=True
-    )
+    console.print(f"\nrun folder: {run}   (raygrec evaluate {run} · raygrec recommend {run} --k 10)", soft_wrap=True)
     return {"run": str(run), "test": metrics["test"], "baselines": metrics["baselines"], "examples": examples}
 
 

@@ -44,7 +44,7 @@ class Board:
 class RayReporter:
     """Progress to the board, at most a few times a second; records to Ray Train from every rank alike."""
 
-    def __init__(self, board: Any) -> None:  # noqa: ANN401 - an actor handle
+    def __init__(self, board: Any) -> None:
         self.board = board
         self.told = 0.0
 
@@ -121,9 +121,7 @@ def _fit(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
         run_config=train.RunConfig(
             name=f"{folder.path.name}-{time.time_ns()}",
             storage_path=str(folder.path / "ray"),
-            failure_config=train.FailureConfig(
-                max_failures=config.cluster.max_failures, controller_failure_limit=3
-            ),
+            failure_config=train.FailureConfig(max_failures=config.cluster.max_failures, controller_failure_limit=3),
         ),
     )
     stop = threading.Event()
@@ -154,7 +152,7 @@ def _worker(arguments: dict[str, Any]) -> None:
     run(config, RunFolder(config.out), RayReporter(arguments["board"]), distributed=True)
 
 
-def _draw(board: Any, reporter: BarReporter, stop: threading.Event) -> None:  # noqa: ANN401
+def _draw(board: Any, reporter: BarReporter, stop: threading.Event) -> None:
     while True:
         last = stop.is_set()
         try:

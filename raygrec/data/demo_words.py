@@ -68,9 +68,7 @@ def _shelf(
     def split(words: str) -> tuple[str, ...]:
         return tuple(word.strip() for word in words.split(","))
 
-    return Shelf(
-        label, blurb, split(adjectives), split(nouns), split(names), patterns, split(series), series_share
-    )
+    return Shelf(label, blurb, split(adjectives), split(nouns), split(names), patterns, split(series), series_share)
 
 
 GENRES: dict[str, tuple[Shelf, ...]] = {

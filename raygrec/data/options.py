@@ -94,9 +94,7 @@ class PrepareOptions(StrictConfig):
     @model_validator(mode="after")
     def _check_together(self) -> "PrepareOptions":
         if self.valid_ratio + self.test_ratio >= 1:
-            raise ValueError(
-                "valid_ratio and test_ratio leave nothing for training; their sum must be below 1"
-            )
+            raise ValueError("valid_ratio and test_ratio leave nothing for training; their sum must be below 1")
         if self.date_from and self.date_to and self.date_from > self.date_to:
             raise ValueError(f"date_from {self.date_from} lies after date_to {self.date_to}")
         untimed = self.format == "sequences" or (self.format == "table" and self.time_column is None)

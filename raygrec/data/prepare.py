@@ -108,8 +108,7 @@ def _check_source(source: Source, options: PrepareOptions) -> None:
         raise InputError("date_from, date_to: these data have an order but no dates")
     if source.items is None and not options.allow_missing_text and options.format != "table":
         raise InputError(
-            f"{options.path}: no file that describes the items; "
-            "add it, or set allow_missing_text to use their ids"
+            f"{options.path}: no file that describes the items; add it, or set allow_missing_text to use their ids"
         )
 
 
@@ -161,9 +160,7 @@ def _midnight(day: date) -> int:
     return int(datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp())
 
 
-def _sorted(
-    paths: list[Path], user_ids: list[str], item_ids: list[str], log: Log, moments: bool
-) -> Interactions:
+def _sorted(paths: list[Path], user_ids: list[str], item_ids: list[str], log: Log, moments: bool) -> Interactions:
     users, items, times = (
         np.memmap(path, dtype=dtype, mode="r") for path, dtype in zip(paths, ("i4", "i4", "i8"), strict=True)
     )
@@ -176,10 +173,7 @@ def _sorted(
 
 def _tie_note(data: Interactions) -> str:
     tied = int(((np.diff(data.users) == 0) & (np.diff(data.times) == 0)).sum())
-    return (
-        f"{tied} interactions have the same time as the one before them in their history; "
-        "they keep the file's order"
-    )
+    return f"{tied} interactions have the same time as the one before them in their history; they keep the file's order"
 
 
 def _filter(data: Interactions, options: PrepareOptions, log: Log) -> Interactions:
@@ -211,9 +205,7 @@ def _drop_unseen(
     unseen = splits.unseen_in_training(data.items, labels)
     for label in (splits.VALID, splits.TEST):
         name = splits.SPLITS[label]
-        log.notes.append(
-            f"{int((unseen & (labels == label)).sum())} {name} interactions dropped: item not in training"
-        )
+        log.notes.append(f"{int((unseen & (labels == label)).sum())} {name} interactions dropped: item not in training")
     data, labels = data.where(~unseen), labels[~unseen]
     log.count("items seen in training", len(data.users))
     new_users = splits.unseen_in_training(data.users, labels)
@@ -255,14 +247,10 @@ def _write(
     writer.write_strings("user_ids", Strings.from_list(data.user_ids))
     writer.write_strings("item_ids", Strings.from_list(data.item_ids))
     writer.write_strings("titles", Strings.from_list(item.title or item.id for item in items))
-    writer.write_strings(
-        "texts", Strings.from_list(fill_template(options.text_template, item) for item in items)
-    )
+    writer.write_strings("texts", Strings.from_list(fill_template(options.text_template, item) for item in items))
 
 
-def _facts(
-    source: Source, data: Interactions, labels: np.ndarray, options: PrepareOptions, log: Log
-) -> dict[str, Any]:
+def _facts(source: Source, data: Interactions, labels: np.ndarray, options: PrepareOptions, log: Log) -> dict[str, Any]:
     per_split = np.bincount(labels, minlength=len(splits.SPLITS)).tolist()
     unseen = len(np.unique(data.items[splits.unseen_in_training(data.items, labels)]))
     log.notes.append("users and items without an interaction after filtering are not in the store")

@@ -56,9 +56,7 @@ class Store:
             file = path / f"{name}.npy"
             size = file.stat().st_size if file.is_file() else None
             if size != entry["size"]:
-                found = (
-                    "is missing" if size is None else f"has {size} bytes, the manifest says {entry['size']}"
-                )
+                found = "is missing" if size is None else f"has {size} bytes, the manifest says {entry['size']}"
                 raise InputError(f"{file}: {found}; prepare the store again")
         return Store(path, manifest)
 
@@ -70,9 +68,7 @@ class Store:
         for name, entry in self.manifest["arrays"].items():
             file = self.path / f"{name}.npy"
             if files.sha256(file) != entry["sha256"]:
-                raise InputError(
-                    f"{file}: its content is not what was written (SHA-256); prepare the store again"
-                )
+                raise InputError(f"{file}: its content is not what was written (SHA-256); prepare the store again")
 
     def interactions(self, split: str, by: str = "user") -> CSR:
         """The interactions of `split`, "train", "valid" or "test".
@@ -80,9 +76,7 @@ class Store:
         by "user": [U] rows of item numbers in time order. by "item": [I] rows of user numbers, ascending.
         """
         if split not in SPLITS or by not in ("user", "item"):
-            raise ValueError(
-                f"no interactions '{split}' by '{by}': splits are {SPLITS}, by is 'user' or 'item'"
-            )
+            raise ValueError(f"no interactions '{split}' by '{by}': splits are {SPLITS}, by is 'user' or 'item'")
         if by == "item" and split != "train":
             return self._csr(f"{split}_by_user").transposed(self.num_items)
         return self._csr(f"{split}_by_{by}")
@@ -233,9 +227,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise InputError(f"{file}: not the manifest of a raygrec store")
     if manifest.get("version") != VERSION:
         found = manifest.get("version")
-        raise InputError(
-            f"{file}: version {found}, this raygrec reads version {VERSION}; prepare the store again"
-        )
+        raise InputError(f"{file}: version {found}, this raygrec reads version {VERSION}; prepare the store again")
     _check_manifest(file, manifest)
     return manifest
 

@@ -125,9 +125,7 @@ def _taste(shop: _Shop, rng: np.random.Generator) -> np.ndarray:
     return genre_weights[shop.genres] * shelf_weights[shop.shelves] * shop.popularity
 
 
-def _next_book(
-    last: int | None, taste: np.ndarray, shop: _Shop, left: np.ndarray, rng: np.random.Generator
-) -> int:
+def _next_book(last: int | None, taste: np.ndarray, shop: _Shop, left: np.ndarray, rng: np.random.Generator) -> int:
     draw = rng.random(3)
     if last is not None:
         sequel = int(shop.following[last])

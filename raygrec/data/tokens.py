@@ -66,9 +66,7 @@ def _make(place: Path, source: Path, max_length: int, parts: dict[str, Strings])
             rows = _tokenize(tokenizer, strings, max_length, f"tokenizing {name}")
             np.save(draft / f"{name}.indptr.npy", rows.indptr)
             np.save(draft / f"{name}.indices.npy", rows.indices)
-        (draft / "done.json").write_text(
-            json.dumps({"tokenizer": source.name, "max_length": max_length}) + "\n"
-        )
+        (draft / "done.json").write_text(json.dumps({"tokenizer": source.name, "max_length": max_length}) + "\n")
         if not place.exists():
             draft.rename(place)
     except OSError as error:
@@ -95,9 +93,7 @@ def _read(place: Path, name: str) -> CSR:
         indptr = np.load(place / f"{name}.indptr.npy", mmap_mode="r", allow_pickle=False)
         indices = np.load(place / f"{name}.indices.npy", mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"{place}: token ids of {name} cannot be read ({error}); remove this folder"
-        ) from None
+        raise InputError(f"{place}: token ids of {name} cannot be read ({error}); remove this folder") from None
     if indptr[-1] != len(indices):
         raise InputError(f"{place}: token ids of {name} are cut off; remove this folder")
     return CSR(indptr, indices)
@@ -113,9 +109,7 @@ def _tokenizer_folder(tokenizer: str) -> Path:
     try:
         return Path(snapshot_download(tokenizer, allow_patterns=["config.json", *_TOKENIZER_FILES]))
     except (HFValidationError, OSError) as error:
-        raise InputError(
-            f"tokenizer '{tokenizer}': neither a folder nor a hub id ({_one_line(error)})"
-        ) from None
+        raise InputError(f"tokenizer '{tokenizer}': neither a folder nor a hub id ({_one_line(error)})") from None
 
 
 def _fingerprint(folder: Path) -> str:

@@ -52,9 +52,7 @@ def top_k(
     """
     if not torch.isfinite(scores).all():
         row, item = (~torch.isfinite(scores)).nonzero()[0].tolist()
-        raise InputError(
-            f"scores: row {row}, item {item} is {float(scores[row, item])}; expected finite values"
-        )
+        raise InputError(f"scores: row {row}, item {item} is {float(scores[row, item])}; expected finite values")
     users = np.arange(len(scores)) if users is None else users
     scores = scores.to(torch.float32, copy=True)
     for mask in masks:

@@ -50,10 +50,7 @@ def table_cells(
                 raise InputError(f"table row '{row.name}': '{metric}' is missing")
     base = next((_mean(row, RATIO_METRIC) for row in rows if row.name == reference), 0.0)
     header = ["method", *(short_name(metric) for metric in metrics)]
-    cells = [
-        [row.name, *(format_values([seed[metric] for seed in row.seeds]) for metric in metrics)]
-        for row in rows
-    ]
+    cells = [[row.name, *(format_values([seed[metric] for seed in row.seeds]) for metric in metrics)] for row in rows]
     if base:
         header.append(f"{short_name(RATIO_METRIC)} ratio")
         for line, row in zip(cells, rows, strict=True):
@@ -81,9 +78,7 @@ def terminal_table(
     return table
 
 
-def markdown_table(
-    rows: Sequence[Row], metrics: Sequence[str] = DEFAULT_METRICS, reference: str = "LightGCN"
-) -> str:
+def markdown_table(rows: Sequence[Row], metrics: Sequence[str] = DEFAULT_METRICS, reference: str = "LightGCN") -> str:
     """The same table in GitHub's Markdown, ending in a newline."""
     header, cells = table_cells(rows, metrics, reference)
     rule = ["---"] + ["---:"] * (len(header) - 1)

@@ -69,9 +69,7 @@ class NodeEmbeddings:
             with safe_open(path, "pt") as file:
                 missing = set(names) - set(file.keys())
                 if missing:
-                    raise InputError(
-                        f"{path}: tensor '{min(missing)}' is missing; expected {', '.join(names)}"
-                    )
+                    raise InputError(f"{path}: tensor '{min(missing)}' is missing; expected {', '.join(names)}")
                 return NodeEmbeddings(*(file.get_tensor(name) for name in names))
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path}: not readable as node embeddings in safetensors ({error})") from None
@@ -157,17 +155,13 @@ def propagate_users(items_inductive: torch.Tensor, histories: CSR) -> torch.Tens
     return total * lengths.clamp(min=1).to(total.dtype).rsqrt()[:, None]
 
 
-def node_embeddings(
-    adjacency: torch.Tensor, ego: torch.Tensor, layers: int, num_users: int
-) -> NodeEmbeddings:
+def node_embeddings(adjacency: torch.Tensor, ego: torch.Tensor, layers: int, num_users: int) -> NodeEmbeddings:
     """All that downstream models read, from the ego embeddings [U + I, d]."""
     final = propagate(adjacency, ego, layers)
     degrees = adjacency.crow_indices().diff()[num_users:].clamp(min=1).to(ego.dtype)
     # Σ_{l<L} A^l e is L times the average of one layer less.
     shallow = (
-        propagate(adjacency, ego, layers - 1)[num_users:] * layers
-        if layers
-        else torch.zeros_like(ego[num_users:])
+        propagate(adjacency, ego, layers - 1)[num_users:] * layers if layers else torch.zeros_like(ego[num_users:])
     )
     return NodeEmbeddings(
         users=final[:num_users],
@@ -243,9 +237,7 @@ def pretrain(
     generator = torch.Generator(device).manual_seed(seed)
     adjacency = normalized_adjacency(train, num_items).to(device)
     triplets = _Triplets(train, num_items, config.negatives, generator)
-    ego = torch.empty(adjacency.shape[0], config.dim, device=device).normal_(
-        0, INITIAL_SCALE, generator=generator
-    )
+    ego = torch.empty(adjacency.shape[0], config.dim, device=device).normal_(0, INITIAL_SCALE, generator=generator)
     optimizer = torch.optim.Adam([ego.requires_grad_()], lr=config.lr, fused=True)
     history: dict[str, list[float]] = {"epoch": [], "loss": [], "ndcg@10": []}
     best, best_ego, waited = -1.0, ego, 0
@@ -256,11 +248,7 @@ def pretrain(
             bar.advance(task)
             if epoch % config.evaluate_every and epoch != config.epochs:
                 continue
-            ndcg = (
-                _ndcg(adjacency, ego.detach(), config.layers, train, valid)
-                if valid is not None
-                else float("nan")
-            )
+            ndcg = _ndcg(adjacency, ego.detach(), config.layers, train, valid) if valid is not None else float("nan")
             for name, value in zip(history, (epoch, loss, ndcg), strict=True):
                 history[name].append(value)
             bar.update(task, note=f"loss {loss:.4f} N@10 {ndcg:.4f}")

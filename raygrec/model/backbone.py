@@ -125,9 +125,7 @@ def generate(name: str, prompts: list[list[int]], tokens: int, batch_size: int =
     """
     settings = _settings(name)
     if _family(name, settings.model_type) != "decoder":
-        raise InputError(
-            f"backbone '{name}' ({settings.model_type}) cannot generate: use model.texts.source=extracted"
-        )
+        raise InputError(f"backbone '{name}' ({settings.model_type}) cannot generate: use model.texts.source=extracted")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(resolve(name), dtype=torch.float32, trust_remote_code=False)
     model.eval().to(device)

@@ -60,9 +60,7 @@ def catalogue_cross_entropy(
     return total
 
 
-def _chunk_loss(
-    head: nn.Module, hidden_PD: torch.Tensor, items_Id: torch.Tensor, targets: "Targets"
-) -> torch.Tensor:
+def _chunk_loss(head: nn.Module, hidden_PD: torch.Tensor, items_Id: torch.Tensor, targets: "Targets") -> torch.Tensor:
     logits_PI = head(hidden_PD, items_Id).float()
     matched = (logits_PI[targets.rows, targets.items] * targets.weights).sum()
     return logits_PI.logsumexp(dim=1).sum() - matched

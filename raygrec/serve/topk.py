@@ -65,22 +65,18 @@ def evaluate_run(path: Path, decoding: str | None = None) -> dict[str, Any]:
     mode = decoding or config.evaluate.decoding
     engine = LocalEngine(finished.model, config.engine)
 
-    def ranker(stage: str) -> Any:  # noqa: ANN401 - see train.pipeline.Ranker
+    def ranker(stage: str) -> Any:
         def rank(users: np.ndarray, shown: CSR) -> torch.Tensor:
             with torch.no_grad(), engine.autocast():
                 k = max(config.evaluate.ks)
-                return ranked_lists(
-                    finished.model, finished.builder, mode, users, shown, stage, k, engine.device
-                )
+                return ranked_lists(finished.model, finished.builder, mode, users, shown, stage, k, engine.device)
 
         return rank
 
     users = np.arange(store.num_users)
     with bar_reporter() as reporter:
         return {
-            split: evaluate(
-                config, reporter, split, ranker(split), histories(store, split), users, store.num_items
-            )
+            split: evaluate(config, reporter, split, ranker(split), histories(store, split), users, store.num_items)
             for split in ("valid", "test")
         }
 

@@ -157,6 +157,4 @@ def _read_texts(file: Path) -> dict[str, tuple[CSR, CSR]]:
         users, length = tensors[name].shape
         return CSR(np.arange(users + 1, dtype=np.int64) * length, tensors[name].numpy().ravel())
 
-    return {
-        stage: (rows(f"{stage}/profile"), rows(f"{stage}/prediction")) for stage in ("train", "valid", "test")
-    }
+    return {stage: (rows(f"{stage}/profile"), rows(f"{stage}/prediction")) for stage in ("train", "valid", "test")}

@@ -47,7 +47,7 @@ class Engine(Protocol):
     model: nn.Module
     device: torch.device
 
-    def autocast(self) -> Any:  # noqa: ANN401
+    def autocast(self) -> Any:
         """The context for forward passes outside `loss`."""
 
     def loss(self, *arguments: object) -> torch.Tensor:
@@ -146,7 +146,7 @@ class LocalEngine:
         self.config = config
         self.optimizer = _adamw(model, config)
 
-    def autocast(self) -> Any:  # noqa: ANN401 - one of two context managers
+    def autocast(self) -> Any:
         if self.config.precision == "bf16":
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return nullcontext()
@@ -208,7 +208,7 @@ class DeepSpeedEngine:
         )
         self.model: nn.Module = self.engine.module
 
-    def autocast(self) -> Any:  # noqa: ANN401 - the weights are bf16 themselves
+    def autocast(self) -> Any:
         return nullcontext()
 
     def loss(self, *arguments: object) -> torch.Tensor:
@@ -224,9 +224,7 @@ class DeepSpeedEngine:
     def update(self, lr: float) -> float:
         _set_lr(self.engine.basic_optimizer, lr)
         _set_lr(self.optimizer, lr)
-        plain = [
-            p.grad for p in _trainable(self.model).values() if p.grad is not None and not self._partitioned(p)
-        ]
+        plain = [p.grad for p in _trainable(self.model).values() if p.grad is not None and not self._partitioned(p)]
         norm = nn.utils.get_total_norm(plain) if plain else None
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm() if norm is None else norm)
@@ -260,11 +258,7 @@ class DeepSpeedEngine:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         if not self._partitioned(parameter):
-            return (
-                parameter
-                if kind == "param"
-                else self.engine.basic_optimizer.state.get(parameter, {}).get(kind)
-            )
+            return parameter if kind == "param" else self.engine.basic_optimizer.state.get(parameter, {}).get(kind)
         if kind == "param":
             return safe_get_full_fp32_param(parameter)
         if not self.engine.basic_optimizer.state:

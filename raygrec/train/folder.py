@@ -60,9 +60,7 @@ class RunFolder:
                 )
             return
         if self.path.exists() and any(self.path.iterdir()):
-            raise InputError(
-                f"{self.path}: is not empty and holds no run; name a folder that does not exist yet"
-            )
+            raise InputError(f"{self.path}: is not empty and holds no run; name a folder that does not exist yet")
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         content = yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False)
         self._write(file, content)
@@ -87,11 +85,7 @@ class RunFolder:
 
     def forget_after(self, records: int) -> None:
         """Cuts history.jsonl back to what a checkpoint has seen; the steps after it will run again."""
-        lines = (
-            self.history_file.read_text(encoding="utf-8").splitlines(True)
-            if self.history_file.exists()
-            else []
-        )
+        lines = self.history_file.read_text(encoding="utf-8").splitlines(True) if self.history_file.exists() else []
         if len(lines) > records:
             self._write(self.history_file, "".join(lines[:records]))
 

@@ -14,7 +14,7 @@ from raygrec.train.settings import RunConfig
 class BarReporter:
     """Draws one bar per task; a task ends when its last step is told."""
 
-    def __init__(self, bar: Any) -> None:  # noqa: ANN401 - rich's Progress or our stand-in
+    def __init__(self, bar: Any) -> None:
         self.bar = bar
         self.tasks: dict[str, Any] = {}
 

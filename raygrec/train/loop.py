@@ -61,9 +61,7 @@ def epoch_order(lengths: np.ndarray, batch: int, draws: Draws) -> np.ndarray:
         part[np.argsort(lengths[part], kind="stable")]
         for part in (order[start : start + pool] for start in range(0, len(order), pool))
     ]
-    batches = (
-        np.concatenate(sorted_pools).reshape(steps, batch) if steps else np.zeros((0, batch), dtype=np.int64)
-    )
+    batches = np.concatenate(sorted_pools).reshape(steps, batch) if steps else np.zeros((0, batch), dtype=np.int64)
     return batches[draws.permutation(steps)]
 
 
@@ -98,9 +96,7 @@ def run_stage(
     batch = min(config.batch, len(stage.lengths) // stage.per_prompt) * stage.per_prompt
     steps_per_epoch = len(stage.lengths) // batch
     total = steps_per_epoch * config.epochs
-    state = _resume(stage, engine, folder, seed, chunks) or LoopState(
-        stage.name, records=len(folder.history())
-    )
+    state = _resume(stage, engine, folder, seed, chunks) or LoopState(stage.name, records=len(folder.history()))
     tokens, started = 0, time.monotonic()
     order = np.zeros((0, batch))
     while state.step < total and state.waited < config.patience:
@@ -127,9 +123,7 @@ def run_stage(
                 "tokens_per_second": tokens / (time.monotonic() - started),
                 "peak_memory_mib": peak_memory_mib(),
             }
-            if stage.validate and (
-                round(record["epoch"]) % config.evaluate_every == 0 or state.step == total
-            ):
+            if stage.validate and (round(record["epoch"]) % config.evaluate_every == 0 or state.step == total):
                 record["valid"] = stage.validate()
                 _keep_best(stage, engine, folder, state, record["valid"][stage.metric])
             state.records += 1
@@ -185,9 +179,7 @@ def _keep_best(stage: Stage, engine: Engine, folder: RunFolder, state: LoopState
 
 def _parameters(engine: Engine) -> dict[str, torch.Tensor]:
     prefix = "param/"
-    return {
-        name.removeprefix(prefix): value for name, value in engine.state().items() if name.startswith(prefix)
-    }
+    return {name.removeprefix(prefix): value for name, value in engine.state().items() if name.startswith(prefix)}
 
 
 def _resume(stage: Stage, engine: Engine, folder: RunFolder, seed: int, chunks: int) -> LoopState | None:

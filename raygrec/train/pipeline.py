@@ -132,9 +132,7 @@ def _final(
     def both(rank_valid: Ranker, rank_test: Ranker, title: str) -> dict[str, dict[str, float]]:
         everyone = np.arange(store.num_users)
         return {
-            "valid": evaluate(
-                config, reporter, f"{title}, validation", rank_valid, valid, everyone, store.num_items
-            ),
+            "valid": evaluate(config, reporter, f"{title}, validation", rank_valid, valid, everyone, store.num_items),
             "test": evaluate(config, reporter, f"{title}, test", rank_test, test, everyone, store.num_items),
         }
 
@@ -145,9 +143,7 @@ def _final(
     train = store.interactions("train")
     popularity = _score_ranker(popularity_scores(train, store.num_items), config)
     metrics["baselines"] = {"Popularity": both(popularity, popularity, "Popularity")}
-    if (
-        config.model.user_vector != "cross_fit"
-    ):  # there, LightGCN has not seen all the edges it is entitled to
+    if config.model.user_vector != "cross_fit":  # there, LightGCN has not seen all the edges it is entitled to
         nodes = NodeEmbeddings.load(folder.nodes_file)
         rankers = [_score_ranker(lightgcn_scores(nodes, split.shown), config) for split in (valid, test)]
         metrics["baselines"]["LightGCN"] = both(*rankers, "LightGCN")

@@ -23,17 +23,13 @@ def table(folder, rows, items=None):
 
 def build(tmp_path, rows, items=None, **options):
     source = table(tmp_path / "source", rows, items)
-    return prepare(
-        PrepareOptions(format="table", path=source, out=tmp_path / "store", **{"k_core": 0, **options})
-    )
+    return prepare(PrepareOptions(format="table", path=source, out=tmp_path / "store", **{"k_core": 0, **options}))
 
 
 def named(store, split):
     """{user id: [item ids]} of the rows that are not empty."""
     csr = store.interactions(split)
-    histories = {
-        store.user_ids[user]: [store.item_ids[item] for item in csr[user]] for user in range(len(csr))
-    }
+    histories = {store.user_ids[user]: [store.item_ids[item] for item in csr[user]] for user in range(len(csr))}
     return {user: items for user, items in histories.items() if items}
 
 
@@ -84,10 +80,7 @@ def test_filters_are_counted(tmp_path):
 
 def test_date_window_takes_both_days(tmp_path):
     day = 86_400
-    rows = [
-        ("u", name, 1, moment)
-        for name, moment in zip("abcd", (day - 1, day, 2 * day - 1, 2 * day), strict=True)
-    ]
+    rows = [("u", name, 1, moment) for name, moment in zip("abcd", (day - 1, day, 2 * day - 1, 2 * day), strict=True)]
     store = build(tmp_path, rows, date_from="1970-01-02", date_to="1970-01-02")
     assert list(store.item_ids) == ["b", "c"]
 

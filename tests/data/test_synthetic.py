@@ -53,10 +53,7 @@ def test_tastes_last(store):
 def test_same_seed_same_files(tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         write_demo(tmp_path / name, users=20, items=60, seed=seed)
-    contents = [
-        [(tmp_path / name / file).read_bytes() for file in ("items.csv", "interactions.csv")]
-        for name in "abc"
-    ]
+    contents = [[(tmp_path / name / file).read_bytes() for file in ("items.csv", "interactions.csv")] for name in "abc"]
     assert contents[0] == contents[1] != contents[2]
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["interactions.csv", "items.csv"]
 

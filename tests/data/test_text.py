@@ -5,9 +5,7 @@ from raygrec.errors import InputError
 
 
 def test_clean_unescapes_and_drops_tags():
-    assert (
-        clean("Salt &amp;amp; Pepper &#39;n&#39;\n <b>Co</b>.  I <3 it") == "Salt & Pepper 'n' Co . I <3 it"
-    )
+    assert clean("Salt &amp;amp; Pepper &#39;n&#39;\n <b>Co</b>.  I <3 it") == "Salt & Pepper 'n' Co . I <3 it"
 
 
 def test_make_item_drops_empty_names_and_repeated_paths():
@@ -34,9 +32,7 @@ def test_fill_template(template, item, text):
     assert fill_template(template, item) == text
 
 
-@pytest.mark.parametrize(
-    "template", ["", "plain", "{name}", "{title.__class__}", "{title!r}", "{title", "{}"]
-)
+@pytest.mark.parametrize("template", ["", "plain", "{name}", "{title.__class__}", "{title!r}", "{title", "{}"])
 def test_wrong_templates_are_refused(template):
     with pytest.raises(InputError, match=r"text_template .*"):
         check_template(template)

@@ -49,9 +49,7 @@ def test_tokens_are_the_tokenizers_own(options, tokenizer_folder):
     assert store.tokens(str(tokenizer_folder), max_length=3).items.lengths.tolist() == [3, 3]
 
 
-def test_tokens_are_made_once_and_kept_by_the_tokenizers_content(
-    options, tokenizer_folder, tmp_path, monkeypatch
-):
+def test_tokens_are_made_once_and_kept_by_the_tokenizers_content(options, tokenizer_folder, tmp_path, monkeypatch):
     store = prepare(PrepareOptions(**options, tokenizer=str(tokenizer_folder)))
     (place,) = (store.path / "tokens").iterdir()
     copy = tmp_path / "elsewhere"

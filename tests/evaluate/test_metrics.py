@@ -46,9 +46,7 @@ def test_agrees_with_torchmetrics_and_scikit_learn(k):
         "mrr": retrieval_reciprocal_rank,
     }
     for name, other in others.items():
-        expected = np.mean(
-            [float(other(row, wanted, top_k=k)) for row, wanted in zip(scores, relevant, strict=True)]
-        )
+        expected = np.mean([float(other(row, wanted, top_k=k)) for row, wanted in zip(scores, relevant, strict=True)])
         assert result[f"{name}@{k}"] == pytest.approx(expected), name
     assert result[f"ndcg@{k}"] == pytest.approx(ndcg_score(relevant.numpy(), scores.numpy(), k=k))
 

@@ -33,9 +33,7 @@ def test_terminal_table_fits_100_columns():
     console = Console(width=100, record=True, file=None, quiet=False, force_terminal=False)
     with console.capture() as capture:
         console.print(
-            terminal_table(
-                [*ROWS, Row("GLTA without profile text", [metrics(0.01), metrics(0.02)])], "Beauty"
-            )
+            terminal_table([*ROWS, Row("GLTA without profile text", [metrics(0.01), metrics(0.02)])], "Beauty")
         )
     text = capture.get()
     assert max(map(len, text.splitlines())) <= 100

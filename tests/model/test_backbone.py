@@ -93,9 +93,7 @@ def test_both_attentions_agree(kind, backbone_folder):
     torch.manual_seed(3)
     embeds = torch.randn(2, len(SEGMENTS), 16)
     sdpa, eager = (
-        Backbone(BackboneConfig(name=backbone_folder(kind), attention=attention))(
-            embeds, block_causal(SEGMENTS, 2)
-        )
+        Backbone(BackboneConfig(name=backbone_folder(kind), attention=attention))(embeds, block_causal(SEGMENTS, 2))
         for attention in ATTENTIONS
     )
     torch.testing.assert_close(sdpa, eager, atol=1e-5, rtol=1e-5)
@@ -124,9 +122,7 @@ def test_first_layers_are_those_of_the_whole_model(kind, backbone_folder):
         output = whole(input_ids=ids, output_hidden_states=True)
         for layers in (1, 2, 3, None):
             backbone = Backbone(BackboneConfig(name=folder, layers=layers))
-            expected = (
-                output.last_hidden_state if layers in (3, None) else final[kind](output.hidden_states[layers])
-            )
+            expected = output.last_hidden_state if layers in (3, None) else final[kind](output.hidden_states[layers])
             hidden = backbone(backbone.embed(ids), everything(2, 4))
             torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=1e-5)
 
@@ -212,9 +208,7 @@ def test_weights_that_cannot_be_read(backbone_folder, tmp_path):
 
 def test_encoders_do_not_generate(backbone_folder):
     for kind in ("bert", "t5"):
-        with pytest.raises(
-            InputError, match=rf"\({kind}\) cannot generate: use model.texts.source=extracted"
-        ):
+        with pytest.raises(InputError, match=rf"\({kind}\) cannot generate: use model.texts.source=extracted"):
             generate(backbone_folder(kind), [[1, 2]], 3)
 
 
@@ -232,16 +226,12 @@ def test_minilm_is_itself_and_keeps_to_the_mask():
     assert_padding_changes_nothing(backbone)
 
 
-def assert_generates_as_the_model_alone(
-    folder: str, prompts: list[list[int]], tokens: int
-) -> list[list[int]]:
+def assert_generates_as_the_model_alone(folder: str, prompts: list[list[int]], tokens: int) -> list[list[int]]:
     """In one batch (padded on the left), in several and alone; returns the continuations."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     length = {"min_new_tokens": tokens, "max_new_tokens": tokens}
     expected = [
-        model.generate(torch.tensor([prompt]), do_sample=False, pad_token_id=0, **length)[
-            0, len(prompt) :
-        ].tolist()
+        model.generate(torch.tensor([prompt]), do_sample=False, pad_token_id=0, **length)[0, len(prompt) :].tolist()
         for prompt in prompts
     ]
     assert generate(folder, prompts, tokens) == expected
@@ -251,9 +241,7 @@ def assert_generates_as_the_model_alone(
 
 
 def test_generation_does_not_depend_on_the_batch(backbone_folder):
-    answers = assert_generates_as_the_model_alone(
-        backbone_folder("llama"), [[5, 9, 30], [7], [8, 8, 41, 2, 17]], 6
-    )
+    answers = assert_generates_as_the_model_alone(backbone_folder("llama"), [[5, 9, 30], [7], [8, 8, 41, 2, 17]], 6)
     assert len({tuple(answer) for answer in answers}) == 3
 
 

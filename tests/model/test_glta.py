@@ -103,9 +103,7 @@ def test_a_training_prompt_by_hand():
         full_prompts=1.0,
         max_history=6,
     )
-    draws = next(
-        d for d in map(Draws, range(50)) if histories(prompter.training(np.array([1]), d)) == [[3, 5]]
-    )
+    draws = next(d for d in map(Draws, range(50)) if histories(prompter.training(np.array([1]), d)) == [[3, 5]])
     batch = prompter.training(np.array([1, 0]), draws)
     item, user, slot = TEXT, TEXT + ITEMS, TEXT + ITEMS + 2
     assert (prompter.symbols.first_item, prompter.symbols.first_user, prompter.symbols.first_slot) == (
@@ -263,9 +261,7 @@ def test_unordered_targets_all_and_sampled():
 
 def test_unordered_histories_and_sampled_slots_are_uniform():
     users = 4000
-    prompter = builder(
-        CSR.from_lists([[0, 1, 2, 3]] * users), False, targets="sampled", slots=2, texts=NO_TEXTS
-    )
+    prompter = builder(CSR.from_lists([[0, 1, 2, 3]] * users), False, targets="sampled", slots=2, texts=NO_TEXTS)
     batch = prompter.training(np.arange(users), Draws(1))
     first_slot, first_shown = Counter(), Counter(history[0] for history in histories(batch))
     for slots, wanted in zip(columns(batch).tolist(), answers(batch), strict=True):
@@ -287,11 +283,7 @@ def test_a_prompt_does_not_depend_on_its_batch(ordered):
         return list(zip(prompts(batch), segments, histories(batch), answers(batch), kept, slots, strict=True))
 
     together = described(prompter.training(users, draws))
-    parts = [
-        part
-        for split in ([7], [2, 29], [11, 0])
-        for part in described(prompter.training(np.array(split), draws))
-    ]
+    parts = [part for split in ([7], [2, 29], [11, 0]) for part in described(prompter.training(np.array(split), draws))]
     assert together == parts
 
 
@@ -459,9 +451,7 @@ def test_every_symbol_is_embedded_as_its_kind(backbone):
 
 
 def test_leave_out_vectors_are_the_propagated_shown_histories(backbone):
-    prompter = builder(
-        random_rows(1, users=12), user_vector="leave_out", slots=2, max_history=4, full_prompts=1.0
-    )
+    prompter = builder(random_rows(1, users=12), user_vector="leave_out", slots=2, max_history=4, full_prompts=1.0)
     model = model_of(prompter, backbone)
     batch = prompter.training(np.arange(12), Draws(0))
     shown = CSR(batch.history_indptr.numpy(), batch.history.numpy())
@@ -485,9 +475,7 @@ def test_leave_out_does_not_read_the_pretrained_user(backbone):
 
 @pytest.mark.parametrize("vector", ["full", "leave_out", "cross_fit"])
 def test_user_dropout_leaves_the_bias_alone(vector, backbone):
-    prompter = builder(
-        [[3, 5, 7]] * 400, user_vector=vector, user_dropout=0.3, texts=NO_TEXTS, full_prompts=1.0
-    )
+    prompter = builder([[3, 5, 7]] * 400, user_vector=vector, user_dropout=0.3, texts=NO_TEXTS, full_prompts=1.0)
     model = model_of(prompter, backbone)
     model.user_projector.bias.data.normal_()
     batch = prompter.training(np.arange(400), Draws(2))
@@ -528,9 +516,7 @@ def test_the_loss_of_a_batch_is_the_sum_of_its_prompts_losses(settings, head, ba
             for column, wanted in answers(one)[0].items():
                 target = torch.zeros(ITEMS)
                 target[list(wanted)] = torch.tensor(list(wanted.values()))
-                slow += functional.cross_entropy(
-                    model.head(hidden[column][None], model.item_nodes)[0], target
-                )
+                slow += functional.cross_entropy(model.head(hidden[column][None], model.item_nodes)[0], target)
         for chunks in (1, 3):
             torch.testing.assert_close(model(batch, chunks), slow, rtol=1e-5, atol=1e-4)
 

@@ -50,15 +50,11 @@ def find_one(folder: Path, what: str, patterns: list[str], exclude: str = "") ->
     """The one file of `folder` that fits a pattern and does not start with `exclude`; two are an error."""
     if not folder.is_dir():
         found = "is a file" if folder.exists() else "does not exist"
-        raise InputError(
-            f"{folder}: {found}; expected the folder with the {what} file ({', '.join(patterns)})"
-        )
+        raise InputError(f"{folder}: {found}; expected the folder with the {what} file ({', '.join(patterns)})")
     fitting = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     names = sorted(path.name for path in fitting if not (exclude and path.name.startswith(exclude)))
     if len(names) > 1:
-        raise InputError(
-            f"{folder}: more than one {what} file ({', '.join(names)}); keep one data set per folder"
-        )
+        raise InputError(f"{folder}: more than one {what} file ({', '.join(names)}); keep one data set per folder")
     return folder / names[0] if names else None
 
 
@@ -109,9 +105,7 @@ def missing_field(place: str, error: KeyError, record: dict[str, Any]) -> InputE
     return InputError(f"{place}: field '{error.args[0]}' is missing; found {', '.join(record) or 'none'}")
 
 
-def item_stream(
-    path: Path, to_item: Callable[[dict[str, Any]], Item], python_literals: bool = False
-) -> Iterator[Item]:
+def item_stream(path: Path, to_item: Callable[[dict[str, Any]], Item], python_literals: bool = False) -> Iterator[Item]:
     """Items of a JSON-lines file, as `to_item` reads them from a record."""
     for number, record in read_records(path, python_literals):
         place = f"{path}, line {number}"

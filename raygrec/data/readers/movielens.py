@@ -40,9 +40,7 @@ def _csv_source(folder: Path, ratings: Path) -> Source:
     columns = table.Columns(user="userId", item="movieId", time="timestamp", rating="rating")
     movies = folder / "movies.csv"
     _check_files([movies])
-    names = PrepareOptions(
-        format="table", path=movies, out=movies, item_column="movieId", categories_column="genres"
-    )
+    names = PrepareOptions(format="table", path=movies, out=movies, item_column="movieId", categories_column="genres")
     return Source(
         files=[ratings, movies],
         chunks=lambda: table.read_interactions(ratings, columns),
@@ -82,9 +80,7 @@ def _read_movies_dat(path: Path) -> Iterator[Item]:
     for number, line in read_lines(path, _encoding(path)):
         fields = line.split("::")
         if len(fields) != 3:
-            raise InputError(
-                f"{path}, line {number}: expected 'id::title::genres', found {len(fields)} fields"
-            )
+            raise InputError(f"{path}, line {number}: expected 'id::title::genres', found {len(fields)} fields")
         yield make_item(fields[0], fields[1], _genres(iter(fields[2].split("|"))))
 
 

@@ -38,9 +38,7 @@ def _chunks(path: Path) -> Iterator[Chunk]:
     for number, line in read_lines(path):
         user, *history = line.split()
         if not history:
-            raise InputError(
-                f"{path}, line {number}: user '{user}' has no items; expected 'user item item …'"
-            )
+            raise InputError(f"{path}, line {number}: user '{user}' has no items; expected 'user item item …'")
         users += [user] * len(history)
         items += history
         if len(items) >= _CHUNK:

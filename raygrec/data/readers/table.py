@@ -68,11 +68,7 @@ def open_source(options: PrepareOptions) -> Source:
         options.time_column,
         options.rating_column if options.min_rating is not None else None,
     )
-    note = (
-        ()
-        if options.time_column
-        else ("no time column: the order of the file is taken as the order in time",)
-    )
+    note = () if options.time_column else ("no time column: the order of the file is taken as the order in time",)
     return Source(
         files=[interactions, items] if items else [interactions],
         chunks=lambda: read_interactions(interactions, columns),
@@ -112,9 +108,7 @@ def read_items(path: Path, options: PrepareOptions, layout: Layout = Layout()) -
             for item, name, path_text, words in zip(
                 columns[id_column], columns[title], categories, descriptions, strict=True
             ):
-                names = (
-                    path_text.split(options.category_separator) if isinstance(path_text, str) else path_text
-                )
+                names = path_text.split(options.category_separator) if isinstance(path_text, str) else path_text
                 yield make_item(str(item), name, [names or ()], words)
 
 
@@ -137,9 +131,7 @@ def _find(path: Path, stem: str, needed: bool) -> Path | None:
 
 
 @contextmanager
-def _open_table(
-    path: Path, request: _Request, layout: Layout, bar: bool = True
-) -> Iterator[Iterator[pa.RecordBatch]]:
+def _open_table(path: Path, request: _Request, layout: Layout, bar: bool = True) -> Iterator[Iterator[pa.RecordBatch]]:
     if not path.name.endswith(_ENDINGS) and not layout.names:
         raise InputError(f"{path}: unknown kind of table; expected a name ending in {', '.join(_ENDINGS)}")
     try:
@@ -165,9 +157,7 @@ def _csv(path: Path, file: BinaryIO, request: _Request, layout: Layout) -> Itera
     yield from pa.csv.open_csv(
         stream,
         # One thread: an error then names its row, and the order of the rows is the file's.
-        read_options=pa.csv.ReadOptions(
-            use_threads=False, block_size=_BLOCK, column_names=list(layout.names) or None
-        ),
+        read_options=pa.csv.ReadOptions(use_threads=False, block_size=_BLOCK, column_names=list(layout.names) or None),
         parse_options=pa.csv.ParseOptions(
             delimiter=delimiter,
             newlines_in_values=not layout.names,
@@ -207,9 +197,7 @@ def _ids(path: Path, batch: pa.RecordBatch, name: str, row: int, layout: Layout)
     ids = batch[name]
     empty = pc.fill_null(pc.equal(ids, ""), True)
     if (first := pc.index(empty, True).as_py()) >= 0:
-        raise InputError(
-            f"{path}, {_place(path, row + first, layout)}: column '{name}' is empty; expected an id"
-        )
+        raise InputError(f"{path}, {_place(path, row + first, layout)}: column '{name}' is empty; expected an id")
     return ids
 
 
@@ -220,8 +208,7 @@ def _times(path: Path, batch: pa.RecordBatch, name: str, row: int, layout: Layou
         place, found = _place(path, row + first, layout), times[first].as_py()
         found = "nothing" if found is None else repr(found)
         raise InputError(
-            f"{path}, {place}: column '{name}': "
-            f"expected seconds since 1970 or ISO dates in one form, found {found}"
+            f"{path}, {place}: column '{name}': expected seconds since 1970 or ISO dates in one form, found {found}"
         )
     if pa.types.is_floating(times.type):
         return np.round(times.to_numpy() * 1e6).astype(np.int64)

@@ -34,9 +34,7 @@ def read(format_name, path, **options):
         else None
         for column in ("times", "ratings")
     )
-    return (users, items, times, ratings), {
-        item.id: item for item in (source.items() if source.items else ())
-    }
+    return (users, items, times, ratings), {item.id: item for item in (source.items() if source.items else ())}
 
 
 def refused(format_name, path, **options):
@@ -253,9 +251,7 @@ def test_table_wrong_content(tmp_path, text, message):
 def test_table_wrong_files(tmp_path):
     assert "unknown kind of table" in refused_file(tmp_path, "t.xlsx", "x")
     assert "no such file" in refused_file(tmp_path, "absent.csv", None)
-    assert "Parquet magic bytes not found" in refused_file(
-        tmp_path, "t.parquet", "this is not a parquet file at all"
-    )
+    assert "Parquet magic bytes not found" in refused_file(tmp_path, "t.parquet", "this is not a parquet file at all")
 
 
 def refused_file(folder, name, content):
