@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -13,6 +13,8 @@ from raygrec.config import apply_overrides, read_yaml, validate
 from raygrec.errors import InputError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+INTERRUPTED = 130  # what typer ends with after Ctrl-C
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings, as key.sub=value")]
 AsJson = Annotated[bool, typer.Option("--json", help="print the result as one JSON document on the last line")]
@@ -117,7 +119,9 @@ def _show_metrics(metrics: dict[str, Any], run: Path, as_json: bool) -> None:
 
         rows = [Row(name, [both["test"]]) for name, both in metrics.get("baselines", {}).items()]
         rows.append(Row("GLTA", [metrics["test"]]))
-        Console().print(terminal_table(rows, title="test, full ranking"))
+        ks = sorted(int(name.partition("@")[2]) for name in metrics["test"] if name.startswith("ndcg@"))
+        shown = [f"{name}@{k}" for k in ks for name in ("precision", "ndcg", "hit")]
+        Console().print(terminal_table(rows, title="test, full ranking", metrics=shown))
         print(f"run folder: {run}")
     _print(metrics, as_json)
 
@@ -127,17 +131,31 @@ def _print(result: dict[str, Any], as_json: bool) -> None:
         print(json.dumps(result))
 
 
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"raygrec: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
 def main() -> None:
-    """The entry point: turns `InputError` into one line and exit code 2, any other failure into exit code 1."""
+    """The entry point: turns `InputError` into one line and exit code 2, any other failure into exit code 1.
+
+    RAYGREC_DEBUG=1 shows the traceback of a failure.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app(standalone_mode=True)
     except InputError as error:
-        print(f"raygrec: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("raygrec: interrupted; what was reported is kept", file=sys.stderr)
-        sys.exit(1)
+        _fail(str(error), 2)
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:
+            _fail("interrupted; --resume goes on with a run that has begun to train", 1)
+        raise
+    except Exception as error:
+        if os.environ.get("RAYGREC_DEBUG", "") not in ("", "0"):
+            raise
+        # RuntimeErrors are sentences; of others, such as KeyError, the name says the most.
+        name = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
+        _fail(f"{name}{' '.join(str(error).split())} (RAYGREC_DEBUG=1 shows the traceback)", 1)
 
 
 if __name__ == "__main__":

@@ -4,32 +4,51 @@ import logging
 import os
 import threading
 import time
+import traceback
+from dataclasses import dataclass
 from typing import Any
 
 from raygrec.errors import InputError
 from raygrec.progress import progress_bar
 from raygrec.train.assembly import prepare_run
-from raygrec.train.folder import RunFolder
+from raygrec.train.engine import NonFiniteError
+from raygrec.train.folder import RunFolder, with_absolute_paths
 from raygrec.train.local import BarReporter
 from raygrec.train.settings import RunConfig
 
-# Ray reads these when it is imported or started: logs and usage notes are for files, not for the screen.
+# Ray reads these when it is imported or started.
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
 
 import ray
 from ray import train
 from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+STARTING = "starting workers"
+REDRAWN_EVERY = 0.3  # seconds
+
+
+class WorkerError(RuntimeError):
+    """A run that its workers could not finish; the message names the file with their tracebacks."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a worker raised that every restart would raise again."""
+
+    wrong_input: bool
+    message: str
+    trace: str
 
 
 class Board:
-    """An actor that holds what rank 0 last said, for the driver to draw."""
+    """An actor that holds what rank 0 last said, for the driver to draw, and what ended the run for good."""
 
     def __init__(self) -> None:
         self.lines: list[tuple[str, int, int, str]] = []
+        self.failure: Failure | None = None
 
     def tell(self, task: str, done: int, total: int, note: str) -> None:
         if self.lines and self.lines[-1][0] == task and self.lines[-1][1] < self.lines[-1][2]:
@@ -39,6 +58,12 @@ class Board:
     def take(self) -> list[tuple[str, int, int, str]]:
         lines, self.lines = self.lines, []
         return lines
+
+    def fail(self, failure: Failure) -> None:
+        self.failure = self.failure or failure
+
+    def failed(self) -> Failure | None:
+        return self.failure
 
 
 class RayReporter:
@@ -50,7 +75,7 @@ class RayReporter:
 
     def progress(self, task: str, done: int, total: int, note: str = "") -> None:
         now = time.monotonic()
-        if done in (1, total) or now - self.told > 0.3:
+        if done in (1, total) or now - self.told > REDRAWN_EVERY:
             self.told = now
             self.board.tell.remote(task, done, total, note)
 
@@ -62,14 +87,16 @@ def train_on_ray(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     """Trains on `config.cluster.workers` Ray Train workers; starts a local Ray where no cluster is given.
 
     A lost worker restarts the group, which continues from the run folder, `max_failures` times at most.
-    Raises `InputError` where the cluster can never hold the workers, and what a worker raised otherwise.
+    Raises `InputError` for wrong input, also where the cluster can never hold the workers, and `WorkerError`
+    where the workers failed.
     """
-    folder = RunFolder(config.out.absolute())
-    config = config.model_copy(update={"out": folder.path, "store": config.store.absolute()})
-    folder.start(config, resume)
-    prepare_run(config, folder)
-    started_here = connect(config)
+    config = with_absolute_paths(config)
+    folder = RunFolder(config.out)
+    started_here = False
     try:
+        with folder.claimed(config, resume):
+            started_here = connect(config)
+            prepare_run(config, folder)
         return _fit(config, folder)
     finally:
         if started_here:
@@ -79,18 +106,34 @@ def train_on_ray(config: RunConfig, resume: bool = False) -> dict[str, Any]:
 def connect(config: RunConfig) -> bool:
     """Joins the cluster that RAY_ADDRESS names, or starts one on this machine; True where it was started."""
     if ray.is_initialized():
+        _check_resources(config)
         return False
     address = os.environ.get("RAY_ADDRESS")
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
-    if address:
-        ray.init(address=address, **quiet)
-    else:
-        # Logical CPUs may exceed the cores: two workers must fit a laptop. One more is the controller's.
-        cluster = config.cluster
-        cpus = max(os.cpu_count() or 1, int(cluster.workers * cluster.cpus_per_worker) + 1)
-        ray.init(num_cpus=cpus, include_dashboard=False, **quiet)
-    _check_resources(config)
+    with progress_bar() as bars:
+        task = bars.add_task("joining Ray" if address else "starting Ray", total=1)
+        if address:
+            _join(address, quiet)
+        else:
+            # Logical CPUs may exceed the cores: two workers must fit a laptop. One more is the controller's.
+            cluster = config.cluster
+            cpus = max(os.cpu_count() or 1, int(cluster.workers * cluster.cpus_per_worker) + 1)
+            ray.init(num_cpus=cpus, include_dashboard=False, **quiet)
+        bars.advance(task)
+    try:
+        _check_resources(config)
+    except InputError:
+        ray.shutdown()
+        raise
     return not address
+
+
+def _join(address: str, settings: dict[str, Any]) -> None:
+    try:
+        ray.init(address=address, **settings)
+    except (ConnectionError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({reason})") from None
 
 
 def _check_resources(config: RunConfig) -> None:
@@ -106,37 +149,52 @@ def _check_resources(config: RunConfig) -> None:
 
 
 def _fit(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
-    board = ray.remote(num_cpus=0)(Board).remote()
-    resources = {"CPU": config.cluster.cpus_per_worker}
-    if config.cluster.gpus_per_worker:
-        resources["GPU"] = config.cluster.gpus_per_worker
-    trainer = TorchTrainer(
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
+    trainer = _trainer(config, folder, board)
+    raised: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            raised.append(error)
+
+    # In the main thread, Ray would answer Ctrl-C itself, and slowly.
+    running = threading.Thread(target=fit, daemon=True)
+    running.start()
+    with progress_bar() as bars:
+        reporter = BarReporter(bars)
+        reporter.progress(STARTING, 0, config.cluster.workers)
+        while running.is_alive():
+            running.join(REDRAWN_EVERY)
+            _draw(board, reporter)
+    failure = ray.get(board.failed.remote())
+    if failure or raised:
+        raise _explained(failure, raised, folder)
+    metrics = folder.metrics()
+    if metrics is None:
+        raise WorkerError(f"{folder.path}: the workers ended without metrics; see {folder.path / 'ray'}")
+    return metrics
+
+
+def _trainer(config: RunConfig, folder: RunFolder, board: Any) -> TorchTrainer:
+    cluster = config.cluster
+    resources = {"CPU": cluster.cpus_per_worker}
+    if cluster.gpus_per_worker:
+        resources["GPU"] = cluster.gpus_per_worker
+    return TorchTrainer(
         _worker,
         train_loop_config={"config": config.model_dump(mode="json"), "board": board},
         scaling_config=train.ScalingConfig(
-            num_workers=config.cluster.workers,
-            use_gpu=bool(config.cluster.gpus_per_worker),
-            resources_per_worker=resources,
+            num_workers=cluster.workers, use_gpu=bool(cluster.gpus_per_worker), resources_per_worker=resources
         ),
         run_config=train.RunConfig(
             name=f"{folder.path.name}-{time.time_ns()}",
             storage_path=str(folder.path / "ray"),
-            failure_config=train.FailureConfig(max_failures=config.cluster.max_failures, controller_failure_limit=3),
+            failure_config=train.FailureConfig(max_failures=cluster.max_failures, controller_failure_limit=3),
         ),
     )
-    stop = threading.Event()
-    with progress_bar() as bar:
-        drawer = threading.Thread(target=_draw, args=(board, BarReporter(bar), stop), daemon=True)
-        drawer.start()
-        try:
-            trainer.fit()
-        finally:
-            stop.set()
-            drawer.join()
-    metrics = folder.metrics()
-    if metrics is None:
-        raise RuntimeError(f"{folder.path}: the workers ended without metrics; see {folder.path / 'ray'}")
-    return metrics
 
 
 def _worker(arguments: dict[str, Any]) -> None:
@@ -146,21 +204,49 @@ def _worker(arguments: dict[str, Any]) -> None:
     from raygrec.train.pipeline import run
 
     os.environ["RAYGREC_QUIET"] = "1"
-    config = RunConfig.model_validate(arguments["config"])
+    config, board = RunConfig.model_validate(arguments["config"]), arguments["board"]
+    if ray.get(board.failed.remote()):
+        return  # Ray Train restarts the group after any failure; this one would only repeat itself
     if not config.cluster.gpus_per_worker:
         torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
-    run(config, RunFolder(config.out), RayReporter(arguments["board"]), distributed=True)
+    reporter = RayReporter(board)
+    if train.get_context().get_world_rank() == 0:
+        reporter.progress(STARTING, config.cluster.workers, config.cluster.workers)
+    try:
+        run(config, RunFolder(config.out), reporter, distributed=True)
+    except Exception as error:
+        if _recurs(error):
+            ray.get(board.fail.remote(_as_failure(error)))
+        raise
 
 
-def _draw(board: Any, reporter: BarReporter, stop: threading.Event) -> None:
-    while True:
-        last = stop.is_set()
-        try:
-            lines = ray.get(board.take.remote(), timeout=10)
-        except ray.exceptions.RayError:
-            return
-        for task, done, total, note in lines:
-            reporter.progress(task, done, total, note)
-        if last:
-            return
-        stop.wait(0.3)
+def _recurs(error: Exception) -> bool:
+    """False for what may come of a lost peer or a lost file system, and be gone after a restart."""
+    return isinstance(error, NonFiniteError) or not isinstance(error, RuntimeError | OSError)
+
+
+def _as_failure(error: Exception) -> Failure:
+    ours = isinstance(error, InputError | NonFiniteError)
+    message = str(error) if ours else f"{type(error).__name__}: {error}"
+    return Failure(isinstance(error, InputError), message, traceback.format_exc())
+
+
+def _explained(failure: Failure | None, raised: list[BaseException], folder: RunFolder) -> Exception:
+    """The one line for the user; the whole story is in ray/failure.log of the run folder."""
+    story = failure.trace if failure else str(raised[0])
+    message = failure.message if failure else story.strip().splitlines()[-1]
+    file = folder.path / "ray" / "failure.log"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"{story.rstrip()}\n", encoding="utf-8")
+    if failure and failure.wrong_input:
+        return InputError(message)
+    return WorkerError(f"{' '.join(message.split())}; the worker's traceback is in {file}")
+
+
+def _draw(board: Any, reporter: BarReporter) -> None:
+    try:
+        lines = ray.get(board.take.remote(), timeout=10)
+    except ray.exceptions.RayError:
+        return  # the board is slow or gone; the run is not
+    for task, done, total, note in lines:
+        reporter.progress(task, done, total, note)

@@ -1,9 +1,12 @@
 """GLTA's three ways from answer slots to a ranked list (paper, decoding)."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
 from raygrec.data.arrays import CSR
+from raygrec.errors import InputError
 from raygrec.evaluate.ranking import top_k
 from raygrec.model.glta import GLTA, PromptBuilder
 from raygrec.model.prompts import join_rows
@@ -23,11 +26,13 @@ def ranked_lists(
 
     histories: [B] rows, all that a user has interacted with. `first`: top-k of the first slot's logits.
     `slots`: each slot's top item that no earlier slot has taken. `autoregressive`: each item is fed back as the
-    history's newest and the first slot answers again.
+    history's newest and the first slot answers again. Raises `InputError` where `slots` has fewer slots than k.
     """
     if decoding == "first":
         return top_k(_logits(model, builder, users, histories, stage, 1, device)[:, 0], k, [histories], users)
     if decoding == "slots":
+        if k > model.symbols.slots:
+            raise InputError(f"decoding slots: a list of {k} needs as many slots, model.slots is {model.symbols.slots}")
         logits_BkI = _logits(model, builder, users, histories, stage, model.symbols.slots, device)
         return _one_per_step(lambda step, _: logits_BkI[:, step], k, histories, users)
 
@@ -51,7 +56,9 @@ def _logits(
     return model.slot_logits(batch.to(device)).float()
 
 
-def _one_per_step(scores: object, k: int, histories: CSR, users: np.ndarray) -> torch.Tensor:
+def _one_per_step(
+    scores: Callable[[int, torch.Tensor], torch.Tensor], k: int, histories: CSR, users: np.ndarray
+) -> torch.Tensor:
     """Takes the best item of `scores(step, chosen so far)` k times, never one of the history or chosen before."""
     chosen = torch.empty(len(users), 0, dtype=torch.int64)
     for step in range(k):

@@ -64,6 +64,10 @@ class GLTAConfig(StrictConfig):
     and takes targets from the rest."""
     user_dropout: float = Field(0.0, ge=0, le=1)
     """Probability that a training prompt's user token is dropped out."""
+    slot_seed: Literal["auto", "newest", "sum", "none"] = "auto"
+    """[ours] What an answer slot's embedding is added to: the token of the newest item (`auto` where histories
+    are ordered), the normalised sum of the history's item tokens (`auto` where they are not), or nothing.
+    A frozen LM has never learned to look up the history from a slot; the residual stream carries it there."""
     texts: ProfileConfig = ProfileConfig()
     max_history: int = Field(50, ge=1)
     history_loss: bool = True
@@ -324,9 +328,11 @@ class GLTA(nn.Module):
         user_nodes: torch.Tensor,
         item_shares: torch.Tensor,
         token_scale: float,
+        ordered: bool = True,
     ) -> None:
         super().__init__()
         self.config = config
+        self.slot_seed = {"auto": "newest" if ordered else "sum"}.get(config.slot_seed, config.slot_seed)
         self.symbols = symbols
         self.backbone = backbone.freeze()
         node_width = item_nodes.shape[1]
@@ -367,23 +373,39 @@ class GLTA(nn.Module):
         embeds = self.backbone.embed(symbols.clamp(0, base.text - 1) * (symbols < base.text))
         items = self.item_projector(self.item_nodes[symbols[is_item] - base.first_item])
         slots = self.answer_slots(symbols[is_slot] - base.first_slot)
+        if self.slot_seed != "none":
+            slots = slots + self._slot_seeds(batch)[is_slot.nonzero()[:, 0]]
         embeds = embeds.masked_scatter(is_item[..., None], items.to(embeds.dtype))
         embeds = embeds.masked_scatter(is_slot[..., None], slots.to(embeds.dtype))
         rows = is_user.nonzero()[:, 0]
         users = self.user_projector(self._user_vectors(batch, symbols[is_user] - base.first_user, rows))
         return embeds.masked_scatter(is_user[..., None], users.to(embeds.dtype))
 
+    def _slot_seeds(self, batch: PromptBatch) -> torch.Tensor:
+        """What each prompt's answer slots start from: [B, D], the projected newest item or sum of items."""
+        counts = batch.history_indptr.diff()
+        if self.slot_seed == "newest":
+            shown = torch.cat([batch.history, batch.history.new_zeros(1)])  # prompts may show nothing
+            vectors = self.item_nodes[shown[(batch.history_indptr[1:] - 1).clamp(min=0)]]
+        else:
+            vectors = _sum_rows(self.item_nodes[batch.history], counts) / counts.clamp(min=1).sqrt()[:, None]
+        return self.item_projector(vectors) * (counts > 0)[:, None]
+
     def _user_vectors(self, batch: PromptBatch, users: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Node vectors [n, d] of the prompts' users; zero where dropped out."""
         if self.config.user_vector == "leave_out":
             counts = batch.history_indptr.diff()
-            row_of = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-            sums = self.item_shares.new_zeros(len(counts), self.item_shares.shape[1])
-            sums = sums.index_add(0, row_of, self.item_shares[batch.history])
+            sums = _sum_rows(self.item_shares[batch.history], counts)
             vectors = (sums / counts.clamp(min=1).sqrt()[:, None])[rows]
         else:
             vectors = self.user_nodes[users]
         return vectors * batch.user_kept[rows, None]
+
+
+def _sum_rows(vectors: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """[B, d]: the first counts[0] of `vectors` [n, d] added up, then the next counts[1], …"""
+    row_of = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    return vectors.new_zeros(len(counts), vectors.shape[1]).index_add(0, row_of, vectors)
 
 
 def token_scale(token_embeddings: torch.Tensor) -> float:

@@ -105,7 +105,7 @@ def build_prompts(config: RunConfig, store: Store, folder: RunFolder) -> PromptB
     return builder
 
 
-def build_model(config: RunConfig, symbols: Symbols, folder: RunFolder, distributed: bool) -> GLTA:
+def build_model(config: RunConfig, builder: PromptBuilder, folder: RunFolder, distributed: bool) -> GLTA:
     """The recipe's model with its own initial weights (a function of the seed), on the CPU or partitioned."""
     nodes = NodeEmbeddings.load(folder.nodes_file)
     torch.manual_seed(config.seed)
@@ -113,13 +113,14 @@ def build_model(config: RunConfig, symbols: Symbols, folder: RunFolder, distribu
         backbone = Backbone(config.backbone)
         scale = token_scale(full_tensor(backbone.model.get_input_embeddings().weight))
     torch.manual_seed(config.seed)
-    return GLTA(config.model, backbone, symbols, nodes.items, nodes.users, nodes.items_inductive, scale)
+    tensors = (nodes.items, nodes.users, nodes.items_inductive)
+    return GLTA(config.model, backbone, builder.symbols, *tensors, scale, builder.ordered)
 
 
 def load_model(config: RunConfig, folder: RunFolder, store: Store) -> tuple[GLTA, PromptBuilder]:
     """A finished run's model, ready to recommend, and its prompts."""
     builder = build_prompts(config, store, folder)
-    model = build_model(config, builder.symbols, folder, distributed=False)
+    model = build_model(config, builder, folder, distributed=False)
     model.load_state_dict(folder.load_parts(folder.model_file), strict=False)
     return model.to(device()).eval(), builder
 

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,42 +37,71 @@ class LoopState:
     targets: float = 0.0
 
 
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The same config with `store` and `out` as absolute paths: a run may go on from another directory."""
+    return config.model_copy(update={"store": config.store.absolute(), "out": config.out.absolute()})
+
+
 class RunFolder:
     """Paths and atomic writes of one run; only rank 0 writes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.config_file = path / "config.yaml"
         self.checkpoints = path / "checkpoints"
         self.history_file = path / "history.jsonl"
         self.nodes_file = path / "nodes.safetensors"
         self.texts_file = path / "texts.safetensors"
         self.model_file = path / "model" / "model.safetensors"
 
+    @contextmanager
+    def claimed(self, config: RunConfig, resume: bool) -> Iterator[None]:
+        """`start`, and where the block fails to make ready what a new run needs, the folder is gone again."""
+        new = not self.config_file.exists()
+        self.start(config, resume)
+        try:
+            yield
+        except BaseException:
+            if new:
+                shutil.rmtree(self.path, ignore_errors=True)
+            raise
+
     def start(self, config: RunConfig, resume: bool) -> None:
-        """Claims the folder; an existing run is refused unless `resume`, and then its config must be the same."""
-        file = self.path / "config.yaml"
-        if file.exists():
+        """Claims the folder; an existing run is refused unless `resume`, and then its config must be the same.
+
+        `cluster` may differ: a run may go on with another number of workers.
+        """
+        if self.config_file.exists():
             if not resume:
                 raise InputError(
                     f"{self.path}: holds a run already; pass --resume to go on with it, or name another out"
                 )
-            if self.config() != config:
-                raise InputError(
-                    f"{file}: differs from the given config; resume with the run's own, or name another out"
-                )
-            return
-        if self.path.exists() and any(self.path.iterdir()):
-            raise InputError(f"{self.path}: is not empty and holds no run; name a folder that does not exist yet")
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        content = yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False)
-        self._write(file, content)
+            self._refuse_other(config)
+        content = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        try:
+            if not self.config_file.exists() and self.path.exists() and any(self.path.iterdir()):
+                raise InputError(f"{self.path}: is not empty and holds no run; name a folder that does not exist yet")
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self._write(self.config_file, content)
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be a run folder ({error.strerror or error})") from None
+
+    def _refuse_other(self, config: RunConfig) -> None:
+        before, given = (
+            _flat(with_absolute_paths(one).model_dump(mode="json", exclude={"cluster", "out"}))
+            for one in (self.config(), config)
+        )
+        for key in (key for key, value in given.items() if before.get(key) != value):
+            raise InputError(
+                f"{self.config_file}: the run was started with {key}={before.get(key)}, now it is {given[key]}; "
+                "resume with the run's own config, or name another out"
+            )
 
     def config(self) -> RunConfig:
         """The effective config the run was started with."""
-        file = self.path / "config.yaml"
-        if not file.is_file():
+        if not self.config_file.is_file():
             raise InputError(f"{self.path}: no run there (config.yaml is missing)")
-        return validate(RunConfig, read_yaml(file), str(file))
+        return validate(RunConfig, read_yaml(self.config_file), str(self.config_file))
 
     def report(self, record: dict[str, Any]) -> None:
         """Appends one line to history.jsonl."""
@@ -78,16 +109,17 @@ class RunFolder:
             file.write(json.dumps(record) + "\n")
 
     def history(self) -> list[dict[str, Any]]:
-        """All reports, oldest first."""
-        if not self.history_file.exists():
-            return []
-        return [json.loads(line) for line in self.history_file.read_text(encoding="utf-8").splitlines()]
+        """All reports, oldest first; a last line that was cut off while it was written does not count."""
+        return [json.loads(line) for line in self._lines() if line.endswith("\n")]
 
     def forget_after(self, records: int) -> None:
         """Cuts history.jsonl back to what a checkpoint has seen; the steps after it will run again."""
-        lines = self.history_file.read_text(encoding="utf-8").splitlines(True) if self.history_file.exists() else []
+        lines = self._lines()
         if len(lines) > records:
             self._write(self.history_file, "".join(lines[:records]))
+
+    def _lines(self) -> list[str]:
+        return self.history_file.read_text(encoding="utf-8").splitlines(True) if self.history_file.exists() else []
 
     def save_checkpoint(self, state: LoopState, tensors: dict[str, torch.Tensor]) -> None:
         """Writes checkpoints/<stage>-<step>, then drops all but the newest `KEEP` of the stage."""
@@ -104,12 +136,16 @@ class RunFolder:
             shutil.rmtree(old, ignore_errors=True)
 
     def last_checkpoint(self, stage: str) -> tuple[LoopState, dict[str, torch.Tensor]] | None:
-        """The newest complete checkpoint of a stage, or None."""
+        """The newest complete checkpoint of a stage, or None; `InputError` where its files are damaged."""
         found = self._checkpoints(stage)
         if not found:
             return None
-        state = LoopState(**json.loads((found[-1] / "loop.json").read_text(encoding="utf-8")))
-        return state, load_file(found[-1] / "state.safetensors")
+        file = found[-1] / "loop.json"
+        try:
+            state = LoopState(**_read_json(file))
+        except TypeError:
+            raise InputError(f"{file}: not the loop state of this version; remove the folder {found[-1]}") from None
+        return state, self.load_parts(found[-1] / "state.safetensors")
 
     def _checkpoints(self, stage: str) -> list[Path]:
         return sorted(self.checkpoints.glob(f"{stage}-[0-9]*"))
@@ -139,9 +175,26 @@ class RunFolder:
     def metrics(self) -> dict[str, Any] | None:
         """The final metrics, or None while the run has not finished."""
         file = self.path / "metrics.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        return _read_json(file) if file.exists() else None
 
     def _write(self, file: Path, content: str) -> None:
         draft = file.with_name(f".{file.name}.draft")
         draft.write_text(content, encoding="utf-8")
         os.replace(draft, file)
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror or error})") from None
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise InputError(f"{file}: not valid JSON ({error})") from None
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Sections as dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

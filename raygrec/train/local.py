@@ -6,7 +6,7 @@ from typing import Any
 
 from raygrec.progress import progress_bar
 from raygrec.train.assembly import prepare_run
-from raygrec.train.folder import RunFolder
+from raygrec.train.folder import RunFolder, with_absolute_paths
 from raygrec.train.pipeline import run
 from raygrec.train.settings import RunConfig
 
@@ -31,9 +31,10 @@ class BarReporter:
 
 def train_here(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     """Trains in this process and returns the final metrics; `InputError` where the run folder is taken."""
+    config = with_absolute_paths(config)
     folder = RunFolder(config.out)
-    folder.start(config, resume)
-    prepare_run(config, folder)
+    with folder.claimed(config, resume):
+        prepare_run(config, folder)
     with bar_reporter() as reporter:
         return run(config, folder, reporter, distributed=False)
 

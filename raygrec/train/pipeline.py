@@ -57,7 +57,7 @@ def _align_items(
     """Stage 2: item projector, answer slot and head learn to match descriptions to items."""
     file = folder.parts_file("alignment")
     if not file.exists():
-        model = build_model(config, builder.symbols, folder, distributed)
+        model = build_model(config, builder, folder, distributed)
         model.user_projector.requires_grad_(False)
         size = min(config.model.alignment_items, builder.symbols.items)
         stage = Stage(
@@ -84,7 +84,7 @@ def _train_users(
     parts: dict[str, torch.Tensor],
 ) -> Engine:
     """Stage 3: user projector and head learn to name the user's other items; ends with the best parameters."""
-    model = build_model(config, builder.symbols, folder, distributed)
+    model = build_model(config, builder, folder, distributed)
     if parts:
         _load_parts(model, parts)
         model.item_projector.requires_grad_(False)

@@ -430,8 +430,9 @@ def test_logits_cover_slots_and_catalogue(head, backbone):
     torch.testing.assert_close(logits[row, slot], alone)
 
 
-def test_every_symbol_is_embedded_as_its_kind(backbone):
-    prompter = builder([[3, 5], [2, 4]], user_vector="full", texts=NO_TEXTS)
+@pytest.mark.parametrize("seed", ["none", "newest", "sum"])
+def test_every_symbol_is_embedded_as_its_kind(backbone, seed):
+    prompter = builder([[3, 5], [2, 4]], user_vector="full", texts=NO_TEXTS, slot_seed=seed)
     model = model_of(prompter, backbone)
     batch = prompter.recommending(np.array([1, 0]), CSR.from_lists([[3, 9], [2]]))
     base = prompter.symbols
@@ -447,6 +448,10 @@ def test_every_symbol_is_embedded_as_its_kind(backbone):
                     expected = model.user_projector(model.user_nodes[symbol - base.first_user])
                 else:
                     expected = model.answer_slots.weight[symbol - base.first_slot]
+                    nodes = {"none": None, "newest": [[9], [2]], "sum": [[3, 9], [2]]}[seed]
+                    if nodes:
+                        vectors = model.item_nodes[nodes[row]].sum(0) / len(nodes[row]) ** 0.5
+                        expected = expected + model.item_projector(vectors)
                 torch.testing.assert_close(embeds[row, column], expected)
 
 
