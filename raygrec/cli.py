@@ -153,9 +153,11 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("RAYGREC_DEBUG", "") not in ("", "0"):
             raise
+        message = " ".join(str(error).split())
         # RuntimeErrors are sentences; of others, such as KeyError, the name says the most.
-        name = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
-        _fail(f"{name}{' '.join(str(error).split())} (RAYGREC_DEBUG=1 shows the traceback)", 1)
+        if not isinstance(error, RuntimeError):
+            message = f"{type(error).__name__}: {message} (RAYGREC_DEBUG=1 shows the traceback)"
+        _fail(message, 1)
 
 
 if __name__ == "__main__":

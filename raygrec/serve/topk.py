@@ -110,7 +110,8 @@ def recommend_all(path: Path, k: int, out: Path) -> int:
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror or error})") from None
     finally:
-        draft.unlink(missing_ok=True)
+        if draft.is_file():
+            draft.unlink()
     return rows
 
 
