@@ -68,5 +68,6 @@ def _one_per_step(
 
 
 def _rows(items_Bn: torch.Tensor) -> CSR:
-    rows, columns = items_Bn.shape
-    return CSR(np.arange(rows + 1, dtype=np.int64) * columns, items_Bn.numpy().ravel().astype(np.int32))
+    """The items of each row, without the -1 of a row whose catalogue is used up."""
+    rows, columns = (items_Bn >= 0).nonzero(as_tuple=True)
+    return CSR.from_pairs(rows.numpy(), items_Bn[rows, columns].numpy(), len(items_Bn))

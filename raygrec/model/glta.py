@@ -29,7 +29,7 @@ from raygrec.model.prompts import (
 )
 
 # What a draw is for: the last counter of every `Draws.uniform` here.
-SHUFFLE, HOLDOUT, DROPOUT, WHOLE = 1, 2, 3, 4
+SHUFFLE, HOLDOUT, DROPOUT = 1, 2, 3
 
 
 class ProfileConfig(StrictConfig):
@@ -72,9 +72,9 @@ class GLTAConfig(StrictConfig):
     max_history: int = Field(50, ge=1)
     history_loss: bool = True
     """[ours] Ordered histories: every history position also predicts its next item, under a causal mask."""
-    full_prompts: float = Field(0.25, gt=0, le=1)
-    """[ours] Share of the updates that read whole prompts where `history_loss` is on; the others read the
-    histories alone, which trains every position at a fraction of the tokens."""
+    full_prompts: float = Field(0.4, gt=0, le=1)
+    """[ours] The last share of stage 3 that reads whole prompts where `history_loss` is on. Before it, prompts are
+    the histories alone: they train every position of the item tokens and the head at a fraction of the tokens."""
     targets: Literal["all", "sampled"] = "all"
     """[ours] Unordered histories: `sampled` trains slot j on one of the user's items, randomly shuffled (the
     paper's); `all` takes the expectation over the shuffles."""
@@ -146,7 +146,7 @@ class PromptBuilder:
     def causal(self) -> bool:
         return self.ordered and self.config.history_loss
 
-    def training(self, users: np.ndarray, draws: Draws) -> PromptBatch:
+    def training(self, users: np.ndarray, draws: Draws, done: float = 1.0) -> PromptBatch:
         """Stage 3 prompts: part of each user's training items as history, targets from the others."""
         items = self.train.take(users)
         if not self.ordered:
@@ -159,8 +159,8 @@ class PromptBuilder:
         new = ~seen & first_occurrences(items.rows, items.indices)
         future = CSR.from_pairs(items.rows[new], items.indices[new], len(users))
         kept = draws.uniform(users, DROPOUT) >= self.config.user_dropout
-        whole = not self.causal or draws.uniform(WHOLE) < self.config.full_prompts
-        return self._assemble(users, history, future, kept, "train", whole=bool(whole))
+        whole = not self.causal or done >= 1 - self.config.full_prompts
+        return self._assemble(users, history, future, kept, "train", whole=whole)
 
     def recommending(
         self, users: np.ndarray, histories: CSR, stage: str = "test", slots: int | None = None

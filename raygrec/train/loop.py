@@ -34,8 +34,8 @@ class Stage:
 
     name: of its checkpoints and reports. lengths: [n] sort key of the n things (users or items) that prompts are
     made of, for batches of little padding. per_prompt: things in one prompt. build: (things [B, per_prompt] or [B],
-    draws) -> B prompts. validate: -> metrics, of which
-    `metric` is maximised; None where the last step is the result.
+    draws, share of the stage that is done) -> B prompts. validate: -> metrics, of which `metric` is maximised, once
+    `validate_after` of the stage is done; None where the last step is the result.
     """
 
     name: str
@@ -43,10 +43,11 @@ class Stage:
     title: str
     config: StageConfig
     lengths: np.ndarray
-    build: Callable[[np.ndarray, Draws], PromptBatch]
+    build: Callable[[np.ndarray, Draws, float], PromptBatch]
     validate: Callable[[], dict[str, float]] | None = None
     metric: str = "ndcg@10"
     per_prompt: int = 1
+    validate_after: float = 0.0
 
 
 def epoch_order(lengths: np.ndarray, batch: int, draws: Draws) -> np.ndarray:
@@ -85,12 +86,10 @@ def run_stage(
     folder: RunFolder,
     reporter: Reporter,
     chunks: int,
-    stop_at: int | None = None,
 ) -> LoopState:
     """Runs a stage to its end, from its last checkpoint where there is one.
 
     The trained parameters end in `folder.parts_file(stage.name)`: the best by validation, else the last.
-    `stop_at` ends after that many updates without finishing (for tests of resuming).
     """
     config, rank = stage.config, world()[0]
     batch = min(config.batch, len(stage.lengths) // stage.per_prompt) * stage.per_prompt
@@ -104,9 +103,8 @@ def run_stage(
         if place == 0 or not len(order):
             order = epoch_order(stage.lengths, batch, Draws(seed, stage.number, ORDER, epoch))
         rate = learning_rate(state.step, total, config)
-        loss, count, read, norm = _step(
-            stage, engine, order[place], Draws(seed, stage.number, epoch, place), rate, chunks
-        )
+        draws, done = Draws(seed, stage.number, epoch, place), state.step / total
+        loss, count, read, norm = _step(stage, engine, order[place], draws, done, rate, chunks)
         state.loss, state.targets, tokens = state.loss + loss, state.targets + count, tokens + read
         state.step += 1
         if rank == 0:
@@ -123,7 +121,7 @@ def run_stage(
                 "tokens_per_second": tokens / (time.monotonic() - started),
                 "peak_memory_mib": peak_memory_mib(),
             }
-            if stage.validate and (round(record["epoch"]) % config.evaluate_every == 0 or state.step == total):
+            if stage.validate and _is_due(stage, state.step, steps_per_epoch, total):
                 record["valid"] = stage.validate()
                 _keep_best(stage, engine, folder, state, record["valid"][stage.metric])
             state.records += 1
@@ -135,8 +133,6 @@ def run_stage(
             tensors = engine.state()
             if rank == 0:
                 folder.save_checkpoint(state, tensors)
-        if state.step == stop_at:
-            return state
     if stage.validate is None:
         parts = _parameters(engine)
         if rank == 0:
@@ -146,14 +142,14 @@ def run_stage(
 
 
 def _step(
-    stage: Stage, engine: Engine, things: np.ndarray, draws: Draws, rate: float, chunks: int
+    stage: Stage, engine: Engine, things: np.ndarray, draws: Draws, done: float, rate: float, chunks: int
 ) -> tuple[float, float, int, float]:
     """One update; returns the loss summed over all ranks, the number of targets, tokens read here, gradient norm."""
     rank, workers = world()
     prompts = things if stage.per_prompt == 1 else things.reshape(-1, stage.per_prompt)
     pieces = portions(len(prompts), stage.config.micro_batch, workers)
     mine = np.array_split(prompts, workers * pieces)[rank::workers]
-    batches = [stage.build(piece, draws).to(engine.device) for piece in mine]
+    batches = [stage.build(piece, draws, done).to(engine.device) for piece in mine]
     count = float(sum_over_ranks(torch.tensor(float(sum(len(batch.answers) for batch in batches)))))
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
     for number, batch in enumerate(batches):
@@ -165,6 +161,12 @@ def _step(
         raise NonFiniteError(f"{stage.name}: the loss is {total}; nothing was updated, lower {stage.name}.lr")
     norm = engine.update(rate)
     return total, count, sum(int((batch.symbols >= 0).sum()) for batch in batches), norm
+
+
+def _is_due(stage: Stage, step: int, steps_per_epoch: int, total: int) -> bool:
+    if step == total:
+        return True
+    return step / total > stage.validate_after and (step // steps_per_epoch) % stage.config.evaluate_every == 0
 
 
 def _keep_best(stage: Stage, engine: Engine, folder: RunFolder, state: LoopState, metric: float) -> None:
@@ -188,7 +190,7 @@ def _resume(stage: Stage, engine: Engine, folder: RunFolder, seed: int, chunks: 
         return None
     state, tensors = found
     things = np.arange(stage.per_prompt)
-    example = stage.build(things if stage.per_prompt == 1 else things[None], Draws(seed)).to(engine.device)
+    example = stage.build(things if stage.per_prompt == 1 else things[None], Draws(seed), 1.0).to(engine.device)
     engine.load_state(tensors, state.step, (example, chunks))
     if world()[0] == 0:
         folder.forget_after(state.records)

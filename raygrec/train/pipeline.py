@@ -66,7 +66,7 @@ def _align_items(
             title="item-text alignment",
             config=config.alignment,
             lengths=np.ones(builder.symbols.items),
-            build=builder.alignment,
+            build=lambda items, draws, _: builder.alignment(items, draws),
             per_prompt=size,
         )
         engine = _engine(config, model, config.alignment, distributed)
@@ -104,9 +104,10 @@ def _train_users(
         title="user-item alignment",
         config=config.train,
         lengths=np.minimum(builder.train.lengths[trainable], config.model.max_history),
-        build=lambda numbers, draws: builder.training(trainable[numbers], draws),
+        build=lambda numbers, draws, done: builder.training(trainable[numbers], draws, done),
         validate=validate,
         metric=f"ndcg@{max(config.evaluate.ks)}",
+        validate_after=1 - config.model.full_prompts if builder.causal else 0.0,
     )
     positions = config.model.slots + (config.model.max_history if builder.causal else 0)
     run_stage(stage, engine, config.seed, folder, reporter, _chunks(config.train, positions))

@@ -24,7 +24,7 @@ def untrained(tiny_store, tiny_backbone, tmp_path_factory):
     with folder.claimed(config, resume=False):
         prepare_run(config, folder)
     builder = build_prompts(config, tiny_store, folder)
-    model = build_model(config, builder.symbols, folder, distributed=False).eval()
+    model = build_model(config, builder, folder, distributed=False).eval()
     torch.nn.init.normal_(model.head.output.weight)
     return model, builder
 

@@ -136,18 +136,18 @@ def test_only_slots_answer_without_history_loss():
 
 
 def test_history_only_prompts_train_every_position():
-    prompter = builder([[3, 5, 7, 2], [6, 1], [9], []], full_prompts=1e-9, slots=1)
-    batch = prompter.training(np.arange(4), Draws(0))
+    prompter = builder([[3, 5, 7, 2], [6, 1], [9], []], full_prompts=0.5, slots=1)
+    batch = prompter.training(np.arange(4), Draws(0), 0.0)
     shown = [[1, 2, 3, *(TEXT + i for i in items)] for items in ([3, 5, 7], [6], [9], [])]
     assert prompts(batch) == shown
     assert answers(batch) == [{3: {5: 1.0}, 4: {7: 1.0}, 5: {2: 1.0}}, {3: {1: 1.0}}, {}, {}]
     assert batch.slots.shape == (4, 0)
 
 
-def test_the_share_of_whole_prompts():
+def test_whole_prompts_are_the_last_share_of_a_stage():
     prompter = builder([[3, 5, 7, 2]], full_prompts=0.25)
-    whole = [prompter.training(np.array([0]), Draws(0, 0, step)).slots.shape[1] > 0 for step in range(600)]
-    assert abs(np.mean(whole) - 0.25) < 5 * np.sqrt(0.25 * 0.75 / 600)
+    whole = [prompter.training(np.array([0]), Draws(0), done).slots.shape[1] > 0 for done in (0, 0.5, 0.74, 0.75, 1)]
+    assert whole == [False, False, False, True, True]
 
 
 def test_history_is_cut_to_its_newest_items():
@@ -162,7 +162,7 @@ SETTINGS = {
     "ordered": {"ordered": True},
     "ordered, short": {"ordered": True, "max_history": 3},
     "ordered, slots only": {"ordered": True, "history_loss": False},
-    "ordered, histories only": {"ordered": True, "full_prompts": 1e-9},
+    "ordered, histories only": {"ordered": True, "full_prompts": 0.5, "done": 0.0},
     "unordered": {"ordered": False},
     "unordered, sampled": {"ordered": False, "targets": "sampled"},
     "unordered, most held out": {"ordered": False, "holdout": 0.9, "max_history": 2},
@@ -175,9 +175,11 @@ def test_no_answer_stands_where_its_position_can_see_it(settings, repeats):
     """METHODS, trap 3: not as history, not through the user, not in a text; over many draws."""
     for seed in range(12):
         train = random_rows(seed, repeats=repeats)
-        prompter = builder(train, slots=3, **{"full_prompts": 1.0, **settings})
+        options = {"full_prompts": 1.0, **settings}
+        done = options.pop("done", 1.0)
+        prompter = builder(train, slots=3, **options)
         users = np.random.default_rng(seed).permutation(len(train))
-        batch = prompter.training(users, Draws(seed))
+        batch = prompter.training(users, Draws(seed), done)
         attention = batch.attention
         slots = columns(batch)
         for row, (wanted, shown) in enumerate(zip(answers(batch), histories(batch), strict=True)):
@@ -510,13 +512,15 @@ def test_gradients_reach_the_trained_parts_only(user_token, backbone):
 def test_the_loss_of_a_batch_is_the_sum_of_its_prompts_losses(settings, head, backbone):
     """Against one unpadded prompt at a time, position by position, with torch's cross-entropy."""
     train = random_rows(2, users=8)
-    prompter = builder(train, slots=3, head=head, **{"full_prompts": 1.0, **settings})
+    options = {"full_prompts": 1.0, **settings}
+    done = options.pop("done", 1.0)
+    prompter = builder(train, slots=3, head=head, **options)
     model = model_of(prompter, backbone)
-    batch = prompter.training(np.arange(8), Draws(1))
+    batch = prompter.training(np.arange(8), Draws(1), done)
     slow = torch.zeros(())
     with torch.no_grad():
         for user in range(8):
-            one = prompter.training(np.array([user]), Draws(1))
+            one = prompter.training(np.array([user]), Draws(1), done)
             hidden = model.hidden(one)[0]
             for column, wanted in answers(one)[0].items():
                 target = torch.zeros(ITEMS)

@@ -1,0 +1,170 @@
+import json
+
+import pytest
+import torch
+
+from raygrec.errors import InputError
+from raygrec.train.folder import KEEP, LoopState, RunFolder, with_absolute_paths
+from raygrec.train.settings import RunConfig
+from tests.train.workers import tiny_config
+
+TENSORS = {"param/w": torch.arange(6.0).view(2, 3), "exp_avg/w": torch.zeros(2, 3)}
+
+
+@pytest.fixture
+def config(tmp_path) -> RunConfig:
+    return tiny_config(tmp_path / "store", tmp_path / "backbone", tmp_path / "run")
+
+
+@pytest.fixture
+def folder(config) -> RunFolder:
+    folder = RunFolder(config.out)
+    folder.start(config, resume=False)
+    return folder
+
+
+def hidden(folder: RunFolder) -> list[str]:
+    return [path.name for path in folder.path.rglob(".*")]
+
+
+def test_the_config_comes_back_as_it_was(folder, config):
+    assert folder.config() == config
+    assert not hidden(folder)
+
+
+def test_a_used_folder_is_refused(folder, config, tmp_path):
+    with pytest.raises(InputError, match=r"run: holds a run already; pass --resume"):
+        folder.start(config, resume=False)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="is not empty and holds no run"):
+        RunFolder(tmp_path).start(config, resume=True)
+    with pytest.raises(InputError, match=r"notes\.txt: cannot be a run folder"):
+        RunFolder(tmp_path / "notes.txt").start(config, resume=False)
+
+
+def test_resuming_takes_the_same_config_only(folder, config):
+    other = config.model_copy(update={"seed": 1})
+    with pytest.raises(InputError, match=r"config\.yaml: the run was started with seed=0, now it is 1"):
+        folder.start(other, resume=True)
+    nested = config.model_copy(update={"train": config.train.model_copy(update={"lr": 0.5})})
+    with pytest.raises(InputError, match=r"started with train\.lr=0\.01, now it is 0\.5"):
+        folder.start(nested, resume=True)
+    assert folder.config() == config
+
+
+def test_resuming_with_other_workers_is_recorded(folder, config):
+    wider = config.model_copy(update={"cluster": config.cluster.model_copy(update={"workers": 7})})
+    folder.start(wider, resume=True)
+    assert folder.config() == wider
+
+
+def test_resuming_from_another_directory(folder, config, monkeypatch):
+    monkeypatch.chdir(folder.path.parent)
+    near = tiny_config("store", config.backbone.name, "run")
+    RunFolder(near.out).start(near, resume=True)
+    assert with_absolute_paths(near) == config
+
+
+def test_a_claim_is_given_up_where_the_block_fails(config):
+    folder = RunFolder(config.out)
+    with pytest.raises(InputError, match="no such backbone"), folder.claimed(config, resume=False):
+        assert folder.config() == config
+        raise InputError("no such backbone")
+    assert not folder.path.exists()
+
+
+def test_a_run_that_existed_outlives_a_failed_claim(folder, config):
+    with pytest.raises(InputError), folder.claimed(config, resume=True):
+        raise InputError("no such backbone")
+    assert folder.config() == config
+
+
+def test_a_folder_without_a_run(tmp_path):
+    with pytest.raises(InputError, match=r"no run there \(config\.yaml is missing\)"):
+        RunFolder(tmp_path).config()
+
+
+def test_a_checkpoint_comes_back_as_it_was(folder):
+    state = LoopState("train", step=3, best=0.25, best_step=2, waited=1, records=4, loss=1.5, targets=8.0)
+    folder.save_checkpoint(state, TENSORS)
+    found, tensors = folder.last_checkpoint("train")
+    assert found == state
+    assert tensors.keys() == TENSORS.keys()
+    assert all(torch.equal(tensors[name], value) for name, value in TENSORS.items())
+    assert folder.last_checkpoint("alignment") is None
+
+
+def test_the_newest_checkpoints_of_each_stage_are_kept(folder):
+    for step in (1, 9, 10, 100):
+        folder.save_checkpoint(LoopState("train", step), TENSORS)
+    folder.save_checkpoint(LoopState("alignment", 5), TENSORS)
+    names = sorted(path.name for path in folder.checkpoints.iterdir())
+    assert KEEP == 2
+    assert names == ["alignment-00000005", "train-00000010", "train-00000100"]
+    assert folder.last_checkpoint("train")[0].step == 100
+
+
+def test_a_draft_never_counts(folder):
+    folder.save_checkpoint(LoopState("train", 1), TENSORS)
+    # As a process leaves it that is killed while it writes the next one.
+    half = folder.checkpoints / ".train-00000002.draft"
+    half.mkdir()
+    (half / "state.safetensors").write_bytes(b"\x10\x00")
+    (folder.path / ".metrics.json.draft").write_text('{"valid": {')
+    assert folder.last_checkpoint("train")[0].step == 1
+    assert folder.metrics() is None
+    folder.save_checkpoint(LoopState("train", 2), TENSORS)
+    assert folder.last_checkpoint("train")[0].step == 2
+    assert hidden(folder) == [".metrics.json.draft"]
+
+
+def test_damaged_files_are_named(folder):
+    folder.save_checkpoint(LoopState("train", 1), TENSORS)
+    place = folder.checkpoints / "train-00000001"
+    tensors = place / "state.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-4])
+    with pytest.raises(InputError, match=r"state\.safetensors: not readable as safetensors"):
+        folder.last_checkpoint("train")
+    (place / "loop.json").write_text('{"stage": "train", "steps": 1}')
+    with pytest.raises(InputError, match=r"loop\.json: not the loop state of this version"):
+        folder.last_checkpoint("train")
+    (place / "loop.json").write_text("{")
+    with pytest.raises(InputError, match=r"loop\.json: not valid JSON"):
+        folder.last_checkpoint("train")
+    with pytest.raises(InputError, match=r"model\.safetensors: not readable as safetensors"):
+        folder.load_parts(folder.model_file)
+    (folder.path / "metrics.json").write_text("")
+    with pytest.raises(InputError, match=r"metrics\.json: not valid JSON"):
+        folder.metrics()
+
+
+def test_parts_come_back_as_they_were(folder):
+    folder.save_parts(folder.model_file, TENSORS)
+    assert torch.equal(folder.load_parts(folder.model_file)["param/w"], TENSORS["param/w"])
+    assert not hidden(folder)
+
+
+def test_reports_after_a_checkpoint_are_forgotten(folder):
+    assert folder.history() == []
+    for step in range(4):
+        folder.report({"step": step})
+    folder.forget_after(4)
+    assert [record["step"] for record in folder.history()] == [0, 1, 2, 3]
+    folder.forget_after(2)
+    assert folder.history() == [{"step": 0}, {"step": 1}]
+
+
+def test_a_report_that_was_cut_off_does_not_count(folder):
+    folder.report({"step": 0})
+    with folder.history_file.open("a") as file:
+        file.write('{"step": 1, "lo')
+    assert folder.history() == [{"step": 0}]
+    folder.forget_after(1)
+    folder.report({"step": 1})
+    assert folder.history() == [{"step": 0}, {"step": 1}]
+
+
+def test_metrics_are_the_sign_of_a_finished_run(folder):
+    assert folder.metrics() is None
+    folder.write_metrics({"test": {"ndcg@10": 0.5}})
+    assert folder.metrics() == {"test": {"ndcg@10": 0.5}} == json.loads((folder.path / "metrics.json").read_text())
