@@ -343,10 +343,8 @@ class GLTA(nn.Module):
         self.user_projector = _projector(node_width, backbone.width, token_scale)
         self.answer_slots = nn.Embedding(symbols.slots, backbone.width)
         nn.init.normal_(self.answer_slots.weight, std=token_scale)
-        if config.head == "tied":
-            self.head: nn.Module = TiedHead(backbone.width, symbols.items, node_width)
-        else:
-            self.head = LinearHead(backbone.width, symbols.items)
+        head = TiedHead if config.head == "tied" else LinearHead
+        self.head = head(backbone.width, symbols.items, node_width)
 
     def forward(self, batch: PromptBatch, chunks: int = 1) -> torch.Tensor:
         """Cross-entropy summed over the batch's answer positions; divide by their global count."""

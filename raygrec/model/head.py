@@ -6,17 +6,22 @@ from torch.utils.checkpoint import checkpoint
 
 
 class LinearHead(nn.Module):
-    """One linear layer from hidden states to |I| logits (GLTA, graph-language logits matching)."""
+    """One linear layer from hidden states to |I| logits (GLTA, graph-language logits matching).
 
-    def __init__(self, width: int, num_items: int) -> None:
+    [ours] Its weight is written as W + E Q with W, from zero, and Q trained: the same layer, whose rows start as
+    functions of the item nodes instead of as noise, and which weight decay pulls towards them.
+    """
+
+    def __init__(self, width: int, num_items: int, node_width: int) -> None:
         super().__init__()
+        self.query = _query(width, node_width)
         self.output = nn.Linear(width, num_items)
-        nn.init.normal_(self.output.weight, std=0.02)
+        nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
 
     def forward(self, hidden_PD: torch.Tensor, items_Id: torch.Tensor) -> torch.Tensor:
-        """Logits [P, I]; `items_Id` is not read."""
-        return self.output(hidden_PD)
+        """Logits [P, I], with the node embeddings `items_Id`."""
+        return torch.addmm(self.output(hidden_PD), self.query(hidden_PD), items_Id.T.to(hidden_PD.dtype))
 
 
 class TiedHead(nn.Module):
@@ -28,9 +33,7 @@ class TiedHead(nn.Module):
 
     def __init__(self, width: int, num_items: int, node_width: int) -> None:
         super().__init__()
-        self.query = nn.Linear(width, node_width)
-        nn.init.normal_(self.query.weight, std=0.02)
-        nn.init.zeros_(self.query.bias)
+        self.query = _query(width, node_width)
         self.bias = nn.Embedding(num_items, 1)
         nn.init.zeros_(self.bias.weight)
 
@@ -38,6 +41,13 @@ class TiedHead(nn.Module):
         """Logits [P, I] against the node embeddings `items_Id`."""
         everything = torch.arange(len(items_Id), device=hidden_PD.device)
         return self.query(hidden_PD) @ items_Id.T + self.bias(everything)[:, 0]
+
+
+def _query(width: int, node_width: int) -> nn.Linear:
+    layer = nn.Linear(width, node_width)
+    nn.init.normal_(layer.weight, std=0.02)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 def catalogue_cross_entropy(

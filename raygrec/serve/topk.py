@@ -58,7 +58,7 @@ class FinishedRun:
 def evaluate_run(path: Path, decoding: str | None = None) -> dict[str, Any]:
     """Repeats a finished run's validation and test metrics from its folder and store alone."""
     from raygrec.train.local import bar_reporter
-    from raygrec.train.pipeline import evaluate
+    from raygrec.train.pipeline import evaluate, users_of
 
     finished = FinishedRun(path)
     config, store = finished.config, finished.store
@@ -73,10 +73,9 @@ def evaluate_run(path: Path, decoding: str | None = None) -> dict[str, Any]:
 
         return rank
 
-    users = np.arange(store.num_users)
     with bar_reporter() as reporter:
         return {
-            split: evaluate(config, reporter, split, ranker(split), histories(store, split), users, store.num_items)
+            split: evaluate(config, reporter, split, ranker(split), *users_of(store, config, split))
             for split in ("valid", "test")
         }
 

@@ -91,12 +91,11 @@ def _train_users(
     model.user_projector.requires_grad_(config.model.user_token == "aligned")
     engine = _engine(config, model, config.train, distributed)
     trainable = np.flatnonzero(builder.train.lengths >= 2)
-    valid = histories(store, "valid")
-    users = _some_users(valid, config)
+    valid_users = users_of(store, config, "valid")
 
     def validate() -> dict[str, float]:
         ranker = _ranker(config, engine, builder, "first", "valid")
-        return evaluate(config, reporter, "validation", ranker, valid, users, store.num_items)
+        return evaluate(config, reporter, "validation", ranker, *valid_users)
 
     stage = Stage(
         name="train",
@@ -131,10 +130,9 @@ def _final(
     valid, test = histories(store, "valid"), histories(store, "test")
 
     def both(rank_valid: Ranker, rank_test: Ranker, title: str) -> dict[str, dict[str, float]]:
-        everyone = np.arange(store.num_users)
         return {
-            "valid": evaluate(config, reporter, f"{title}, validation", rank_valid, valid, everyone, store.num_items),
-            "test": evaluate(config, reporter, f"{title}, test", rank_test, test, everyone, store.num_items),
+            split: evaluate(config, reporter, f"{title}, {split}", ranker, *users_of(store, config, split))
+            for split, ranker in (("valid", rank_valid), ("test", rank_test))
         }
 
     def model(stage: str) -> Ranker:
@@ -211,13 +209,15 @@ def _chunks(stage: StageConfig, positions: int) -> int:
     return max(1, -(-most // POSITIONS_PER_CHUNK))
 
 
-def _some_users(split: Histories, config: RunConfig) -> np.ndarray:
-    """The users that validations during training rank: all, or a fixed draw of `evaluate.valid_users`."""
-    users = np.flatnonzero(split.targets.lengths)
+def users_of(store: Store, config: RunConfig, split: str) -> tuple[Histories, np.ndarray, int]:
+    """What `evaluate` ranks: a split's histories, the users (in validation a fixed draw of at most
+    `evaluate.valid_users`) and the size of the catalogue."""
+    found = histories(store, split)
+    users = np.flatnonzero(found.targets.lengths)
     limit = config.evaluate.valid_users
-    if limit is None or limit >= len(users):
-        return users
-    return np.sort(users[Draws(config.seed).permutation(len(users))[:limit]])
+    if split == "valid" and limit is not None and limit < len(users):
+        users = np.sort(users[Draws(config.seed).permutation(len(users))[:limit]])
+    return found, users, store.num_items
 
 
 def _load_parts(model: GLTA, parts: dict[str, torch.Tensor]) -> None:

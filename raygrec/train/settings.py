@@ -40,7 +40,7 @@ class EvaluateConfig(StrictConfig):
     batch: int = Field(512, ge=1)
     """Users per worker and pass."""
     valid_users: int | None = Field(None, ge=1)
-    """At most so many users, drawn once, in the validations during training."""
+    """At most so many users, drawn once, in validations; the test set is always read whole."""
 
 
 class ClusterConfig(StrictConfig):

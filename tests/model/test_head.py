@@ -20,7 +20,9 @@ def heads() -> list[torch.nn.Module]:
     torch.manual_seed(1)
     tied = TiedHead(WIDTH, ITEMS, NODE_WIDTH)
     tied.bias.weight.data.normal_()
-    return [LinearHead(WIDTH, ITEMS), tied]
+    linear = LinearHead(WIDTH, ITEMS, NODE_WIDTH)
+    linear.output.weight.data.normal_()
+    return [linear, tied]
 
 
 @pytest.mark.parametrize("head", heads(), ids=["linear", "tied"])
@@ -115,3 +117,11 @@ def test_slices_of_targets():
     assert part.items.tolist() == [2, 1, 0]
     assert part.rows.tolist() == [1, 1, 1]
     assert len(targets.slice(3, 3)) == 0
+
+
+def test_the_linear_head_is_one_linear_layer():
+    head = heads()[0]
+    hidden, items = example()
+    weight = head.output.weight + items @ head.query.weight
+    bias = head.output.bias + items @ head.query.bias
+    torch.testing.assert_close(head(hidden, items), functional.linear(hidden, weight, bias))
