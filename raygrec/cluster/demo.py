@@ -14,6 +14,7 @@ from raygrec.data.prepare import prepare
 from raygrec.data.synthetic import write_demo
 from raygrec.errors import InputError
 from raygrec.evaluate.tables import Row, terminal_table
+from raygrec.model.backbone import load_tokenizer
 from raygrec.serve.topk import FinishedRun
 from raygrec.train.settings import RunConfig
 
@@ -30,12 +31,17 @@ SETTINGS: dict[str, Any] = {
 SHOWN_USERS = 3
 
 
-def run_demo(out: Path) -> dict[str, Any]:
-    """Makes, prepares, trains, evaluates and shows; returns what it showed."""
+def run_demo(out: Path, users: int = 1500, items: int = 800, settings: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Makes, prepares, trains, evaluates and shows; returns what it showed.
+
+    settings: sections that replace those of `SETTINGS`. Raises `InputError` where `out` exists.
+    """
     if out.exists():
         raise InputError(f"{out}: exists already; remove it or name another folder with --out")
+    settings = {**SETTINGS, **(settings or {})}
+    load_tokenizer(settings["backbone"]["name"])  # where there is no such backbone, nothing is made
     console = Console()
-    source = write_demo(out / "source")
+    source = write_demo(out / "source", users, items)
     store = prepare(validate(PrepareOptions, {"format": "table", "path": source, "out": out / "store"}, "demo"))
     train, valid, test = (len(store.interactions(split).indices) for split in ("train", "valid", "test"))
     console.print(
@@ -43,7 +49,7 @@ def run_demo(out: Path) -> dict[str, Any]:
         f"{train:,} training, {valid:,} validation and {test:,} test interactions"
     )
     run = out / "run"
-    config = validate(RunConfig, {"store": store.path, "out": run, **SETTINGS}, "demo")
+    config = validate(RunConfig, {"store": store.path, "out": run, **settings}, "demo")
     metrics = train_on_ray(config)
     rows = [Row(name, [both["test"]]) for name, both in metrics["baselines"].items()]
     rows.append(Row("GLTA", [metrics["test"]]))
