@@ -56,6 +56,8 @@ class GLTAConfig(StrictConfig):
     """`linear` is the paper's; `tied` matches against the item tokens and scales past a million items."""
     item_alignment: bool = True
     """Stage 2; without it both projectors are trained in stage 3."""
+    tune_items: bool = True
+    """[ours] Whether stage 3 goes on training the item projector; the paper freezes it after stage 2."""
     user_token: Literal["aligned", "id", "none"] = "aligned"
     """`id` writes the user's number as plain text (the paper's ablation)."""
     user_vector: Literal["full", "leave_out", "cross_fit"] = "leave_out"

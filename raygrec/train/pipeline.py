@@ -87,7 +87,7 @@ def _train_users(
     model = build_model(config, builder, folder, distributed)
     if parts:
         _load_parts(model, parts)
-        model.item_projector.requires_grad_(False)
+        model.item_projector.requires_grad_(config.model.tune_items)
     model.user_projector.requires_grad_(config.model.user_token == "aligned")
     engine = _engine(config, model, config.train, distributed)
     trainable = np.flatnonzero(builder.train.lengths >= 2)
