@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raygrec.errors import InputError
-from raygrec.progress import progress_bar
+from raygrec.progress import console, progress_bar, quiet
 from raygrec.train.assembly import prepare_run
 from raygrec.train.engine import NonFiniteError
 from raygrec.train.folder import RunFolder, with_absolute_paths
@@ -109,16 +109,18 @@ def connect(config: RunConfig) -> bool:
         _check_resources(config)
         return False
     address = os.environ.get("RAY_ADDRESS")
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    settings = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    # `log_to_driver` holds for workers alone: the raylet would still write of lost ones to standard output.
+    ray._private.worker._worker_logs_enabled = False
     with progress_bar() as bars:
         task = bars.add_task("joining Ray" if address else "starting Ray", total=1)
         if address:
-            _join(address, quiet)
+            _join(address, settings)
         else:
             # Logical CPUs may exceed the cores: two workers must fit a laptop. One more is the controller's.
             cluster = config.cluster
             cpus = max(os.cpu_count() or 1, int(cluster.workers * cluster.cpus_per_worker) + 1)
-            ray.init(num_cpus=cpus, include_dashboard=False, **quiet)
+            ray.init(num_cpus=cpus, include_dashboard=False, **settings)
         bars.advance(task)
     try:
         _check_resources(config)
@@ -166,9 +168,14 @@ def _fit(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
     with progress_bar() as bars:
         reporter = BarReporter(bars)
         reporter.progress(STARTING, 0, config.cluster.workers)
+        starts = 0
         while running.is_alive():
             running.join(REDRAWN_EVERY)
-            _draw(board, reporter)
+            for line in _news(board):
+                starts += line[0] == STARTING
+                if line[0] == STARTING and starts > 1 and not quiet():
+                    console.print("a worker was lost; the run goes on from its last checkpoint")
+                reporter.progress(*line)
     failure = ray.get(board.failed.remote())
     if failure or raised:
         raise _explained(failure, raised, folder)
@@ -243,10 +250,8 @@ def _explained(failure: Failure | None, raised: list[BaseException], folder: Run
     return WorkerError(f"{' '.join(message.split())}; the worker's traceback is in {file}")
 
 
-def _draw(board: Any, reporter: BarReporter) -> None:
+def _news(board: Any) -> list[tuple[str, int, int, str]]:
     try:
-        lines = ray.get(board.take.remote(), timeout=10)
+        return ray.get(board.take.remote(), timeout=10)
     except ray.exceptions.RayError:
-        return  # the board is slow or gone; the run is not
-    for task, done, total, note in lines:
-        reporter.progress(task, done, total, note)
+        return []  # the board is slow or gone; the run is not

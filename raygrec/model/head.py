@@ -44,8 +44,9 @@ class TiedHead(nn.Module):
 
 
 def _query(width: int, node_width: int) -> nn.Linear:
+    """Small at first: logits start near zero, the loss near ln |I|, whatever the node width."""
     layer = nn.Linear(width, node_width)
-    nn.init.normal_(layer.weight, std=0.02)
+    nn.init.normal_(layer.weight, std=0.02 / node_width**0.5)
     nn.init.zeros_(layer.bias)
     return layer
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.cluster
 
 BAR_LINE = re.compile(r"(?P<task>[\w @,-]+): [\d,]+/[\d,]+ (in|so far).*\d/s.*")
 # Long enough for a worker to be shot in the middle of it.
-LONG = {"epochs": 60, "patience": 60, "evaluate_every": 20}
+LONG = {"epochs": 25, "patience": 25, "evaluate_every": 5}
 
 
 def wait_for(condition, seconds: float) -> None:
@@ -57,8 +57,9 @@ def test_a_run_that_loses_a_worker_ends_as_the_run_in_one_process(tiny_store, ti
     # Standard output holds the document, standard error what our bars leave behind, and nothing else speaks.
     metrics = json.loads(output)
     lines = error.splitlines()
+    lines.remove("a worker was lost; the run goes on from its last checkpoint")
     assert all(BAR_LINE.fullmatch(line) for line in lines), error
-    assert sum(line.startswith("starting workers: 2/2") for line in lines) >= 1
+    assert any(line.startswith("starting workers: 2/2") for line in lines)
     for split in ("valid", "test"):
         assert metrics[split] == pytest.approx(expected[split], abs=1e-6)
     losses = [[record["loss"] for record in one.history()] for one in (folder, RunFolder(alone.out))]
