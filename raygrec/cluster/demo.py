@@ -21,10 +21,10 @@ from raygrec.train.settings import RunConfig
 # Small enough for two CPU cores and a few minutes; everything else is the defaults.
 SETTINGS: dict[str, Any] = {
     "backbone": {"name": "minilm", "layers": 2},
-    "graph": {"epochs": 60, "evaluate_every": 5},
-    "model": {"head": "tied", "slots": 10, "max_history": 20},
-    "alignment": {"epochs": 2, "batch": 16, "micro_batch": 8, "lr": 0.002},
-    "train": {"epochs": 6, "batch": 64, "micro_batch": 32, "lr": 0.002, "patience": 2},
+    "graph": {"dim": 64, "layers": 3, "batch_size": 1024, "epochs": 40, "evaluate_every": 5},
+    "model": {"max_history": 20},
+    "alignment": {"epochs": 3, "batch": 16, "micro_batch": 8, "lr": 0.0005},
+    "train": {"epochs": 10, "batch": 64, "micro_batch": 32, "lr": 0.003},
     "engine": {"zero_stage": 2},
     "cluster": {"workers": 2},
 }

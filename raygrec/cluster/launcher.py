@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import threading
 import time
 import traceback
@@ -131,9 +132,13 @@ def connect(config: RunConfig) -> bool:
 
 
 def _join(address: str, settings: dict[str, Any]) -> None:
+    host, _, port = address.rpartition(":")
     try:
+        if host and "://" not in address:
+            # Ray itself would try for minutes before it says that nobody is there.
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address=address, **settings)
-    except (ConnectionError, ValueError) as error:
+    except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({reason})") from None
 

@@ -95,6 +95,12 @@ def test_workers_that_the_cluster_cannot_hold_are_refused(local_ray, tiny_store,
 # ---- what needs no Ray running
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "127.0.0.1:port"])
+def test_an_address_without_a_cluster_is_refused_at_once(address):
+    with pytest.raises(InputError, match=rf"RAY_ADDRESS={address}: no Ray cluster answers there \("):
+        launcher._join(address, {})
+
+
 def test_the_board_keeps_the_last_word_of_each_task():
     board = launcher.Board()
     board.tell("a", 1, 3, "")
