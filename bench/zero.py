@@ -1,6 +1,6 @@
 """The same run under ZeRO 0, 1, 2 and 3 on two Ray Train workers: metrics and memory per worker.
 
-    python -m bench.zero
+python -m bench.zero
 """
 
 import json

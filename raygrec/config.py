@@ -11,9 +11,9 @@ from raygrec.errors import InputError
 
 
 class StrictConfig(BaseModel):
-    """A config section: immutable, and an unknown key is an error."""
+    """A config section: immutable; an unknown key is an error, and so is a number that is not finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 C = TypeVar("C", bound=StrictConfig)

@@ -30,9 +30,12 @@ class FinishedRun:
     def __init__(self, path: Path) -> None:
         self.folder = RunFolder(path)
         self.config: RunConfig = self.folder.config()
-        if self.folder.metrics() is None:
+        metrics = self.folder.metrics()
+        if metrics is None:
             raise InputError(f"{path}: the run has not finished (metrics.json is missing); resume it first")
         self.store = Store.open(self.config.store)
+        if metrics["store"] != self.store.fingerprint:
+            raise InputError(f"{self.store.path}: not the store that {path} was trained on (its fingerprint differs)")
         model, builder = load_model(self.config, self.folder, self.store)
         self.model: GLTA = model
         self.builder: PromptBuilder = builder

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from raygrec.data.arrays import CSR
 from raygrec.data.store import Store
+from raygrec.errors import InputError
 from raygrec.graph.cache import load_or_pretrain
 from raygrec.graph.lightgcn import NodeEmbeddings
 from raygrec.model.backbone import Backbone, generate, load_tokenizer, resolve
@@ -121,7 +122,14 @@ def load_model(config: RunConfig, folder: RunFolder, store: Store) -> tuple[GLTA
     """A finished run's model, ready to recommend, and its prompts."""
     builder = build_prompts(config, store, folder)
     model = build_model(config, builder, folder, distributed=False)
-    model.load_state_dict(folder.load_parts(folder.model_file), strict=False)
+    loaded = model.load_state_dict(folder.load_parts(folder.model_file), strict=False)
+    untrained = ("backbone.",) if config.model.user_token == "aligned" else ("backbone.", "user_projector.")
+    missing = [name for name in loaded.missing_keys if not name.startswith(untrained)]
+    if missing or loaded.unexpected_keys:
+        wrong = (missing or loaded.unexpected_keys)[0]
+        raise InputError(
+            f"{folder.model_file}: '{wrong}' is missing or unknown; expected the parts of a {config.recipe}"
+        )
     return model.to(device()).eval(), builder
 
 

@@ -95,7 +95,7 @@ def run_stage(
     batch = min(config.batch, len(stage.lengths) // stage.per_prompt) * stage.per_prompt
     steps_per_epoch = len(stage.lengths) // batch
     total = steps_per_epoch * config.epochs
-    state = _resume(stage, engine, folder, seed, chunks) or LoopState(stage.name, records=len(folder.history()))
+    state = _resume(stage, engine, folder, seed, chunks) or _fresh(stage, folder)
     tokens, started = 0, time.monotonic()
     order = np.zeros((0, batch))
     while state.step < total and state.waited < config.patience:
@@ -182,6 +182,15 @@ def _keep_best(stage: Stage, engine: Engine, folder: RunFolder, state: LoopState
 def _parameters(engine: Engine) -> dict[str, torch.Tensor]:
     prefix = "param/"
     return {name.removeprefix(prefix): value for name, value in engine.state().items() if name.startswith(prefix)}
+
+
+def _fresh(stage: Stage, folder: RunFolder) -> LoopState:
+    """The state before the first update; records of an earlier try that left no checkpoint are forgotten."""
+    state = LoopState(stage.name, records=sum(record["stage"] != stage.name for record in folder.history()))
+    _barrier()
+    if world()[0] == 0:
+        folder.forget_after(state.records)
+    return state
 
 
 def _resume(stage: Stage, engine: Engine, folder: RunFolder, seed: int, chunks: int) -> LoopState | None:

@@ -148,6 +148,7 @@ def _final(
         metrics["baselines"]["LightGCN"] = both(*rankers, "LightGCN")
     metrics["decoding"] = config.evaluate.decoding
     metrics["texts"] = config.model.texts.source
+    metrics["store"] = store.fingerprint
     metrics["split"] = store.manifest["options"]["split"]
     metrics["workers"] = world()[1]
     memory = torch.zeros(world()[1], dtype=torch.float64)
