@@ -183,7 +183,7 @@ class LocalEngine:
             if f"exp_avg/{name}" in tensors:
                 self.optimizer.state[parameter] = {
                     "step": torch.tensor(float(steps)),
-                    **{moment: tensors[f"{moment}/{name}"].to(self.device) for moment in MOMENTS},
+                    **{moment: tensors[f"{moment}/{name}"].to(self.device, copy=True) for moment in MOMENTS},
                 }
 
 
