@@ -142,6 +142,8 @@ def main() -> None:
     RAYGREC_DEBUG=1 shows the traceback of a failure.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Before torch is imported: threads that spin while they wait slow a shared machine down many times over.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app(standalone_mode=True)
     except InputError as error:
