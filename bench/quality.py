@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import time
@@ -56,6 +55,7 @@ def main() -> None:
     run.add_argument("suite", choices=STORES)
     run.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     run.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(SETTINGS))
+    run.add_argument("--decodings", nargs="*", default=list(DECODINGS), choices=DECODINGS, help="besides `first`")
     run.add_argument("--threads", type=int, default=2)
     commands.add_parser("report", help="write docs/RESULTS.md")
     arguments = parser.parse_args()
@@ -66,47 +66,35 @@ def main() -> None:
         return
     for seed in arguments.seeds:
         for variant in arguments.variants:
-            one(arguments.suite, variant, seed, arguments.threads)
+            one(arguments.suite, variant, seed, arguments.threads, arguments.decodings)
 
 
 def result_file(suite: str, variant: str, seed: int) -> Path:
     return RESULTS / suite / f"{variant.replace(' ', '-')}-s{seed}.json"
 
 
-def one(suite: str, variant: str, seed: int, threads: int) -> None:
-    """Trains one cell in a process of its own and writes its file."""
+def one(suite: str, variant: str, seed: int, threads: int, decodings: list[str]) -> None:
+    """Trains one cell in a process of its own, ranks with other decodings where asked, and writes its file."""
     file = result_file(suite, variant, seed)
-    if file.exists():
+    known = json.loads(file.read_text()) if file.exists() else None
+    wanted = decodings if variant == "GLTA" else []
+    if known and all(mode in known["metrics"].get("decodings", {}) for mode in wanted):
         return
-    store = prepare(suite)
     out = WORK / suite / file.stem
     raygrec = [sys.executable, "-m", "raygrec.cli"]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    command = [
-        "train",
-        f"jobs/{job(suite)}",
-        f"store={store}",
-        f"out={out}",
-        f"seed={seed}",
-        *SETTINGS[variant],
-    ]
+    command = ["train", f"jobs/{job(suite)}", f"store={prepare(suite)}", f"out={out}", f"seed={seed}"]
     started = time.time()
-    call([*raygrec, *command, "--local", *(["--resume"] if out.exists() else [])], environment)
+    call([*raygrec, *command, *SETTINGS[variant], "--local", *(["--resume"] if out.exists() else [])], environment)
     seconds = time.time() - started
     metrics = json.loads((out / "metrics.json").read_text())
-    if variant == "GLTA":
-        metrics["decodings"] = {
-            mode: json.loads(call([*raygrec, "evaluate", str(out), "--decoding", mode, "--json"], environment))
-            for mode in DECODINGS
-        }
+    metrics["decodings"] = known["metrics"].get("decodings", {}) if known else {}
+    for mode in wanted:
+        if mode not in metrics["decodings"]:
+            found = call([*raygrec, "evaluate", str(out), "--decoding", mode, "--json"], environment)
+            metrics["decodings"][mode] = json.loads(found)
     history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
-    shown = [
-        f"store=stores/{suite}",
-        f"out=runs/{suite}-s{seed}",
-        f"seed={seed}",
-        *SETTINGS[variant],
-        "--local",
-    ]
+    shown = [f"store=stores/{suite}", f"out=runs/{suite}-s{seed}", f"seed={seed}", *SETTINGS[variant], "--local"]
     result = {
         "suite": suite,
         "variant": variant,
@@ -114,14 +102,13 @@ def one(suite: str, variant: str, seed: int, threads: int) -> None:
         "command": " ".join(["raygrec train", f"jobs/{job(suite)}", *shown]),
         "metrics": metrics,
         "history": history,
-        "seconds": seconds,
+        "seconds": known["seconds"] if known else seconds,
         "machine": machine(),
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     draft = file.with_suffix(".draft")
     draft.write_text(json.dumps(result, indent=1) + "\n")
     draft.replace(file)
-    shutil.rmtree(out)
 
 
 def job(suite: str) -> str:

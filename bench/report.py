@@ -44,7 +44,9 @@ def _suite(title: str, found: list[dict[str, Any]], variants: list[str], traps: 
     ]
     rows.append(Row("GLTA, first-slot decoding", [result["metrics"]["test"] for result in full]))
     for mode, name in DECODING_NAMES.items():
-        done = [result["metrics"]["decodings"][mode]["test"] for result in full if "decodings" in result["metrics"]]
+        done = [
+            result["metrics"]["decodings"][mode]["test"] for result in full if mode in result["metrics"]["decodings"]
+        ]
         if done:
             rows.append(Row(name, done))
     ablations = [name for name in variants if name != "GLTA" and by_variant[name]]
