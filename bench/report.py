@@ -16,7 +16,7 @@ def write_report(results: Path, out: Path, titles: dict[str, str], variants: lis
     sections = [HEADER]
     for suite, title in titles.items():
         found = [json.loads(file.read_text()) for file in sorted((results / suite).glob("*.json"))]
-        if found:
+        if any(result["variant"] == "GLTA" for result in found):
             sections.append(_suite(title, found, variants, traps))
     zero = results / "zero.json"
     if zero.exists():
