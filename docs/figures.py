@@ -36,7 +36,7 @@ STATIONS = [
     ("Store", "filtered, split, tokenised;\nmemory-mapped arrays", "#ffffff"),
     ("LightGCN", "training edges only\n$\\rightarrow E_u,\\ E_i$, then frozen", "#ffffff"),
     ("Stage 2", "item–text alignment\ntrains $W_i$, slots, head", "#fbeff5"),
-    ("Stage 3", "user–item alignment\ntrains $W_u$, slots, head", "#fbeff5"),
+    ("Stage 3", "user–item alignment\ntrains $W_u$, $W_i$, slots, head", "#fbeff5"),
     ("Decoding", "first, slots or\nautoregressive", "#ffffff"),
     ("Full ranking", "all items but the history,\nbeside the run's baselines", "#ffffff"),
 ]
@@ -108,7 +108,7 @@ def draw_sources(axes: Axes) -> None:
         ("profile", "telling terms of\nthe history"),
         ("prediction", "… of its\nnewest items"),
         ("user", "user projector\n$V_u = W_u\\,u(H) + b_u$"),
-        ("slot", "learned\nvectors"),
+        ("slot", "learned, plus\nnewest item"),
     ]
     for kind, text in sources:
         places = [place for place, other in enumerate(KIND) if other == kind]
