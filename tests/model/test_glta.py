@@ -172,7 +172,7 @@ SETTINGS = {
 @pytest.mark.parametrize("repeats", [False, True], ids=["distinct", "repeats"])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_no_answer_stands_where_its_position_can_see_it(settings, repeats):
-    """METHODS, trap 3: not as history, not through the user, not in a text; over many draws."""
+    """Not as history, not through the user, not in a text; over many draws."""
     for seed in range(12):
         train = random_rows(seed, repeats=repeats)
         options = {"full_prompts": 1.0, **settings}
