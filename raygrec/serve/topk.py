@@ -12,13 +12,13 @@ import torch
 from raygrec.data.arrays import CSR
 from raygrec.data.store import Store
 from raygrec.errors import InputError
-from raygrec.evaluate.decoding import ranked_lists
 from raygrec.evaluate.ranking import top_k
 from raygrec.model.glta import GLTA, PromptBuilder
 from raygrec.progress import track
 from raygrec.train.assembly import histories, load_model
 from raygrec.train.engine import LocalEngine, device
 from raygrec.train.folder import RunFolder
+from raygrec.train.loop import Reporter
 from raygrec.train.settings import RunConfig
 
 ROWS = 65_536  # rows of a parquet row group
@@ -39,13 +39,14 @@ class FinishedRun:
         model, builder = load_model(self.config, self.folder, self.store)
         self.model: GLTA = model
         self.builder: PromptBuilder = builder
+        self.shown: CSR = histories(self.store, "test").shown
 
     def top(self, users: np.ndarray, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The k best new items of each user and their scores: [B, k] each.
 
         Reads all interactions up to the test set's; the score is the log-probability in the first slot.
         """
-        shown = histories(self.store, "test").shown.take(users)
+        shown = self.shown.take(users)
         batch = self.builder.recommending(users, shown, "test", 1).to(device())
         with torch.inference_mode():
             scores = self.model.slot_logits(batch)[:, 0].float().log_softmax(-1).cpu()
@@ -54,33 +55,25 @@ class FinishedRun:
 
     def history(self, user: int) -> list[str]:
         """Titles that the user has interacted with before the test set, oldest first."""
-        shown: CSR = histories(self.store, "test").shown
-        return [self.store.titles[int(item)] for item in shown[user]]
+        return [self.store.titles[int(item)] for item in self.shown[user]]
 
 
 def evaluate_run(path: Path, decoding: str | None = None) -> dict[str, Any]:
     """Repeats a finished run's validation and test metrics from its folder and store alone."""
     from raygrec.train.local import bar_reporter
-    from raygrec.train.pipeline import evaluate, users_of
+    from raygrec.train.pipeline import evaluate, model_ranker, users_of
 
     finished = FinishedRun(path)
     config, store = finished.config, finished.store
     mode = decoding or config.evaluate.decoding
     engine = LocalEngine(finished.model, config.engine)
 
-    def ranker(stage: str) -> Any:
-        def rank(users: np.ndarray, shown: CSR) -> torch.Tensor:
-            with torch.no_grad(), engine.autocast():
-                k = max(config.evaluate.ks)
-                return ranked_lists(finished.model, finished.builder, mode, users, shown, stage, k, engine.device)
-
-        return rank
+    def measure(split: str, reporter: Reporter) -> dict[str, float]:
+        ranker = model_ranker(config, engine, finished.builder, mode, split)
+        return evaluate(config, reporter, split, ranker, *users_of(store, config, split))
 
     with bar_reporter() as reporter:
-        return {
-            split: evaluate(config, reporter, split, ranker(split), *users_of(store, config, split))
-            for split in ("valid", "test")
-        }
+        return {split: measure(split, reporter) for split in ("valid", "test")}
 
 
 def recommend_all(path: Path, k: int, out: Path) -> int:

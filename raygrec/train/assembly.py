@@ -15,7 +15,7 @@ from raygrec.graph.lightgcn import NodeEmbeddings
 from raygrec.model.backbone import Backbone, generate, load_tokenizer, resolve
 from raygrec.model.glta import GLTA, Phrases, PromptBuilder, token_scale
 from raygrec.model.profiles import inverse_frequency
-from raygrec.model.prompts import Symbols, join_rows, repeated, truncated
+from raygrec.model.prompts import Symbols, expand, join_rows, repeated, truncated
 from raygrec.train.engine import device, full_tensor, loading
 from raygrec.train.folder import RunFolder
 from raygrec.train.settings import RunConfig
@@ -147,9 +147,7 @@ def _write_texts(config: RunConfig, store: Store, file: Path) -> None:
     tensors: dict[str, torch.Tensor] = {}
     for stage, source in sources.items():
         read = truncated(source, GENERATION_HISTORY)
-        pieces = truncated(table.items, GENERATION_TOKENS, keep="first").take(np.asarray(read.indices))
-        ends = np.concatenate([[0], np.cumsum(pieces.lengths)])
-        descriptions = CSR(ends[read.indptr], pieces.indices)
+        descriptions = expand(read, truncated(table.items, GENERATION_TOKENS, keep="first"))
         for kind, ask in asks.items():
             question = repeated(tokenizer.encode(ask, add_special_tokens=False), len(read))
             prompts = join_rows([descriptions, question])

@@ -15,7 +15,7 @@ from raygrec.evaluate.metrics import MetricSums
 from raygrec.evaluate.ranking import top_k
 from raygrec.graph.lightgcn import NodeEmbeddings
 from raygrec.model.glta import GLTA, PromptBuilder
-from raygrec.train.assembly import Histories, build_model, build_prompts, fitted_items, histories
+from raygrec.train.assembly import Histories, build_model, build_prompts, histories
 from raygrec.train.engine import Engine, make_engine, peak_memory_mib, sum_over_ranks, world
 from raygrec.train.folder import RunFolder
 from raygrec.train.loop import Reporter, Stage, portions, run_stage
@@ -94,7 +94,7 @@ def _train_users(
     valid_users = users_of(store, config, "valid")
 
     def validate() -> dict[str, float]:
-        ranker = _ranker(config, engine, builder, "first", "valid")
+        ranker = model_ranker(config, engine, builder, "first", "valid")
         return evaluate(config, reporter, "validation", ranker, *valid_users)
 
     stage = Stage(
@@ -136,7 +136,7 @@ def _final(
         }
 
     def model(stage: str) -> Ranker:
-        return _ranker(config, engine, builder, config.evaluate.decoding, stage)
+        return model_ranker(config, engine, builder, config.evaluate.decoding, stage)
 
     metrics: dict[str, Any] = both(model("valid"), model("test"), "GLTA")
     train = store.interactions("train")
@@ -185,7 +185,9 @@ def evaluate(
     return total.result()
 
 
-def _ranker(config: RunConfig, engine: Engine, builder: PromptBuilder, decoding: str, stage: str) -> Ranker:
+def model_ranker(config: RunConfig, engine: Engine, builder: PromptBuilder, decoding: str, stage: str) -> Ranker:
+    """Ranks with the engine's model in the given decoding; stage: "valid" or "test"."""
+
     def rank(users: np.ndarray, shown: CSR) -> torch.Tensor:
         with torch.no_grad(), engine.autocast():
             return ranked_lists(
@@ -225,6 +227,3 @@ def _load_parts(model: GLTA, parts: dict[str, torch.Tensor]) -> None:
     unknown: Sequence[str] = model.load_state_dict(parts, strict=False).unexpected_keys
     if unknown:
         raise RuntimeError(f"parts that the model does not have: {', '.join(unknown)}")
-
-
-__all__ = ["evaluate", "fitted_items", "run"]
