@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -45,6 +46,8 @@ TRAPS: dict[str, list[str]] = {
     "cross-fitted LightGCN": ["model.user_vector=cross_fit"],
 }
 SETTINGS = VARIANTS | TRAPS
+# These differ from GLTA in nothing that its first stages read: they go on from where its prompts become whole.
+SHARES_EARLY_STAGES = set(SETTINGS) - {"GLTA", "without item alignment", "cross-fitted LightGCN"}
 DECODINGS = ("slots", "autoregressive")
 
 
@@ -81,11 +84,14 @@ def one(suite: str, variant: str, seed: int, threads: int, decodings: list[str])
     if known and all(mode in known["metrics"].get("decodings", {}) for mode in wanted):
         return
     out = WORK / suite / file.stem
+    settings = [f"store={prepare(suite)}", f"out={out}", f"seed={seed}", *SETTINGS[variant]]
+    if variant in SHARES_EARLY_STAGES and not out.exists():
+        start_after_early_stages(WORK / suite / result_file(suite, "GLTA", seed).stem, out, job(suite), settings)
     raygrec = [sys.executable, "-m", "raygrec.cli"]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    command = ["train", f"jobs/{job(suite)}", f"store={prepare(suite)}", f"out={out}", f"seed={seed}"]
+    command = ["train", f"jobs/{job(suite)}", *settings]
     started = time.time()
-    call([*raygrec, *command, *SETTINGS[variant], "--local", *(["--resume"] if out.exists() else [])], environment)
+    call([*raygrec, *command, "--local", *(["--resume"] if out.exists() else [])], environment)
     seconds = time.time() - started
     metrics = json.loads((out / "metrics.json").read_text())
     metrics["decodings"] = known["metrics"].get("decodings", {}) if known else {}
@@ -109,6 +115,29 @@ def one(suite: str, variant: str, seed: int, threads: int, decodings: list[str])
     draft = file.with_suffix(".draft")
     draft.write_text(json.dumps(result, indent=1) + "\n")
     draft.replace(file)
+
+
+def start_after_early_stages(donor: Path, out: Path, job_file: str, settings: list[str]) -> None:
+    """Makes the run folder `out` with what `donor` trained before stage 3 read whole prompts, if it has done so.
+
+    A run from the start would train the very same: the stages are functions of seed, data and what they read.
+    """
+    from raygrec.config import apply_overrides, read_yaml, validate
+    from raygrec.train.folder import RunFolder, with_absolute_paths
+    from raygrec.train.settings import RunConfig
+
+    source, folder = RunFolder(donor), RunFolder(out)
+    if not source.model_file.exists():
+        return
+    content = apply_overrides(read_yaml(ROOT / "jobs" / job_file), settings)
+    folder.start(with_absolute_paths(validate(RunConfig, content, job_file)), resume=False)
+    shutil.copy(source.nodes_file, folder.nodes_file)
+    for stage in ("alignment", "histories"):
+        if source.parts_file(stage).exists():
+            shutil.copy(source.parts_file(stage), folder.parts_file(stage))
+    for record in source.history():
+        if record["stage"] != "train":
+            folder.report(record)
 
 
 def job(suite: str) -> str:

@@ -173,16 +173,18 @@ def test_wrong_usage_ends_with_code_2(raygrec, arguments):
     assert "Traceback" not in error
 
 
-def test_a_run_that_fails_ends_with_one_line_and_code_1(raygrec, tiny_store, tiny_backbone, tmp_path):
+@pytest.mark.parametrize("stage", ["histories", "train"])
+def test_a_run_that_fails_ends_with_one_line_and_code_1(raygrec, tiny_store, tiny_backbone, tmp_path, stage):
     file, out = config_file(tmp_path, tiny_store, tiny_backbone, alignment={"epochs": 0})
-    code, output, error = raygrec("train", file, "--local", "train.lr=1e30")
+    code, output, error = raygrec("train", file, "--local", f"{stage}.lr=1e30")
     assert (code, output) == (1, "")
-    assert "train: the loss is" in one_line(error)
+    assert f"{stage}: the loss is" in one_line(error)
+    assert f"lower {stage}.lr" in error
     assert RunFolder(out).metrics() is None
 
 
 def test_debugging_shows_the_traceback(tiny_store, tiny_backbone, tmp_path, monkeypatch):
-    file, _ = config_file(tmp_path, tiny_store, tiny_backbone, alignment={"epochs": 0})
+    file, _ = config_file(tmp_path, tiny_store, tiny_backbone, alignment={"epochs": 0}, histories={"epochs": 0})
     monkeypatch.setenv("RAYGREC_DEBUG", "1")
     monkeypatch.setattr(sys, "argv", ["raygrec", "train", str(file), "--local", "train.lr=1e30"])
     with pytest.raises(RuntimeError, match="train: the loss is"):

@@ -24,7 +24,8 @@ SETTINGS: dict[str, Any] = {
     "graph": {"dim": 64, "layers": 3, "batch_size": 1024, "epochs": 40, "evaluate_every": 5},
     "model": {"max_history": 20},
     "alignment": {"epochs": 3, "batch": 16, "micro_batch": 8, "lr": 0.0005},
-    "train": {"epochs": 10, "batch": 64, "micro_batch": 32, "lr": 0.003},
+    "histories": {"epochs": 6, "batch": 64, "micro_batch": 32, "lr": 0.002},
+    "train": {"epochs": 4, "batch": 64, "micro_batch": 32, "lr": 0.001},
     "engine": {"zero_stage": 2},
     "cluster": {"workers": 2},
 }

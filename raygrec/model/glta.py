@@ -3,6 +3,7 @@
 Paper: "Training Large Recommendation Models via Graph-Language Token Alignment" (arXiv 2502.18757).
 """
 
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -15,7 +16,8 @@ from raygrec.data.arrays import CSR
 from raygrec.data.filters import first_occurrences
 from raygrec.draws import Draws
 from raygrec.model.backbone import Backbone
-from raygrec.model.head import LinearHead, Targets, TiedHead, catalogue_cross_entropy
+from raygrec.model.dropout import keyed_dropout
+from raygrec.model.head import CatalogueHead, Targets, catalogue_cross_entropy
 from raygrec.model.profiles import telling_terms
 from raygrec.model.prompts import (
     PromptBatch,
@@ -28,8 +30,10 @@ from raygrec.model.prompts import (
     truncated,
 )
 
+TEXT_SCALE = 0.3  # of the text vectors beside nodes of scale 1: an update of Adam moves all their columns at once
+
 # What a draw is for: the last counter of every `Draws.uniform` here.
-SHUFFLE, HOLDOUT, DROPOUT = 1, 2, 3
+SHUFFLE, HOLDOUT, USER_DROPOUT, DROPOUT = 1, 2, 3, 4
 
 
 class ProfileConfig(StrictConfig):
@@ -53,11 +57,15 @@ class GLTAConfig(StrictConfig):
     slots: int = Field(10, ge=1)
     """k, the number of answer slots."""
     head: Literal["linear", "tied"] = "linear"
-    """`linear` is the paper's; `tied` matches against the item tokens and scales past a million items."""
+    """`linear` is the paper's; in `tied`, an item's row is a function of its node and text alone: with `tune_items`
+    off, nothing that is trained grows with the catalogue but its biases."""
+    head_texts: bool = True
+    """[ours] The head's rows start from the items' text vectors too, not from their nodes alone."""
     item_alignment: bool = True
     """Stage 2; without it both projectors are trained in stage 3."""
     tune_items: bool = True
-    """[ours] Whether stage 3 goes on training the item projector; the paper freezes it after stage 2."""
+    """[ours] Stage 3 goes on training the item projector, and an offset δ_i, from zero, that is added to each
+    item's node before it; the paper freezes both projector and nodes."""
     user_token: Literal["aligned", "id", "none"] = "aligned"
     """`id` writes the user's number as plain text (the paper's ablation)."""
     user_vector: Literal["full", "leave_out", "cross_fit"] = "leave_out"
@@ -66,17 +74,20 @@ class GLTAConfig(StrictConfig):
     and takes targets from the rest."""
     user_dropout: float = Field(0.0, ge=0, le=1)
     """Probability that a training prompt's user token is dropped out."""
+    dropout: float = Field(0.4, ge=0, lt=1)
+    """[ours] Stage 3 training: share of the hidden states' entries that the head does not see, and half that share
+    of the item tokens'."""
     slot_seed: Literal["auto", "newest", "sum", "none"] = "auto"
     """[ours] What an answer slot's embedding is added to: the token of the newest item (`auto` where histories
     are ordered), the normalised sum of the history's item tokens (`auto` where they are not), or nothing.
     A frozen LM has never learned to look up the history from a slot; the residual stream carries it there."""
     texts: ProfileConfig = ProfileConfig()
     max_history: int = Field(50, ge=1)
+    """Newest items that stand in the prompt as tokens. Texts, user vector and slot seeds read the whole history."""
     history_loss: bool = True
-    """[ours] Ordered histories: every history position also predicts its next item, under a causal mask."""
-    full_prompts: float = Field(0.4, gt=0, le=1)
-    """[ours] The last share of stage 3 that reads whole prompts where `history_loss` is on. Before it, prompts are
-    the histories alone: they train every position of the item tokens and the head at a fraction of the tokens."""
+    """[ours] Ordered histories: every history position also predicts its next item, under a causal mask, and
+    stage 3 begins with prompts that are the histories alone: they train item tokens and head from all positions
+    at a fraction of the tokens (`histories` in the run's config)."""
     targets: Literal["all", "sampled"] = "all"
     """[ours] Unordered histories: `sampled` trains slot j on one of the user's items, randomly shuffled (the
     paper's); `all` takes the expectation over the shuffles."""
@@ -148,8 +159,11 @@ class PromptBuilder:
     def causal(self) -> bool:
         return self.ordered and self.config.history_loss
 
-    def training(self, users: np.ndarray, draws: Draws, done: float = 1.0) -> PromptBatch:
-        """Stage 3 prompts: part of each user's training items as history, targets from the others."""
+    def training(self, users: np.ndarray, draws: Draws, whole: bool = True) -> PromptBatch:
+        """Stage 3 prompts: part of each user's training items as history, targets from the others.
+
+        whole: False leaves out all but the history, whose positions have targets where `causal`.
+        """
         items = self.train.take(users)
         if not self.ordered:
             items = _shuffled_rows(items, users, draws, first=self._fixed_first(users))
@@ -160,9 +174,10 @@ class PromptBuilder:
         # An item that came before, shown or not, is no target: it may stand in the prompt.
         new = ~seen & first_occurrences(items.rows, items.indices)
         future = CSR.from_pairs(items.rows[new], items.indices[new], len(users))
-        kept = draws.uniform(users, DROPOUT) >= self.config.user_dropout
-        whole = not self.causal or done >= 1 - self.config.full_prompts
-        return self._assemble(users, history, future, kept, "train", whole=whole)
+        kept = draws.uniform(users, USER_DROPOUT) >= self.config.user_dropout
+        batch = self._assemble(users, history, future, kept, "train", whole=whole)
+        keys = (draws.uniform(users, DROPOUT) * 2**53).astype(np.int64)
+        return replace(batch, dropout_keys=torch.from_numpy(keys))
 
     def recommending(
         self, users: np.ndarray, histories: CSR, stage: str = "test", slots: int | None = None
@@ -230,20 +245,20 @@ class PromptBuilder:
         whole: bool = True,
     ) -> PromptBatch:
         slots = (self.config.slots if slots is None else slots) if whole else 0
-        history = truncated(history, self.config.max_history)
+        shown = truncated(history, self.config.max_history)
         opening = repeated(self.phrases.begin + self.phrases.instruction, len(users))
-        nodes = CSR(history.indptr, history.indices.astype(np.int64) + self.symbols.first_item)
+        nodes = CSR(shown.indptr, shown.indices.astype(np.int64) + self.symbols.first_item)
         tail = repeated([], len(users))
         if whole:
             texts, user = self._texts(users, history, stage), self._user(users)
             tail = join_rows([*texts, *user, *self._answer(len(users), slots)])
         symbols = padded(join_rows([opening, nodes, tail]))
         first_node = len(opening[0]) if len(users) else 0
-        first_tail = first_node + history.lengths
+        first_tail = first_node + shown.lengths
         starts = np.arange(len(users), dtype=np.int64) * symbols.shape[1]
         first_slot = starts + first_tail + tail.lengths - slots
         slot_positions = first_slot[:, None] + np.arange(slots)
-        answers, targets = self._targets(history, future, starts + first_node, slot_positions)
+        answers, targets = self._targets(shown, future, starts + first_node, slot_positions)
         return PromptBatch(
             symbols=torch.from_numpy(symbols),
             segments=torch.from_numpy(self._segments(symbols.shape, first_node, first_tail)),
@@ -294,7 +309,7 @@ class PromptBuilder:
         return [repeated(self.phrases.answer, rows), repeated(places, rows)]
 
     def _targets(
-        self, history: CSR, future: CSR, first_node: np.ndarray, slots: np.ndarray
+        self, shown: CSR, future: CSR, first_node: np.ndarray, slots: np.ndarray
     ) -> tuple[np.ndarray, Targets]:
         """Answer positions that have a target, ascending by kind, and the targets."""
         place = np.arange(len(future.indices)) - future.indptr[future.rows]
@@ -305,7 +320,7 @@ class PromptBuilder:
             positions = slots[future.rows].ravel()
             items = np.repeat(future.indices, slots.shape[1])
         if self.causal:
-            whole = join_rows([history, truncated(future, 1, keep="first")])
+            whole = join_rows([shown, truncated(future, 1, keep="first")])
             offset = np.arange(len(whole.indices)) - whole.indptr[whole.rows]
             following = (offset > 0) & first_occurrences(whole.rows, whole.indices)
             before = (first_node[whole.rows] + offset - 1)[following]
@@ -327,6 +342,7 @@ class GLTA(nn.Module):
         backbone: Backbone,
         symbols: Symbols,
         item_nodes: torch.Tensor,
+        item_texts: torch.Tensor | None,
         user_nodes: torch.Tensor,
         item_shares: torch.Tensor,
         token_scale: float,
@@ -339,26 +355,36 @@ class GLTA(nn.Module):
         self.backbone = backbone.freeze()
         node_width = item_nodes.shape[1]
         self.register_buffer("item_nodes", item_nodes / item_nodes.std(), persistent=False)
+        texts = None if item_texts is None else item_texts - item_texts.mean(0)
+        if texts is not None:
+            texts = TEXT_SCALE * texts / texts.std().clamp(min=1e-6)
+        self.register_buffer("item_texts", texts, persistent=False)
         self.register_buffer("user_nodes", user_nodes / user_nodes.std(), persistent=False)
         self.register_buffer("item_shares", item_shares / user_nodes.std(), persistent=False)
         self.item_projector = _projector(node_width, backbone.width, token_scale)
         self.user_projector = _projector(node_width, backbone.width, token_scale)
         self.answer_slots = nn.Embedding(symbols.slots, backbone.width)
         nn.init.normal_(self.answer_slots.weight, std=token_scale)
-        head = TiedHead if config.head == "tied" else LinearHead
-        self.head = head(backbone.width, symbols.items, node_width)
+        self.item_offsets = nn.Embedding(symbols.items, node_width) if config.tune_items else None
+        if self.item_offsets is not None:
+            nn.init.zeros_(self.item_offsets.weight)
+        text_width = None if texts is None else texts.shape[1]
+        self.head = CatalogueHead(backbone.width, symbols.items, node_width, text_width, free=config.head == "linear")
 
     def forward(self, batch: PromptBatch, chunks: int = 1) -> torch.Tensor:
         """Cross-entropy summed over the batch's answer positions; divide by their global count."""
         hidden_BTD = self.hidden(batch)
         hidden_PD = hidden_BTD.flatten(0, 1)[batch.answers]
-        return catalogue_cross_entropy(self.head, hidden_PD, self.item_nodes, batch.targets, chunks)
+        if batch.dropout_keys is not None:
+            rows, columns = batch.answers // hidden_BTD.shape[1], batch.answers % hidden_BTD.shape[1]
+            hidden_PD = keyed_dropout(hidden_PD, self.config.dropout, batch.dropout_keys[rows], columns, use=1)
+        return catalogue_cross_entropy(self.head, hidden_PD, self._rows(), batch.targets, chunks)
 
     def slot_logits(self, batch: PromptBatch, slots: int | None = None) -> torch.Tensor:
         """Logits [B, s, I] of the first s answer slots (default: all k)."""
         positions = batch.slots[:, :slots]
         hidden = self.hidden(batch).flatten(0, 1)[positions.flatten()]
-        return self.head(hidden, self.item_nodes).view(*positions.shape, -1)
+        return self.head(hidden, self._rows()).view(*positions.shape, -1)
 
     def hidden(self, batch: PromptBatch) -> torch.Tensor:
         """Last hidden states [B, T, D]."""
@@ -371,7 +397,10 @@ class GLTA(nn.Module):
         is_user = (symbols >= base.first_user) & (symbols < base.first_slot)
         is_slot = symbols >= base.first_slot
         embeds = self.backbone.embed(symbols.clamp(0, base.text - 1) * (symbols < base.text))
-        items = self.item_projector(self.item_nodes[symbols[is_item] - base.first_item])
+        items = self._item_tokens(symbols[is_item] - base.first_item)
+        if batch.dropout_keys is not None:
+            rows, columns = is_item.nonzero(as_tuple=True)
+            items = keyed_dropout(items, self.config.dropout / 2, batch.dropout_keys[rows], columns, use=2)
         slots = self.answer_slots(symbols[is_slot] - base.first_slot)
         if self.slot_seed != "none":
             slots = slots + self._slot_seeds(batch)[is_slot.nonzero()[:, 0]]
@@ -381,14 +410,26 @@ class GLTA(nn.Module):
         users = self.user_projector(self._user_vectors(batch, symbols[is_user] - base.first_user, rows))
         return embeds.masked_scatter(is_user[..., None], users.to(embeds.dtype))
 
+    def _rows(self) -> torch.Tensor:
+        return self.head.rows(self.item_nodes, self.item_texts)
+
+    def _nodes(self, items: torch.Tensor) -> torch.Tensor:
+        """Node vectors [n, d] of items [n], with their offsets."""
+        nodes = self.item_nodes[items]
+        return nodes if self.item_offsets is None else nodes + self.item_offsets(items)
+
+    def _item_tokens(self, items: torch.Tensor) -> torch.Tensor:
+        """V_i = W_i (E_i + δ_i) + b_i: items [n] to embeddings [n, D]."""
+        return self.item_projector(self._nodes(items))
+
     def _slot_seeds(self, batch: PromptBatch) -> torch.Tensor:
         """What each prompt's answer slots start from: [B, D], the projected newest item or sum of items."""
         counts = batch.history_indptr.diff()
         if self.slot_seed == "newest":
             shown = torch.cat([batch.history, batch.history.new_zeros(1)])  # prompts may show nothing
-            vectors = self.item_nodes[shown[(batch.history_indptr[1:] - 1).clamp(min=0)]]
+            vectors = self._nodes(shown[(batch.history_indptr[1:] - 1).clamp(min=0)])
         else:
-            vectors = _sum_rows(self.item_nodes[batch.history], counts) / counts.clamp(min=1).sqrt()[:, None]
+            vectors = _sum_rows(self._nodes(batch.history), counts) / counts.clamp(min=1).sqrt()[:, None]
         return self.item_projector(vectors) * (counts > 0)[:, None]
 
     def _user_vectors(self, batch: PromptBatch, users: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

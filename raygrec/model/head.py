@@ -5,54 +5,54 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
-class LinearHead(nn.Module):
+class ItemRows(nn.Module):
+    """The head's rows R [I, r]: R_i = A E_i + P t_i + Δ_i, from node embeddings E and text vectors t of the items.
+
+    Δ, from zero, makes the rows free (`free`); without it they stay functions of E and t, whatever their number.
+    Rows therefore start as what the graph and the language model know of an item, not as noise.
+    """
+
+    def __init__(self, num_items: int, node_width: int, text_width: int | None, free: bool) -> None:
+        super().__init__()
+        self.from_node = _row_map(node_width, node_width)
+        self.from_text = None if text_width is None else _row_map(text_width, node_width)
+        self.free = nn.Parameter(torch.zeros(num_items, node_width)) if free else None
+
+    def forward(self, nodes_Id: torch.Tensor, texts_It: torch.Tensor | None) -> torch.Tensor:
+        rows_Ir = self.from_node(nodes_Id)
+        if self.from_text is not None:
+            rows_Ir = rows_Ir + self.from_text(texts_It)
+        return rows_Ir if self.free is None else rows_Ir + self.free
+
+
+class CatalogueHead(nn.Module):
     """One linear layer from hidden states to |I| logits (GLTA, graph-language logits matching).
 
-    [ours] Its weight is written as W + E Q with W, from zero, and Q trained: the same layer, whose rows start as
-    functions of the item nodes instead of as noise, and which weight decay pulls towards them.
+    [ours] It is written as two factors, Z = (h Q) Rᵀ + b, of the node embeddings' width r: a position costs
+    r · |I| and not D · |I|. `rows` makes R, once per pass.
     """
 
-    def __init__(self, width: int, num_items: int, node_width: int) -> None:
+    def __init__(self, width: int, num_items: int, node_width: int, text_width: int | None, free: bool) -> None:
         super().__init__()
-        self.query = _query(width, node_width)
-        self.output = nn.Linear(width, num_items)
-        nn.init.zeros_(self.output.weight)
-        nn.init.zeros_(self.output.bias)
+        self.rows = ItemRows(num_items, node_width, text_width, free)
+        self.query = nn.Linear(width, node_width)
+        nn.init.normal_(self.query.weight, std=0.02)
+        nn.init.zeros_(self.query.bias)
+        self.bias = nn.Parameter(torch.zeros(num_items))
 
-    def forward(self, hidden_PD: torch.Tensor, items_Id: torch.Tensor) -> torch.Tensor:
-        """Logits [P, I], with the node embeddings `items_Id`."""
-        return torch.addmm(self.output(hidden_PD), self.query(hidden_PD), items_Id.T.to(hidden_PD.dtype))
-
-
-class TiedHead(nn.Module):
-    """Matches projected hidden states against the item tokens: q(h) · E_i + bias_i.
-
-    With V_i = W E_i + b the match h' · V_i equals (Wᵀ h') · E_i up to a constant over items, so the query
-    projects straight to the node width d and the cost is |I| · d, not |I| · D, per position.
-    """
-
-    def __init__(self, width: int, num_items: int, node_width: int) -> None:
-        super().__init__()
-        self.query = _query(width, node_width)
-        self.bias = nn.Embedding(num_items, 1)
-        nn.init.zeros_(self.bias.weight)
-
-    def forward(self, hidden_PD: torch.Tensor, items_Id: torch.Tensor) -> torch.Tensor:
-        """Logits [P, I] against the node embeddings `items_Id`."""
-        everything = torch.arange(len(items_Id), device=hidden_PD.device)
-        return self.query(hidden_PD) @ items_Id.T + self.bias(everything)[:, 0]
+    def forward(self, hidden_PD: torch.Tensor, rows_Ir: torch.Tensor) -> torch.Tensor:
+        """Logits [P, I] against the rows."""
+        return torch.addmm(self.bias.to(hidden_PD.dtype), self.query(hidden_PD), rows_Ir.T.to(hidden_PD.dtype))
 
 
-def _query(width: int, node_width: int) -> nn.Linear:
-    """Small at first: logits start near zero, the loss near ln |I|, whatever the node width."""
-    layer = nn.Linear(width, node_width)
-    nn.init.normal_(layer.weight, std=0.02 / node_width**0.5)
-    nn.init.zeros_(layer.bias)
+def _row_map(source: int, width: int) -> nn.Linear:
+    layer = nn.Linear(source, width, bias=False)
+    nn.init.normal_(layer.weight, std=0.3 / source**0.5)
     return layer
 
 
 def catalogue_cross_entropy(
-    head: nn.Module, hidden_PD: torch.Tensor, items_Id: torch.Tensor, targets: "Targets", chunks: int = 1
+    head: nn.Module, hidden_PD: torch.Tensor, rows_Ir: torch.Tensor, targets: "Targets", chunks: int = 1
 ) -> torch.Tensor:
     """Sum over positions of −Σ_i w_i log softmax(Z)_i, over the full catalogue, in `chunks` equal parts.
 
@@ -62,17 +62,17 @@ def catalogue_cross_entropy(
     total = hidden_PD.new_zeros((), dtype=torch.float32)
     size = max(-(-len(hidden_PD) // chunks), 1)
     for start in range(0, size * chunks, size):
-        rows = hidden_PD[start : start + size]
+        hidden = hidden_PD[start : start + size]
         part = targets.slice(min(start, len(hidden_PD)), min(start + size, len(hidden_PD)))
         if chunks > 1 and torch.is_grad_enabled():
-            total = total + checkpoint(_chunk_loss, head, rows, items_Id, part, use_reentrant=False)
+            total = total + checkpoint(_chunk_loss, head, hidden, rows_Ir, part, use_reentrant=False)
         else:
-            total = total + _chunk_loss(head, rows, items_Id, part)
+            total = total + _chunk_loss(head, hidden, rows_Ir, part)
     return total
 
 
-def _chunk_loss(head: nn.Module, hidden_PD: torch.Tensor, items_Id: torch.Tensor, targets: "Targets") -> torch.Tensor:
-    logits_PI = head(hidden_PD, items_Id).float()
+def _chunk_loss(head: nn.Module, hidden_PD: torch.Tensor, rows_Ir: torch.Tensor, targets: "Targets") -> torch.Tensor:
+    logits_PI = head(hidden_PD, rows_Ir).float()
     matched = (logits_PI[targets.rows, targets.items] * targets.weights).sum()
     return logits_PI.logsumexp(dim=1).sum() - matched
 

@@ -42,8 +42,9 @@ class PromptBatch:
 
     symbols: [B, T] int64, PAD where a prompt has ended. segments: [B, T] int64; a position attends to the
     segments up to its own. answers: [P] int64, flat positions (row · T + column) that carry a target.
-    slots: [B, k] int64, flat positions of the answer slots. history_indptr / history: the items each prompt
-    shows, as CSR. user_kept: [B] bool, False where the user token is dropped out.
+    slots: [B, k] int64, flat positions of the answer slots. history_indptr / history: the items each prompt is
+    about, as CSR; its symbols may show fewer. user_kept: [B] bool, False where the user token is dropped out.
+    dropout_keys: [B] int64 that the masks of dropout follow from; None where nothing is dropped.
     """
 
     symbols: torch.Tensor
@@ -54,9 +55,10 @@ class PromptBatch:
     history_indptr: torch.Tensor
     history: torch.Tensor
     user_kept: torch.Tensor
+    dropout_keys: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> "PromptBatch":
-        return replace(self, **{name: value.to(device) for name, value in vars(self).items()})
+        return replace(self, **{name: value.to(device) for name, value in vars(self).items() if value is not None})
 
     @property
     def attention(self) -> torch.Tensor:

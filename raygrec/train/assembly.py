@@ -16,6 +16,7 @@ from raygrec.model.backbone import Backbone, generate, load_tokenizer, resolve
 from raygrec.model.glta import GLTA, Phrases, PromptBuilder, token_scale
 from raygrec.model.profiles import inverse_frequency
 from raygrec.model.prompts import Symbols, expand, join_rows, repeated, truncated
+from raygrec.model.text_vectors import load_or_read_texts
 from raygrec.train.engine import device, full_tensor, loading
 from raygrec.train.folder import RunFolder
 from raygrec.train.settings import RunConfig
@@ -64,6 +65,7 @@ def prepare_run(config: RunConfig, folder: RunFolder) -> None:
     """What must exist before workers start: token ids, node embeddings, generated texts. Each is made once."""
     store = Store.open(config.store)
     store.tokens(resolve(config.backbone.name), TEXT_LENGTH)
+    item_texts(config, store)
     if not folder.nodes_file.exists():
         edges, _ = fitted_items(store, config)
         place = "cuda" if torch.cuda.is_available() else "cpu"
@@ -79,6 +81,14 @@ def prepare_run(config: RunConfig, folder: RunFolder) -> None:
         nodes.save(folder.nodes_file, {"source": "LightGCN", "seed": config.seed})
     if config.model.texts.source == "generated" and not folder.texts_file.exists():
         _write_texts(config, store, folder.texts_file)
+
+
+def item_texts(config: RunConfig, store: Store) -> torch.Tensor | None:
+    """Text vectors [I, D] of the items, where the model's head reads them."""
+    if not config.model.head_texts:
+        return None
+    tokens = store.tokens(resolve(config.backbone.name), TEXT_LENGTH).items
+    return load_or_read_texts(config.backbone, tokens, store.path / "text_vectors")
 
 
 def build_prompts(config: RunConfig, store: Store, folder: RunFolder) -> PromptBuilder:
@@ -106,22 +116,23 @@ def build_prompts(config: RunConfig, store: Store, folder: RunFolder) -> PromptB
     return builder
 
 
-def build_model(config: RunConfig, builder: PromptBuilder, folder: RunFolder, distributed: bool) -> GLTA:
+def build_model(config: RunConfig, store: Store, builder: PromptBuilder, folder: RunFolder, distributed: bool) -> GLTA:
     """The recipe's model with its own initial weights (a function of the seed), on the CPU or partitioned."""
+    texts = item_texts(config, store)
     nodes = NodeEmbeddings.load(folder.nodes_file)
     torch.manual_seed(config.seed)
     with loading(config.engine, distributed):
         backbone = Backbone(config.backbone)
         scale = token_scale(full_tensor(backbone.model.get_input_embeddings().weight))
     torch.manual_seed(config.seed)
-    tensors = (nodes.items, nodes.users, nodes.items_inductive)
+    tensors = (nodes.items, texts, nodes.users, nodes.items_inductive)
     return GLTA(config.model, backbone, builder.symbols, *tensors, scale, builder.ordered)
 
 
 def load_model(config: RunConfig, folder: RunFolder, store: Store) -> tuple[GLTA, PromptBuilder]:
     """A finished run's model, ready to recommend, and its prompts."""
     builder = build_prompts(config, store, folder)
-    model = build_model(config, builder, folder, distributed=False)
+    model = build_model(config, store, builder, folder, distributed=False)
     loaded = model.load_state_dict(folder.load_parts(folder.model_file), strict=False)
     untrained = ("backbone.",) if config.model.user_token == "aligned" else ("backbone.", "user_projector.")
     missing = [name for name in loaded.missing_keys if not name.startswith(untrained)]

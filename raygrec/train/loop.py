@@ -34,8 +34,7 @@ class Stage:
 
     name: of its checkpoints and reports. lengths: [n] sort key of the n things (users or items) that prompts are
     made of, for batches of little padding. per_prompt: things in one prompt. build: (things [B, per_prompt] or [B],
-    draws, share of the stage that is done) -> B prompts. validate: -> metrics, of which `metric` is maximised, once
-    `validate_after` of the stage is done; None where the last step is the result.
+    draws) -> B prompts. validate: -> metrics, of which `metric` is maximised; None where the last step is the result.
     """
 
     name: str
@@ -43,11 +42,10 @@ class Stage:
     title: str
     config: StageConfig
     lengths: np.ndarray
-    build: Callable[[np.ndarray, Draws, float], PromptBatch]
+    build: Callable[[np.ndarray, Draws], PromptBatch]
     validate: Callable[[], dict[str, float]] | None = None
     metric: str = "ndcg@10"
     per_prompt: int = 1
-    validate_after: float = 0.0
 
 
 def epoch_order(lengths: np.ndarray, batch: int, draws: Draws) -> np.ndarray:
@@ -103,8 +101,8 @@ def run_stage(
         if place == 0 or not len(order):
             order = epoch_order(stage.lengths, batch, Draws(seed, stage.number, ORDER, epoch))
         rate = learning_rate(state.step, total, config)
-        draws, done = Draws(seed, stage.number, epoch, place), state.step / total
-        loss, count, read, norm = _step(stage, engine, order[place], draws, done, rate, chunks)
+        draws = Draws(seed, stage.number, epoch, place)
+        loss, count, read, norm = _step(stage, engine, order[place], draws, rate, chunks)
         state.loss, state.targets, tokens = state.loss + loss, state.targets + count, tokens + read
         state.step += 1
         if rank == 0:
@@ -142,14 +140,14 @@ def run_stage(
 
 
 def _step(
-    stage: Stage, engine: Engine, things: np.ndarray, draws: Draws, done: float, rate: float, chunks: int
+    stage: Stage, engine: Engine, things: np.ndarray, draws: Draws, rate: float, chunks: int
 ) -> tuple[float, float, int, float]:
     """One update; returns the loss summed over all ranks, the number of targets, tokens read here, gradient norm."""
     rank, workers = world()
     prompts = things if stage.per_prompt == 1 else things.reshape(-1, stage.per_prompt)
     pieces = portions(len(prompts), stage.config.micro_batch, workers)
     mine = np.array_split(prompts, workers * pieces)[rank::workers]
-    batches = [stage.build(piece, draws, done).to(engine.device) for piece in mine]
+    batches = [stage.build(piece, draws).to(engine.device) for piece in mine]
     count = float(sum_over_ranks(torch.tensor(float(sum(len(batch.answers) for batch in batches)))))
     total = torch.zeros((), dtype=torch.float64, device=engine.device)
     for number, batch in enumerate(batches):
@@ -164,9 +162,7 @@ def _step(
 
 
 def _is_due(stage: Stage, step: int, steps_per_epoch: int, total: int) -> bool:
-    if step == total:
-        return True
-    return step / total > stage.validate_after and (step // steps_per_epoch) % stage.config.evaluate_every == 0
+    return step == total or (step // steps_per_epoch) % stage.config.evaluate_every == 0
 
 
 def _keep_best(stage: Stage, engine: Engine, folder: RunFolder, state: LoopState, metric: float) -> None:
@@ -199,7 +195,7 @@ def _resume(stage: Stage, engine: Engine, folder: RunFolder, seed: int, chunks: 
         return None
     state, tensors = found
     things = np.arange(stage.per_prompt)
-    example = stage.build(things if stage.per_prompt == 1 else things[None], Draws(seed), 1.0).to(engine.device)
+    example = stage.build(things if stage.per_prompt == 1 else things[None], Draws(seed)).to(engine.device)
     engine.load_state(tensors, state.step, (example, chunks))
     if world()[0] == 0:
         folder.forget_after(state.records)

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from raygrec.data.arrays import CSR
 from raygrec.data.store import Store
@@ -22,8 +23,9 @@ from raygrec.train.loop import Reporter, Stage, portions, run_stage
 from raygrec.train.settings import RunConfig, StageConfig
 
 POSITIONS_PER_CHUNK = 4096  # answer positions whose logits stand in memory at once
-ALIGNMENT, TRAINING = 1, 2  # stage numbers, part of every draw's key
+ALIGNMENT, TRAINING, HISTORIES = 1, 2, 3  # stage numbers, part of every draw's key
 
+Parts = dict[str, torch.Tensor]  # trained parameters by name
 # Users [B], their histories -> lists [B, k]
 Ranker = Callable[[np.ndarray, CSR], torch.Tensor]
 
@@ -39,9 +41,11 @@ def run(config: RunConfig, folder: RunFolder, reporter: Reporter, distributed: b
         return done
     store = Store.open(config.store)
     builder = build_prompts(config, store, folder)
-    parts: dict[str, torch.Tensor] = {}
+    parts: Parts = {}
     if config.model.item_alignment and config.alignment.epochs:
-        parts = _align_items(config, folder, reporter, distributed, builder)
+        parts = _align_items(config, folder, reporter, distributed, store, builder)
+    if builder.causal and config.histories.epochs:
+        parts = _read_histories(config, folder, reporter, distributed, store, builder, parts)
     engine = _train_users(config, folder, reporter, distributed, store, builder, parts)
     metrics = _final(config, folder, reporter, store, builder, engine)
     if world()[0] == 0:
@@ -52,13 +56,13 @@ def run(config: RunConfig, folder: RunFolder, reporter: Reporter, distributed: b
 
 
 def _align_items(
-    config: RunConfig, folder: RunFolder, reporter: Reporter, distributed: bool, builder: PromptBuilder
-) -> dict[str, torch.Tensor]:
+    config: RunConfig, folder: RunFolder, reporter: Reporter, distributed: bool, store: Store, builder: PromptBuilder
+) -> Parts:
     """Stage 2: item projector, answer slot and head learn to match descriptions to items."""
     file = folder.parts_file("alignment")
     if not file.exists():
-        model = build_model(config, builder, folder, distributed)
-        model.user_projector.requires_grad_(False)
+        model = build_model(config, store, builder, folder, distributed)
+        _freeze(model.user_projector, model.item_offsets)
         size = min(config.model.alignment_items, builder.symbols.items)
         stage = Stage(
             name="alignment",
@@ -66,12 +70,41 @@ def _align_items(
             title="item-text alignment",
             config=config.alignment,
             lengths=np.ones(builder.symbols.items),
-            build=lambda items, draws, _: builder.alignment(items, draws),
+            build=builder.alignment,
             per_prompt=size,
         )
         engine = _engine(config, model, config.alignment, distributed)
         run_stage(stage, engine, config.seed, folder, reporter, _chunks(config.alignment, size))
     return folder.load_parts(file)
+
+
+def _read_histories(
+    config: RunConfig,
+    folder: RunFolder,
+    reporter: Reporter,
+    distributed: bool,
+    store: Store,
+    builder: PromptBuilder,
+    parts: Parts,
+) -> Parts:
+    """The first part of stage 3: item tokens and head learn from every position of the histories alone."""
+    file = folder.parts_file("histories")
+    if not file.exists():
+        model = _stage_3_model(config, folder, distributed, store, builder, parts)
+        _freeze(model.user_projector, model.answer_slots)
+        trainable = np.flatnonzero(builder.train.lengths >= 2)
+        stage = Stage(
+            name="histories",
+            number=HISTORIES,
+            title="user-item alignment, histories",
+            config=config.histories,
+            lengths=np.minimum(builder.train.lengths[trainable], config.model.max_history),
+            build=lambda numbers, draws: builder.training(trainable[numbers], draws, whole=False),
+        )
+        engine = _engine(config, model, config.histories, distributed)
+        chunks = _chunks(config.histories, config.model.max_history)
+        run_stage(stage, engine, config.seed, folder, reporter, chunks)
+    return {**parts, **folder.load_parts(file)}
 
 
 def _train_users(
@@ -81,14 +114,10 @@ def _train_users(
     distributed: bool,
     store: Store,
     builder: PromptBuilder,
-    parts: dict[str, torch.Tensor],
+    parts: Parts,
 ) -> Engine:
     """Stage 3: user projector and head learn to name the user's other items; ends with the best parameters."""
-    model = build_model(config, builder, folder, distributed)
-    if parts:
-        _load_parts(model, parts)
-        model.item_projector.requires_grad_(config.model.tune_items)
-    model.user_projector.requires_grad_(config.model.user_token == "aligned")
+    model = _stage_3_model(config, folder, distributed, store, builder, parts)
     engine = _engine(config, model, config.train, distributed)
     trainable = np.flatnonzero(builder.train.lengths >= 2)
     valid_users = users_of(store, config, "valid")
@@ -103,10 +132,9 @@ def _train_users(
         title="user-item alignment",
         config=config.train,
         lengths=np.minimum(builder.train.lengths[trainable], config.model.max_history),
-        build=lambda numbers, draws, done: builder.training(trainable[numbers], draws, done),
+        build=lambda numbers, draws: builder.training(trainable[numbers], draws),
         validate=validate,
         metric=f"ndcg@{max(config.evaluate.ks)}",
-        validate_after=1 - config.model.full_prompts if builder.causal else 0.0,
     )
     positions = config.model.slots + (config.model.max_history if builder.causal else 0)
     run_stage(stage, engine, config.seed, folder, reporter, _chunks(config.train, positions))
@@ -116,6 +144,25 @@ def _train_users(
         (),
     )
     return engine
+
+
+def _stage_3_model(
+    config: RunConfig, folder: RunFolder, distributed: bool, store: Store, builder: PromptBuilder, parts: Parts
+) -> GLTA:
+    """The model with what earlier stages have trained; user side and, where it was trained, item side as asked."""
+    model = build_model(config, store, builder, folder, distributed)
+    if parts:
+        _load_parts(model, parts)
+    aligned = config.model.item_alignment and config.alignment.epochs
+    model.item_projector.requires_grad_(config.model.tune_items or not aligned)
+    model.user_projector.requires_grad_(config.model.user_token == "aligned")
+    return model
+
+
+def _freeze(*modules: nn.Module | None) -> None:
+    for module in modules:
+        if module is not None:
+            module.requires_grad_(False)
 
 
 def _final(
@@ -223,7 +270,7 @@ def users_of(store: Store, config: RunConfig, split: str) -> tuple[Histories, np
     return found, users, store.num_items
 
 
-def _load_parts(model: GLTA, parts: dict[str, torch.Tensor]) -> None:
+def _load_parts(model: GLTA, parts: Parts) -> None:
     unknown: Sequence[str] = model.load_state_dict(parts, strict=False).unexpected_keys
     if unknown:
         raise RuntimeError(f"parts that the model does not have: {', '.join(unknown)}")

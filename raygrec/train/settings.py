@@ -65,7 +65,11 @@ class RunConfig(StrictConfig):
     backbone: BackboneConfig = BackboneConfig()
     model: GLTAConfig = GLTAConfig()
     alignment: StageConfig = StageConfig(batch=32, micro_batch=32)
-    train: StageConfig = StageConfig(epochs=5)
+    """Stage 2, item-text alignment."""
+    histories: StageConfig = StageConfig(epochs=4)
+    """The first part of stage 3, on the histories alone, where `model.history_loss` applies."""
+    train: StageConfig = StageConfig(epochs=3)
+    """Stage 3, user-item alignment, on whole prompts."""
     engine: EngineConfig = EngineConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     cluster: ClusterConfig = ClusterConfig()

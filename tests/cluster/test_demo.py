@@ -14,6 +14,7 @@ def test_the_demo_shows_a_table_and_examples(local_ray, tiny_backbone, tmp_path,
         "backbone": {"name": str(tiny_backbone)},
         "graph": {"epochs": 4, "evaluate_every": 2, "dim": 8},
         "alignment": {"epochs": 0},
+        "histories": {"epochs": 1, "batch": 16, "micro_batch": 16},
         "train": {"epochs": 1, "batch": 16, "micro_batch": 16},
         "cluster": {"workers": 1},
     }

@@ -72,6 +72,7 @@ def test_a_failure_that_would_recur_ends_the_run_with_one_line(local_ray, tiny_s
         tiny_backbone,
         tmp_path / "run",
         alignment={"epochs": 0},
+        histories={"epochs": 0},
         train={"lr": 1e30},
         cluster={"workers": 1},
     )

@@ -24,8 +24,8 @@ def untrained(tiny_store, tiny_backbone, tmp_path_factory):
     with folder.claimed(config, resume=False):
         prepare_run(config, folder)
     builder = build_prompts(config, tiny_store, folder)
-    model = build_model(config, builder, folder, distributed=False).eval()
-    torch.nn.init.normal_(model.head.output.weight)
+    model = build_model(config, tiny_store, builder, folder, distributed=False).eval()
+    torch.nn.init.normal_(model.head.rows.free)
     return model, builder
 
 

@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -39,8 +40,8 @@ def builder(
     term_tokens: list[list[int]] | None = None,
     **settings: object,
 ) -> PromptBuilder:
-    """Without `item_terms`, the one term of item i is i, of weight 1, written as token 20 + i."""
-    config = GLTAConfig(slots=slots, **settings)
+    """Without `item_terms`, the one term of item i is i, of weight 1, written as token 20 + i. Without dropout."""
+    config = GLTAConfig(slots=slots, **{"dropout": 0.0, **settings})
     train = train if isinstance(train, CSR) else CSR.from_lists(train)
     item_terms = item_terms or [[item] for item in range(ITEMS)]
     term_tokens = term_tokens or [[20 + term] for term in range(ITEMS)]
@@ -100,7 +101,6 @@ def test_a_training_prompt_by_hand():
         weight=[1.0, 0.5, 9.0],
         term_tokens=[[20], [21, 22], [23]],
         texts=ProfileConfig(terms=1),
-        full_prompts=1.0,
         max_history=6,
     )
     draws = next(d for d in map(Draws, range(50)) if histories(prompter.training(np.array([1]), d)) == [[3, 5]])
@@ -136,25 +136,41 @@ def test_only_slots_answer_without_history_loss():
 
 
 def test_history_only_prompts_train_every_position():
-    prompter = builder([[3, 5, 7, 2], [6, 1], [9], []], full_prompts=0.5, slots=1)
-    batch = prompter.training(np.arange(4), Draws(0), 0.0)
+    prompter = builder([[3, 5, 7, 2], [6, 1], [9], []], slots=1)
+    batch = prompter.training(np.arange(4), Draws(0), whole=False)
     shown = [[1, 2, 3, *(TEXT + i for i in items)] for items in ([3, 5, 7], [6], [9], [])]
     assert prompts(batch) == shown
     assert answers(batch) == [{3: {5: 1.0}, 4: {7: 1.0}, 5: {2: 1.0}}, {3: {1: 1.0}}, {}, {}]
     assert batch.slots.shape == (4, 0)
 
 
-def test_whole_prompts_are_the_last_share_of_a_stage():
-    prompter = builder([[3, 5, 7, 2]], full_prompts=0.25)
-    whole = [prompter.training(np.array([0]), Draws(0), done).slots.shape[1] > 0 for done in (0, 0.5, 0.74, 0.75, 1)]
-    assert whole == [False, False, False, True, True]
+def test_whole_prompts_show_the_same_histories():
+    train, users = random_rows(4), np.arange(30)
+    prompter = builder(train, slots=3)
+    part, whole = (prompter.training(users, Draws(6), **how) for how in ({"whole": False}, {}))
+    assert histories(part) == histories(whole)
+    assert (part.slots.shape, whole.slots.shape) == ((30, 0), (30, 3))
+    for few, many, slots in zip(answers(part), answers(whole), columns(whole).tolist(), strict=True):
+        assert few == {column: items for column, items in many.items() if column not in slots}
 
 
-def test_history_is_cut_to_its_newest_items():
-    prompter = builder([list(range(10))], max_history=3, full_prompts=1.0, slots=1, texts=NO_TEXTS)
+@pytest.mark.parametrize("settings", [{"ordered": False}, {"ordered": True, "history_loss": False}])
+def test_histories_alone_ask_nothing_where_they_are_not_causal(settings):
+    prompter = builder([[3, 5, 7, 2]], **settings)
+    assert not prompter.causal
+    assert answers(prompter.training(np.array([0]), Draws(0), whole=False)) == [{}]
+
+
+def test_prompts_show_the_newest_items_and_all_else_reads_the_whole_history():
+    texts = ProfileConfig(terms=1, decay=0.5)
+    weight = [9.0 if item == 2 else 1.0 for item in range(ITEMS)]
+    prompter = builder([list(range(10))], max_history=3, slots=1, texts=texts, weight=weight)
     batch = prompter.training(np.array([0]), Draws(0))
-    assert histories(batch) == [[6, 7, 8]]
-    assert answers(batch)[0] == {3: {7: 1.0}, 4: {8: 1.0}, 5: {9: 1.0}, int(columns(batch)[0, 0]): {9: 1.0}}
+    shown, likes, wants = [TEXT + 6, TEXT + 7, TEXT + 8], [4, 5, 20 + 2], [4, 6, 20 + 8]
+    slot = int(columns(batch)[0, 0])
+    assert prompts(batch)[0][: 6 + 6] == [1, 2, 3, *shown, *likes, *wants]
+    assert histories(batch) == [list(range(9))]
+    assert answers(batch)[0] == {3: {7: 1.0}, 4: {8: 1.0}, 5: {9: 1.0}, slot: {9: 1.0}}
     assert batch.segments.max() == 4
 
 
@@ -162,7 +178,7 @@ SETTINGS = {
     "ordered": {"ordered": True},
     "ordered, short": {"ordered": True, "max_history": 3},
     "ordered, slots only": {"ordered": True, "history_loss": False},
-    "ordered, histories only": {"ordered": True, "full_prompts": 0.5, "done": 0.0},
+    "ordered, histories only": {"ordered": True, "whole": False},
     "unordered": {"ordered": False},
     "unordered, sampled": {"ordered": False, "targets": "sampled"},
     "unordered, most held out": {"ordered": False, "holdout": 0.9, "max_history": 2},
@@ -175,11 +191,11 @@ def test_no_answer_stands_where_its_position_can_see_it(settings, repeats):
     """Not as history, not through the user, not in a text; over many draws."""
     for seed in range(12):
         train = random_rows(seed, repeats=repeats)
-        options = {"full_prompts": 1.0, **settings}
-        done = options.pop("done", 1.0)
+        options = dict(settings)
+        whole = options.pop("whole", True)
         prompter = builder(train, slots=3, **options)
         users = np.random.default_rng(seed).permutation(len(train))
-        batch = prompter.training(users, Draws(seed), done)
+        batch = prompter.training(users, Draws(seed), whole)
         attention = batch.attention
         slots = columns(batch)
         for row, (wanted, shown) in enumerate(zip(answers(batch), histories(batch), strict=True)):
@@ -194,15 +210,14 @@ def test_no_answer_stands_where_its_position_can_see_it(settings, repeats):
                 else:
                     assert max(seen) < prompter.symbols.first_user
                     assert batch.symbols[row, column] >= prompter.symbols.first_item
-        if "max_history" not in settings:
-            texts = [{t - 20 for t in p if 20 <= t < 20 + ITEMS} for p in prompts(batch)]
-            assert all(text <= set(shown) for text, shown in zip(texts, histories(batch), strict=True))
+        texts = [{t - 20 for t in p if 20 <= t < 20 + ITEMS} for p in prompts(batch)]
+        assert all(text <= set(shown) for text, shown in zip(texts, histories(batch), strict=True))
 
 
 @pytest.mark.parametrize("ordered", [True, False])
 def test_every_user_with_two_items_has_a_target_and_every_count_is_drawn(ordered):
     train = CSR.from_lists([list(range(length)) for length in range(13)])
-    prompter = builder(train, ordered, slots=3, full_prompts=1.0, holdout=0.5)
+    prompter = builder(train, ordered, slots=3, holdout=0.5)
     shown = {length: set() for length in range(13)}
     for seed in range(80):
         batch = prompter.training(np.arange(13), Draws(seed))
@@ -219,7 +234,7 @@ def test_every_user_with_two_items_has_a_target_and_every_count_is_drawn(ordered
 def test_items_that_texts_or_embeddings_were_made_from_are_shown(ordered):
     """`shown_at_least`: a user's first items are history in every training prompt, never a slot's target."""
     train = CSR.from_lists([list(np.random.default_rng(u).permutation(ITEMS)[:u]) for u in range(12)])
-    prompter = builder(train, ordered, slots=4, full_prompts=1.0, holdout=0.9)
+    prompter = builder(train, ordered, slots=4, holdout=0.9)
     prompter.shown_at_least = train.lengths - train.lengths // 2
     drawn = Counter()
     for seed in range(40):
@@ -235,11 +250,11 @@ def test_items_that_texts_or_embeddings_were_made_from_are_shown(ordered):
 
 
 def test_repeated_items_are_no_targets():
-    prompter = builder([[3, 5, 3, 3, 7]], slots=1, full_prompts=1.0, texts=NO_TEXTS)
+    prompter = builder([[3, 5, 3, 3, 7]], slots=1, texts=NO_TEXTS)
     batch = prompter.training(np.array([0]), Draws(0))
     assert histories(batch) == [[3, 5, 3, 3]]
     assert answers(batch) == [{3: {5: 1.0}, 6: {7: 1.0}, int(columns(batch)[0, 0]): {7: 1.0}}]
-    nothing_new = builder([[3, 3]], slots=1, full_prompts=1.0).training(np.array([0]), Draws(0))
+    nothing_new = builder([[3, 3]], slots=1).training(np.array([0]), Draws(0))
     assert answers(nothing_new) == [{}]
 
 
@@ -276,7 +291,7 @@ def test_unordered_histories_and_sampled_slots_are_uniform():
 @pytest.mark.parametrize("ordered", [True, False])
 def test_a_prompt_does_not_depend_on_its_batch(ordered):
     train = random_rows(3)
-    prompter = builder(train, ordered, slots=3, full_prompts=1.0, user_dropout=0.5)
+    prompter = builder(train, ordered, slots=3, user_dropout=0.5)
     users, draws = np.array([7, 2, 29, 11, 0]), Draws(9, 1)
 
     def described(batch: PromptBatch) -> list[tuple]:
@@ -340,7 +355,6 @@ def test_generated_texts_are_those_of_the_stage_and_user():
         texts=ProfileConfig(source="generated"),
         user_token="none",
         slots=1,
-        full_prompts=1.0,
     )
     for number, stage in enumerate(("train", "valid", "test")):
         base = 20 + 10 * number
@@ -401,25 +415,32 @@ def backbone(backbone_folder):
     return Backbone(BackboneConfig(name=backbone_folder("bert"), layers=2))
 
 
-def model_of(prompter: PromptBuilder, backbone: Backbone) -> GLTA:
+def model_of(prompter: PromptBuilder, backbone: Backbone, with_texts: bool = True) -> GLTA:
+    """A model none of whose trained parameters is zero."""
     torch.manual_seed(5)
-    users, items, shares = (
-        torch.randn(prompter.symbols.users, 4),
-        torch.randn(ITEMS, 4),
-        torch.randn(ITEMS, 4),
-    )
+    symbols = prompter.symbols
+    items, users, shares, texts = (torch.randn(n, 4) for n in (ITEMS, symbols.users, ITEMS, ITEMS))
+    texts = 5 + 2 * torch.cat([texts, texts**2], dim=1) if with_texts else None
     scale = token_scale(backbone.model.get_input_embeddings().weight)
-    return GLTA(prompter.config, backbone, prompter.symbols, items, users * 3, shares, scale)
+    model = GLTA(prompter.config, backbone, symbols, items, texts, users * 3, shares, scale, prompter.ordered)
+    for parameter in (p for p in model.parameters() if p.requires_grad and not p.any()):
+        torch.nn.init.normal_(parameter)
+    return model
+
+
+def rows_of(model: GLTA) -> torch.Tensor:
+    return model.head.rows(model.item_nodes, model.item_texts)
 
 
 def test_token_scale():
     assert token_scale(torch.tensor([[3.0, -4.0], [0.0, 5.0]])) == pytest.approx(12.5**0.5)
 
 
+@pytest.mark.parametrize("with_texts", [True, False], ids=["texts", "no texts"])
 @pytest.mark.parametrize("head", ["linear", "tied"])
-def test_logits_cover_slots_and_catalogue(head, backbone):
+def test_logits_cover_slots_and_catalogue(head, with_texts, backbone):
     prompter = builder([[3, 5, 7], [2]], slots=3, head=head)
-    model = model_of(prompter, backbone)
+    model = model_of(prompter, backbone, with_texts)
     batch = prompter.recommending(np.arange(2), CSR.from_lists([[3], [2, 4, 5]]))
     with torch.no_grad():
         logits = model.slot_logits(batch)
@@ -428,15 +449,22 @@ def test_logits_cover_slots_and_catalogue(head, backbone):
         hidden = model.hidden(batch)
         row, slot = 1, 2
         position = int(columns(batch)[row, slot])
-        alone = model.head(hidden[row, position][None], model.item_nodes)[0]
+        alone = model.head(hidden[row, position][None], rows_of(model))[0]
     torch.testing.assert_close(logits[row, slot], alone)
 
 
+@pytest.mark.parametrize("tuned", [True, False], ids=["offsets", "no offsets"])
 @pytest.mark.parametrize("seed", ["none", "newest", "sum"])
-def test_every_symbol_is_embedded_as_its_kind(backbone, seed):
-    prompter = builder([[3, 5], [2, 4]], user_vector="full", texts=NO_TEXTS, slot_seed=seed)
+def test_every_symbol_is_embedded_as_its_kind(backbone, seed, tuned):
+    prompter = builder(
+        [[3, 5], [2, 4]], user_vector="full", texts=NO_TEXTS, slot_seed=seed, tune_items=tuned, max_history=2
+    )
     model = model_of(prompter, backbone)
-    batch = prompter.recommending(np.array([1, 0]), CSR.from_lists([[3, 9], [2]]))
+    item_nodes = model.item_nodes
+    if tuned:
+        assert model.item_offsets.weight.abs().min() > 1e-3
+        item_nodes = item_nodes + model.item_offsets.weight
+    batch = prompter.recommending(np.array([1, 0]), CSR.from_lists([[3, 9, 4], [2]]))
     base = prompter.symbols
     with torch.no_grad():
         embeds = model.embed(batch)
@@ -445,24 +473,38 @@ def test_every_symbol_is_embedded_as_its_kind(backbone, seed):
                 if symbol < base.first_item:
                     expected = backbone.embed(torch.tensor(symbol))
                 elif symbol < base.first_user:
-                    expected = model.item_projector(model.item_nodes[symbol - base.first_item])
+                    expected = model.item_projector(item_nodes[symbol - base.first_item])
                 elif symbol < base.first_slot:
                     expected = model.user_projector(model.user_nodes[symbol - base.first_user])
                 else:
                     expected = model.answer_slots.weight[symbol - base.first_slot]
-                    nodes = {"none": None, "newest": [[9], [2]], "sum": [[3, 9], [2]]}[seed]
+                    nodes = {"none": None, "newest": [[4], [2]], "sum": [[3, 9, 4], [2]]}[seed]
                     if nodes:
-                        vectors = model.item_nodes[nodes[row]].sum(0) / len(nodes[row]) ** 0.5
+                        vectors = item_nodes[nodes[row]].sum(0) / len(nodes[row]) ** 0.5
                         expected = expected + model.item_projector(vectors)
                 torch.testing.assert_close(embeds[row, column], expected)
 
 
+def test_offsets_start_at_zero_and_only_where_items_are_tuned(backbone):
+    scale = token_scale(backbone.model.get_input_embeddings().weight)
+    for tuned in (True, False):
+        prompter = builder([[3, 5]], tune_items=tuned)
+        nodes = torch.randn(ITEMS, 4)
+        model = GLTA(prompter.config, backbone, prompter.symbols, nodes, None, nodes, nodes, scale)
+        offsets = {name: value for name, value in model.named_parameters() if "offsets" in name}
+        assert {name: tuple(value.shape) for name, value in offsets.items()} == (
+            {"item_offsets.weight": (ITEMS, 4)} if tuned else {}
+        )
+        assert not any(value.any() for value in offsets.values())
+
+
 def test_leave_out_vectors_are_the_propagated_shown_histories(backbone):
-    prompter = builder(random_rows(1, users=12), user_vector="leave_out", slots=2, max_history=4, full_prompts=1.0)
+    prompter = builder(random_rows(1, users=12), user_vector="leave_out", slots=2, max_history=4)
     model = model_of(prompter, backbone)
     batch = prompter.training(np.arange(12), Draws(0))
     shown = CSR(batch.history_indptr.numpy(), batch.history.numpy())
-    assert 0 in shown.lengths
+    assert shown.lengths.min() == 0
+    assert shown.lengths.max() > prompter.config.max_history
     with torch.no_grad():
         embeds = model.embed(batch)[
             batch.symbols.ge(prompter.symbols.first_user) & batch.symbols.lt(prompter.symbols.first_slot)
@@ -472,7 +514,7 @@ def test_leave_out_vectors_are_the_propagated_shown_histories(backbone):
 
 
 def test_leave_out_does_not_read_the_pretrained_user(backbone):
-    prompter = builder([[3, 5, 7]], user_vector="leave_out", full_prompts=1.0)
+    prompter = builder([[3, 5, 7]], user_vector="leave_out")
     model = model_of(prompter, backbone)
     batch = prompter.training(np.array([0]), Draws(0))
     before = model(batch)
@@ -482,7 +524,7 @@ def test_leave_out_does_not_read_the_pretrained_user(backbone):
 
 @pytest.mark.parametrize("vector", ["full", "leave_out", "cross_fit"])
 def test_user_dropout_leaves_the_bias_alone(vector, backbone):
-    prompter = builder([[3, 5, 7]] * 400, user_vector=vector, user_dropout=0.3, texts=NO_TEXTS, full_prompts=1.0)
+    prompter = builder([[3, 5, 7]] * 400, user_vector=vector, user_dropout=0.3, texts=NO_TEXTS)
     model = model_of(prompter, backbone)
     model.user_projector.bias.data.normal_()
     batch = prompter.training(np.arange(400), Draws(2))
@@ -496,13 +538,24 @@ def test_user_dropout_leaves_the_bias_alone(vector, backbone):
     assert (tokens[~dropped] - bias).abs().amax(1).min() > 0
 
 
+@pytest.mark.parametrize("head", ["linear", "tied"])
 @pytest.mark.parametrize("user_token", ["aligned", "id", "none"])
-def test_gradients_reach_the_trained_parts_only(user_token, backbone):
-    prompter = builder([[3, 5, 7], [2, 4]], user_token=user_token, full_prompts=1.0, slots=1)
+def test_gradients_reach_the_trained_parts_only(user_token, head, backbone):
+    prompter = builder([[3, 5, 7], [2, 4]], user_token=user_token, head=head, slots=1)
     model = model_of(prompter, backbone)
     model(prompter.training(np.arange(2), Draws(0)), chunks=2).backward()
     reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     trained = {name for name, _ in model.named_parameters() if not name.startswith("backbone.")}
+    free = {"head.rows.free"} if head == "linear" else set()
+    assert trained == free | {
+        *(
+            f"{part}.{kind}"
+            for part in ("item_projector", "user_projector", "head.query")
+            for kind in ("weight", "bias")
+        ),
+        *("answer_slots.weight", "item_offsets.weight"),
+        *("head.rows.from_node.weight", "head.rows.from_text.weight", "head.bias"),
+    }
     unread = set() if user_token == "aligned" else {"user_projector.weight", "user_projector.bias"}
     assert reached == trained - unread
 
@@ -512,27 +565,58 @@ def test_gradients_reach_the_trained_parts_only(user_token, backbone):
 def test_the_loss_of_a_batch_is_the_sum_of_its_prompts_losses(settings, head, backbone):
     """Against one unpadded prompt at a time, position by position, with torch's cross-entropy."""
     train = random_rows(2, users=8)
-    options = {"full_prompts": 1.0, **settings}
-    done = options.pop("done", 1.0)
+    options = dict(settings)
+    whole = options.pop("whole", True)
     prompter = builder(train, slots=3, head=head, **options)
     model = model_of(prompter, backbone)
-    batch = prompter.training(np.arange(8), Draws(1), done)
+    batch = prompter.training(np.arange(8), Draws(1), whole)
     slow = torch.zeros(())
     with torch.no_grad():
         for user in range(8):
-            one = prompter.training(np.array([user]), Draws(1), done)
+            one = prompter.training(np.array([user]), Draws(1), whole)
             hidden = model.hidden(one)[0]
             for column, wanted in answers(one)[0].items():
                 target = torch.zeros(ITEMS)
                 target[list(wanted)] = torch.tensor(list(wanted.values()))
-                slow += functional.cross_entropy(model.head(hidden[column][None], model.item_nodes)[0], target)
+                slow += functional.cross_entropy(model.head(hidden[column][None], rows_of(model))[0], target)
         for chunks in (1, 3):
             torch.testing.assert_close(model(batch, chunks), slow, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("ordered", [True, False])
+def test_dropout_of_a_prompt_does_not_depend_on_its_batch(ordered, backbone):
+    """And it falls on training prompts only."""
+    prompter = builder(random_rows(2, users=8), ordered, slots=3, dropout=0.4)
+    model = model_of(prompter, backbone)
+    batch = prompter.training(np.arange(8), Draws(1))
+    parts = [prompter.training(np.arange(8)[part], Draws(1)) for part in (slice(3), slice(3, 4), slice(4, 8))]
+    with torch.no_grad():
+        together = model(batch)
+        torch.testing.assert_close(sum(map(model, parts)), together, rtol=1e-5, atol=1e-4)
+        assert abs(together - model(replace(batch, dropout_keys=None))) > 1e-2
+        assert abs(together - model(prompter.training(np.arange(8), Draws(2)))) > 1e-2
+    histories = CSR.from_lists([[3, 5], [2]])
+    assert prompter.recommending(np.arange(2), histories).dropout_keys is None
+    assert prompter.alignment(np.arange(6).reshape(2, 3), Draws(0)).dropout_keys is None
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+def test_dropout_falls_on_half_as_many_entries_of_the_item_tokens(rate, backbone):
+    prompter = builder(CSR.from_lists([list(range(12))] * 60), slots=1, dropout=rate, texts=NO_TEXTS)
+    model = model_of(prompter, backbone)
+    batch = prompter.training(np.arange(60), Draws(3))
+    is_item = batch.symbols.ge(prompter.symbols.first_item) & batch.symbols.lt(prompter.symbols.first_user)
+    with torch.no_grad():
+        plain, dropped = (model.embed(one) for one in (replace(batch, dropout_keys=None), batch))
+    assert torch.equal(plain[~is_item], dropped[~is_item])
+    zero = dropped[is_item] == 0
+    assert abs(float(zero.float().mean()) - rate / 2) < 5 * np.sqrt(0.16 / zero.numel()) + 1e-9
+    torch.testing.assert_close(dropped[is_item][~zero], plain[is_item][~zero] / (1 - rate / 2))
+
+
 @pytest.mark.parametrize("kind", ["bert", "t5", "llama"])
 def test_a_history_position_knows_nothing_of_what_follows(kind, backbone_folder):
-    prompter = builder([[3, 5, 7, 2], [9, 4]], full_prompts=1.0)
+    prompter = builder([[3, 5, 7, 2], [9, 4]])
     model = model_of(prompter, Backbone(BackboneConfig(name=backbone_folder(kind))))
     histories = CSR.from_lists([[3, 5, 7, 2], [3, 5, 11, 12]])
     with torch.no_grad():
@@ -543,7 +627,7 @@ def test_a_history_position_knows_nothing_of_what_follows(kind, backbone_folder)
 
 
 def test_a_batch_without_targets_has_a_loss_of_zero_that_can_be_stepped(backbone):
-    prompter = builder([[3], []], full_prompts=1.0)
+    prompter = builder([[3], []])
     model = model_of(prompter, backbone)
     loss = model(prompter.training(np.arange(2), Draws(0)))
     loss.backward()
@@ -552,6 +636,7 @@ def test_a_batch_without_targets_has_a_loss_of_zero_that_can_be_stepped(backbone
 
 def test_node_embeddings_are_scaled_and_stay_out_of_the_saved_weights(backbone):
     model = model_of(builder([[3, 5]] * 50), backbone)
+    assert torch.allclose(model.item_texts.mean(0), torch.zeros(8), atol=1e-5)
     assert float(model.item_nodes.std()) == pytest.approx(1)
     assert float(model.user_nodes.std()) == pytest.approx(1)
-    assert not {"item_nodes", "user_nodes", "item_shares"} & set(model.state_dict())
+    assert not {"item_nodes", "item_texts", "user_nodes", "item_shares"} & set(model.state_dict())

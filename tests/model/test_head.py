@@ -2,111 +2,178 @@ import pytest
 import torch
 from torch.nn import functional
 
-from raygrec.model.head import LinearHead, Targets, TiedHead, catalogue_cross_entropy
+from raygrec.model.head import CatalogueHead, ItemRows, Targets, catalogue_cross_entropy
 
-POSITIONS, WIDTH, ITEMS, NODE_WIDTH = 7, 5, 11, 3
+POSITIONS, WIDTH, ITEMS, NODE_WIDTH, TEXT_WIDTH = 7, 5, 11, 3, 4
+KINDS = {"linear": True, "tied": False}  # whether the rows are free
 
 
 def single_targets(items: torch.Tensor) -> Targets:
     return Targets(torch.arange(len(items) + 1), items, torch.ones(len(items)))
 
 
-def example() -> tuple[torch.Tensor, torch.Tensor]:
+def example() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states, and the items' nodes and texts."""
     torch.manual_seed(0)
-    return torch.randn(POSITIONS, WIDTH), torch.randn(ITEMS, NODE_WIDTH)
+    return torch.randn(POSITIONS, WIDTH), torch.randn(ITEMS, NODE_WIDTH), torch.randn(ITEMS, TEXT_WIDTH)
 
 
-def heads() -> list[torch.nn.Module]:
+def head_of(kind: str) -> CatalogueHead:
+    """A head none of whose parameters is zero."""
     torch.manual_seed(1)
-    tied = TiedHead(WIDTH, ITEMS, NODE_WIDTH)
-    tied.bias.weight.data.normal_()
-    linear = LinearHead(WIDTH, ITEMS, NODE_WIDTH)
-    linear.output.weight.data.normal_()
-    return [linear, tied]
+    head = CatalogueHead(WIDTH, ITEMS, NODE_WIDTH, TEXT_WIDTH, KINDS[kind])
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter)
+    return head
 
 
-@pytest.mark.parametrize("head", heads(), ids=["linear", "tied"])
-def test_single_targets_against_torch(head):
-    hidden, items = example()
+@pytest.mark.parametrize("kind", KINDS)
+def test_single_targets_against_torch(kind):
+    hidden, nodes, texts = example()
+    head = head_of(kind)
+    rows = head.rows(nodes, texts)
     wanted = torch.tensor([0, 10, 3, 3, 7, 1, 2])
-    loss = catalogue_cross_entropy(head, hidden, items, single_targets(wanted))
-    torch.testing.assert_close(loss, functional.cross_entropy(head(hidden, items), wanted, reduction="sum"))
+    loss = catalogue_cross_entropy(head, hidden, rows, single_targets(wanted))
+    torch.testing.assert_close(loss, functional.cross_entropy(head(hidden, rows), wanted, reduction="sum"))
 
 
 def test_soft_targets_against_torch():
-    hidden, items = example()
-    head = heads()[0]
+    hidden, nodes, texts = example()
+    head = head_of("linear")
+    rows = head.rows(nodes, texts)
     counts = torch.tensor([1, 3, 2, 1, 4, 1, 2])
     indptr = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
     weights = torch.cat([torch.rand(int(count)).softmax(0) for count in counts])
     wanted = torch.cat([torch.randperm(ITEMS)[: int(count)] for count in counts])
     targets = Targets(indptr, wanted, weights)
     dense = torch.zeros(POSITIONS, ITEMS).index_put((targets.rows, wanted), weights)
-    expected = functional.cross_entropy(head(hidden, items), dense, reduction="sum")
-    torch.testing.assert_close(catalogue_cross_entropy(head, hidden, items, targets), expected)
+    expected = functional.cross_entropy(head(hidden, rows), dense, reduction="sum")
+    torch.testing.assert_close(catalogue_cross_entropy(head, hidden, rows, targets), expected)
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 3, 5, 7, 20])
-@pytest.mark.parametrize("head", heads(), ids=["linear", "tied"])
-def test_chunks_change_neither_value_nor_gradient(head, chunks):
-    hidden, items = example()
-    targets = single_targets(torch.tensor([0, 10, 3, 3, 7, 1, 2]))
-    results = []
-    for number in (1, chunks):
-        hidden.requires_grad_().grad = None
-        head.zero_grad()
-        loss = catalogue_cross_entropy(head, hidden, items, targets, number)
-        loss.backward()
-        results.append([loss.detach(), hidden.grad, *(p.grad.clone() for p in head.parameters())])
-    torch.testing.assert_close(*results)
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunks_change_neither_value_nor_gradient(kind, chunks):
+    """The gradients are those that autograd finds for the plain product and torch's cross-entropy."""
+    hidden, nodes, texts = example()
+    hidden.requires_grad_()
+    head, wanted = head_of(kind), torch.tensor([0, 10, 3, 3, 7, 1, 2])
+    plain = head.query(hidden) @ head.rows(nodes, texts).T + head.bias
+    expected = functional.cross_entropy(plain, wanted, reduction="sum")
+    loss = catalogue_cross_entropy(head, hidden, head.rows(nodes, texts), single_targets(wanted), chunks)
+    torch.testing.assert_close(loss, expected)
+    leaves = dict(head.named_parameters()) | {"hidden": hidden}
+    gradients = [torch.autograd.grad(one, list(leaves.values())) for one in (loss, expected)]
+    for name, found, gradient in zip(leaves, *gradients, strict=True):
+        torch.testing.assert_close(found, gradient, msg=name)
+        assert gradient.abs().max() > 1e-3, name
 
 
 def test_parts_do_not_hold_all_logits_for_the_backward_pass():
     """The memory claim of the docstring: no tensor that autograd keeps is as large as the logits."""
-    hidden, items = example()
+    hidden, nodes, texts = example()
+    head = head_of("linear")
+    rows = head.rows(nodes, texts)
     kept = []
 
     def largest(chunks: int) -> int:
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
             targets = single_targets(torch.arange(POSITIONS))
-            catalogue_cross_entropy(heads()[0], hidden.requires_grad_(), items, targets, chunks)
-        return sum(tensor.numel() for tensor in kept if tensor.shape[-1:] == (ITEMS,) and tensor.ndim == 2)
+            catalogue_cross_entropy(head, hidden.requires_grad_(), rows, targets, chunks)
+        logits = (t for t in kept if t.ndim == 2 and t.shape[1] == ITEMS and t.shape[0] != NODE_WIDTH)
+        return sum(tensor.numel() for tensor in logits)
 
     assert largest(1) >= POSITIONS * ITEMS
     assert largest(POSITIONS) == 0
 
 
 @pytest.mark.parametrize("chunks", [1, 4])
-def test_no_positions_give_zero_that_still_reaches_the_head(chunks):
-    head = heads()[0]
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_positions_give_zero_that_still_reaches_the_head(kind, chunks):
+    head = head_of(kind)
+    _, nodes, texts = example()
     hidden = torch.zeros(0, WIDTH, requires_grad=True)
-    loss = catalogue_cross_entropy(
-        head, hidden, torch.zeros(ITEMS, NODE_WIDTH), single_targets(torch.zeros(0).long()), chunks
-    )
+    loss = catalogue_cross_entropy(head, hidden, head.rows(nodes, texts), single_targets(torch.zeros(0).long()), chunks)
     loss.backward()
     assert loss == 0
-    assert torch.equal(head.output.weight.grad, torch.zeros(ITEMS, WIDTH))
+    for name, parameter in head.named_parameters():
+        assert torch.equal(parameter.grad, torch.zeros_like(parameter)), name
 
 
 def test_loss_is_fp32_where_the_model_is_not():
-    hidden, items = example()
-    head = heads()[0].bfloat16()
-    loss = catalogue_cross_entropy(head, hidden.bfloat16(), items, single_targets(torch.arange(POSITIONS)), 2)
+    hidden, nodes, texts = (tensor.bfloat16() for tensor in example())
+    head = head_of("linear").bfloat16()
+    loss = catalogue_cross_entropy(head, hidden, head.rows(nodes, texts), single_targets(torch.arange(POSITIONS)), 2)
     assert loss.dtype == torch.float32
 
 
-def test_tied_logits_are_matches_against_the_projected_item_tokens():
-    """(W E_i + b) · h' equals (Wᵀ h') · E_i up to a constant over items: the docstring's claim."""
-    hidden, items = example()
-    projector = torch.nn.Linear(NODE_WIDTH, WIDTH)
-    matched = hidden @ projector(items).T
-    head = TiedHead(WIDTH, ITEMS, NODE_WIDTH)
-    head.query.weight.data = projector.weight.data.T.clone()
-    head.query.bias.data.zero_()
-    difference = matched - head(hidden, items)
-    torch.testing.assert_close(difference, difference[:, :1].expand_as(difference))
-    torch.testing.assert_close(matched.softmax(1), head(hidden, items).softmax(1))
+def test_rows_in_fp32_match_hidden_states_that_are_not():
+    """As under autocast, where the rows keep the free part's precision."""
+    hidden, nodes, texts = example()
+    head = head_of("linear")
+    rows = head.rows(nodes, texts)
+    logits = head.bfloat16()(hidden.bfloat16(), rows)
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logits.float(), head.float()(hidden, rows), rtol=0.05, atol=0.2)
+
+
+@pytest.mark.parametrize("with_texts", [True, False], ids=["texts", "no texts"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_rows_by_hand(kind, with_texts):
+    """R_i = A E_i + P t_i + Δ_i, one item and one column at a time; a tied head has no Δ."""
+    _, nodes, texts = example()
+    rows = ItemRows(ITEMS, NODE_WIDTH, TEXT_WIDTH if with_texts else None, KINDS[kind])
+    if kind == "linear":
+        torch.nn.init.normal_(rows.free)
+    found = rows(nodes, texts if with_texts else None)
+    assert found.shape == (ITEMS, NODE_WIDTH)
+    for item in range(ITEMS):
+        for column in range(NODE_WIDTH):
+            expected = sum(rows.from_node.weight[column, d] * nodes[item, d] for d in range(NODE_WIDTH))
+            if with_texts:
+                expected = expected + sum(rows.from_text.weight[column, t] * texts[item, t] for t in range(TEXT_WIDTH))
+            if kind == "linear":
+                expected = expected + rows.free[item, column]
+            torch.testing.assert_close(found[item, column], expected)
+
+
+def test_the_tied_head_has_no_parameter_of_an_item_but_its_bias():
+    sizes = [
+        {
+            name: tuple(p.shape)
+            for name, p in CatalogueHead(WIDTH, items, NODE_WIDTH, TEXT_WIDTH, False).named_parameters()
+        }
+        for items in (ITEMS, 2 * ITEMS)
+    ]
+    assert sizes[0].pop("bias") == (ITEMS,)
+    assert sizes[1].pop("bias") == (2 * ITEMS,)
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_head_is_one_linear_layer(kind):
+    """Z = functional.linear(h, R Q, R q + b), of rank d."""
+    head = head_of(kind)
+    hidden, nodes, texts = example()
+    rows = head.rows(nodes, texts)
+    weight = rows @ head.query.weight
+    bias = rows @ head.query.bias + head.bias
+    torch.testing.assert_close(head(hidden, rows), functional.linear(hidden, weight, bias))
+
+
+def test_rows_start_as_functions_of_node_and_text():
+    """The free part is zero at first, so that items alike in both have equal logits; then it tells them apart."""
+    hidden, nodes, texts = example()
+    nodes[1], texts[1] = nodes[0], texts[0]
+    head = CatalogueHead(WIDTH, ITEMS, NODE_WIDTH, TEXT_WIDTH, free=True)
+    logits = head(hidden, head.rows(nodes, texts))
+    torch.testing.assert_close(logits[:, 0], logits[:, 1], rtol=0, atol=0)
+    assert (logits[:, 0] - logits[:, 2]).abs().max() > 0
+    head.rows.free.data[1] += 1.0
+    changed = head(hidden, head.rows(nodes, texts))
+    assert not torch.equal(changed[:, 1], logits[:, 1])
+    assert torch.equal(changed[:, 0], logits[:, 0])
 
 
 def test_slices_of_targets():
@@ -117,11 +184,3 @@ def test_slices_of_targets():
     assert part.items.tolist() == [2, 1, 0]
     assert part.rows.tolist() == [1, 1, 1]
     assert len(targets.slice(3, 3)) == 0
-
-
-def test_the_linear_head_is_one_linear_layer():
-    head = heads()[0]
-    hidden, items = example()
-    weight = head.output.weight + items @ head.query.weight
-    bias = head.output.bias + items @ head.query.bias
-    torch.testing.assert_close(head(hidden, items), functional.linear(hidden, weight, bias))

@@ -10,7 +10,19 @@ import torch
 
 from raygrec.data.arrays import CSR
 from raygrec.errors import InputError
-from raygrec.train.assembly import build_prompts, fitted_items, histories, load_model, truncated_to
+from raygrec.model import text_vectors
+from raygrec.model.backbone import BackboneConfig
+from raygrec.model.glta import GLTA
+from raygrec.train.assembly import (
+    TEXT_LENGTH,
+    build_model,
+    build_prompts,
+    fitted_items,
+    histories,
+    load_model,
+    prepare_run,
+    truncated_to,
+)
 from raygrec.train.folder import RunFolder
 from raygrec.train.local import train_here
 from tests.train.workers import tiny_config
@@ -61,6 +73,35 @@ def test_cross_fitted_prompts_show_what_the_embeddings_were_fitted_on(tiny_store
     _, counts = fitted_items(tiny_store, config)
     assert np.array_equal(build_prompts(config, tiny_store, RunFolder(config.out)).shown_at_least, counts)
     assert "LightGCN" not in RunFolder(config.out).metrics()["baselines"]
+
+
+def test_the_heads_texts_are_read_before_workers_start_and_only_where_they_are_asked_for(
+    tiny_store, tiny_backbone, tmp_path, monkeypatch
+):
+    loads, load = [], text_vectors.Backbone
+    monkeypatch.setattr(text_vectors, "Backbone", lambda config: loads.append(config) or load(config))
+
+    def model_of(name: str, **model: object) -> GLTA:
+        config = tiny_config(tiny_store.path, tiny_backbone, tmp_path / name, model=model)
+        untrained = {"pretrained": False, "layers": 1}  # of which no other test has read the texts
+        config = config.model_copy(update={"backbone": config.backbone.model_copy(update=untrained)})
+        folder = RunFolder(config.out)
+        with folder.claimed(config, resume=False):
+            prepare_run(config, folder)
+        read = len(loads)
+        model = build_model(config, tiny_store, build_prompts(config, tiny_store, folder), folder, distributed=False)
+        assert len(loads) == read
+        return model
+
+    without = model_of("without", head_texts=False)
+    assert (without.item_texts, without.head.rows.from_text, loads) == (None, None, [])
+    found = model_of("with").item_texts
+    assert len(loads) == 1
+    tokens = tiny_store.tokens(str(tiny_backbone), TEXT_LENGTH).items
+    config = BackboneConfig(name=str(tiny_backbone), pretrained=False)
+    texts = text_vectors.load_or_read_texts(config, tokens, tmp_path / "again")
+    centred = texts - texts.mean(0)
+    torch.testing.assert_close(found / found.norm(), centred / centred.norm())
 
 
 # ---- every family of backbones, end to end
@@ -114,6 +155,7 @@ def test_unordered_histories_end_to_end(tiny_unordered_store, tiny_backbone, tmp
     config = tiny_config(tiny_unordered_store.path, tiny_backbone, tmp_path / "run")
     train_here(config)
     assert_trained(config)
+    assert {record["stage"] for record in RunFolder(config.out).history()} == {"alignment", "train"}
 
 
 @pytest.mark.data

@@ -166,7 +166,7 @@ def train(
     source = RunFolder(prepared.out)
     builder = build_prompts(prepared, store, source)
     local = make_engine(
-        build_model(prepared, builder, source, distributed=False), EngineConfig(**settings), 1, distributed=False
+        build_model(prepared, store, builder, source, distributed=False), EngineConfig(**settings), 1, distributed=False
     )
     stage = Stage(
         name="train",
@@ -224,7 +224,7 @@ def test_bf16_trains_fp32_weights(prepared, tiny_store, tmp_path, plain):
 
 def test_a_loss_that_is_not_finite_updates_nothing(prepared, tiny_store, tmp_path, plain):
     builder = build_prompts(prepared, tiny_store, RunFolder(prepared.out))
-    model = build_model(prepared, builder, RunFolder(prepared.out), distributed=False)
+    model = build_model(prepared, tiny_store, builder, RunFolder(prepared.out), distributed=False)
     model.item_projector.weight.data[0, 0] = math.nan
     broken = LocalEngine(model, EngineConfig())
     before = broken.state()

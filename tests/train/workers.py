@@ -78,8 +78,9 @@ def tiny_config(store: Path, backbone: Path, out: Path, **changes: object) -> Ru
         "out": out,
         "graph": {"epochs": 4, "evaluate_every": 2, "dim": 8, "batch_size": 64},
         "backbone": {"name": str(backbone)},
-        "model": {"slots": 3, "max_history": 6, "alignment_items": 4, "full_prompts": 0.5},
+        "model": {"slots": 3, "max_history": 6, "alignment_items": 4},
         "alignment": {"epochs": 2, "batch": 4, "micro_batch": 2, "lr": 0.01},
+        "histories": {"epochs": 1, "batch": 12, "micro_batch": 3, "lr": 0.01, "checkpoint_every": 2},
         "train": {"epochs": 3, "batch": 12, "micro_batch": 3, "lr": 0.01, "checkpoint_every": 2},
         "evaluate": {"ks": (2, 3), "batch": 7},
     }

@@ -1,0 +1,86 @@
+"""One vector per item from the frozen language model's reading of its text, made once per store and backbone."""
+
+import hashlib
+import os
+import platform
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from raygrec.data.arrays import CSR
+from raygrec.errors import InputError
+from raygrec.model.backbone import Backbone, BackboneConfig, load_tokenizer, resolve
+from raygrec.progress import track
+
+TOKENS_PER_PASS = 4096
+SMALL_FILE = 2**16  # bytes: configs are smaller, weights larger
+
+
+def load_or_read_texts(config: BackboneConfig, tokens: CSR, folder: Path) -> torch.Tensor:
+    """Text vectors [I, D] of the items' token ids `tokens` (one row per item), kept in `folder`.
+
+    The mean of the whole LM's last hidden states over the text, whatever `config.layers` says, at length 1;
+    an item without text gets what the LM makes of its opening and closing tokens alone. Made again where the
+    backbone's files or the token ids have changed.
+    """
+    file = folder / f"{_key(config, tokens)}.safetensors"
+    if not file.exists():
+        vectors = _read_texts(config, tokens)
+        # Several processes, on several machines, may do so at once: each writes a draft of its own.
+        draft = file.with_name(f".{file.name}.{platform.node()}-{os.getpid()}")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file({"items": vectors}, draft, {"backbone": config.name})
+            draft.replace(file)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{file}: text vectors cannot be written ({error})") from None
+        finally:
+            draft.unlink(missing_ok=True)
+    try:
+        return load_file(file)["items"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise InputError(f"{file}: text vectors cannot be read ({error}); remove this file") from None
+
+
+@torch.inference_mode()
+def _read_texts(config: BackboneConfig, tokens: CSR) -> torch.Tensor:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # of weights that are not pretrained
+        backbone = Backbone(config.model_copy(update={"layers": None})).freeze().to(device)
+    tokenizer = load_tokenizer(config.name)
+    opening = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
+    closing = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
+    vectors_ID = torch.zeros(len(tokens), backbone.width)
+    order = np.argsort(tokens.lengths, kind="stable")
+    longest = int(tokens.lengths.max(initial=0)) + 2
+    size = max(1, TOKENS_PER_PASS // longest)
+    for start in track(range(0, len(order), size), "texts read by the model"):
+        items = order[start : start + size]
+        rows = [[opening, *tokens[item].tolist(), closing] for item in items]
+        rows = [[token for token in row if token is not None] for row in rows]
+        width = max(1, *map(len, rows))
+        ids_BT = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+        shown_BT = torch.arange(width, device=device) < torch.tensor([len(row) for row in rows], device=device)[:, None]
+        attention_BTT = shown_BT[:, None, :] | torch.eye(width, dtype=torch.bool, device=device)
+        hidden_BTD = backbone(backbone.embed(ids_BT), attention_BTT)
+        mean_BD = (hidden_BTD * shown_BT[..., None]).sum(1) / shown_BT.sum(1, keepdim=True).clamp(min=1)
+        vectors_ID[torch.from_numpy(items)] = torch.nn.functional.normalize(mean_BD, dim=1).cpu()
+    return vectors_ID
+
+
+def _key(config: BackboneConfig, tokens: CSR) -> str:
+    """16 hex digits over the backbone's name, the names and sizes of its files and its small files' content (the
+    weights' own is not read: on another machine the same files must give the same key), and the token ids."""
+    source = Path(resolve(config.name))
+    digest = hashlib.sha256(f"{config.name} {config.pretrained}".encode())
+    for file in sorted(path for path in source.glob("*") if path.is_file()):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        digest.update(file.read_bytes() if size <= SMALL_FILE else b"")
+    digest.update(np.ascontiguousarray(tokens.indptr, dtype="<i8"))
+    digest.update(np.ascontiguousarray(tokens.indices, dtype="<i4"))
+    return digest.hexdigest()[:16]
