@@ -122,15 +122,15 @@ def start_after_early_stages(donor: Path, out: Path, job_file: str, settings: li
 
     A run from the start would train the very same: the stages are functions of seed, data and what they read.
     """
-    from raygrec.config import apply_overrides, read_yaml, validate
+    from raygrec.config import apply_overrides, read_yaml
     from raygrec.train.folder import RunFolder, with_absolute_paths
-    from raygrec.train.settings import RunConfig
+    from raygrec.train.settings import run_config
 
     source, folder = RunFolder(donor), RunFolder(out)
     if not source.model_file.exists():
         return
     content = apply_overrides(read_yaml(ROOT / "jobs" / job_file), settings)
-    folder.start(with_absolute_paths(validate(RunConfig, content, job_file)), resume=False)
+    folder.start(with_absolute_paths(run_config(content, job_file)), resume=False)
     shutil.copy(source.nodes_file, folder.nodes_file)
     for stage in ("alignment", "histories"):
         if source.parts_file(stage).exists():

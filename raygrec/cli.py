@@ -64,9 +64,9 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Trains a recommender on Ray Train workers, evaluates it and writes the run folder."""
-    from raygrec.train.settings import RunConfig
+    from raygrec.train.settings import run_config
 
-    checked = validate(RunConfig, apply_overrides(read_yaml(config), overrides or []), str(config))
+    checked = run_config(apply_overrides(read_yaml(config), overrides or []), str(config))
     if local:
         from raygrec.train.local import train_here as run
     else:

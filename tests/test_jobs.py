@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from raygrec.config import read_yaml, validate
-from raygrec.train.settings import RunConfig
+from raygrec.config import read_yaml
+from raygrec.train.settings import run_config
 
 JOBS = sorted((Path(__file__).parent.parent / "jobs").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("file", JOBS, ids=lambda file: file.name)
 def test_a_job_is_a_valid_run_config(file):
-    assert validate(RunConfig, read_yaml(file), str(file)).recipe in file.name
+    assert run_config(read_yaml(file), str(file)).recipe in file.name

@@ -16,7 +16,7 @@ from raygrec.errors import InputError
 from raygrec.evaluate.tables import Row, terminal_table
 from raygrec.model.backbone import load_tokenizer
 from raygrec.serve.topk import FinishedRun
-from raygrec.train.settings import RunConfig
+from raygrec.train.settings import GALRecRun, GLTARun
 
 # Small enough for two CPU cores and a few minutes; everything else is the defaults.
 SETTINGS: dict[str, Any] = {
@@ -29,13 +29,25 @@ SETTINGS: dict[str, Any] = {
     "engine": {"zero_stage": 2},
     "cluster": {"workers": 2},
 }
+GALREC: dict[str, Any] = {
+    "model": {"max_history": 20},
+    "train": {"epochs": 6, "batch": 64, "micro_batch": 32, "lr": 0.001},
+}
+SHARED = ("backbone", "graph", "engine", "cluster")  # sections that both runs read
 SHOWN_USERS = 3
 
 
-def run_demo(out: Path, users: int = 1500, items: int = 800, settings: dict[str, Any] | None = None) -> dict[str, Any]:
+def run_demo(
+    out: Path,
+    users: int = 1500,
+    items: int = 800,
+    settings: dict[str, Any] | None = None,
+    galrec: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """Makes, prepares, trains, evaluates and shows; returns what it showed.
 
-    settings: sections that replace those of `SETTINGS`. Raises `InputError` where `out` exists.
+    settings: sections that replace those of `SETTINGS`; galrec: those of `GALREC`. Raises `InputError` where `out`
+    exists.
     """
     if out.exists():
         raise InputError(f"{out}: exists already; remove it or name another folder with --out")
@@ -50,10 +62,13 @@ def run_demo(out: Path, users: int = 1500, items: int = 800, settings: dict[str,
         f"{train:,} training, {valid:,} validation and {test:,} test interactions"
     )
     run = out / "run"
-    config = validate(RunConfig, {"store": store.path, "out": run, **settings}, "demo")
+    config = validate(GLTARun, {"store": store.path, "out": run, **settings}, "demo")
     metrics = train_on_ray(config)
     rows = [Row(name, [both["test"]]) for name, both in metrics["baselines"].items()]
     rows.append(Row("GLTA", [metrics["test"]]))
+    tuned = {**{name: settings[name] for name in SHARED}, **GALREC, **(galrec or {})}
+    config = validate(GALRecRun, {"store": store.path, "out": out / "run-galrec", **tuned}, "demo")
+    rows.append(Row("GAL-Rec", [train_on_ray(config)["test"]]))
     console.print()
     console.print(terminal_table(rows, title="last book of each reader, full ranking, seed 0"))
     examples = _examples(FinishedRun(run))

@@ -15,7 +15,7 @@ from raygrec.train.assembly import prepare_run
 from raygrec.train.engine import NonFiniteError
 from raygrec.train.folder import RunFolder, with_absolute_paths
 from raygrec.train.local import BarReporter
-from raygrec.train.settings import RunConfig
+from raygrec.train.settings import RunConfig, run_config
 
 # Ray reads these when it is imported or started.
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
@@ -216,7 +216,7 @@ def _worker(arguments: dict[str, Any]) -> None:
     from raygrec.train.pipeline import run
 
     os.environ["RAYGREC_QUIET"] = "1"
-    config, board = RunConfig.model_validate(arguments["config"]), arguments["board"]
+    config, board = run_config(arguments["config"], "the run's config"), arguments["board"]
     if ray.get(board.failed.remote()):
         return  # Ray Train restarts the group after any failure; this one would only repeat itself
     if not config.cluster.gpus_per_worker:

@@ -99,6 +99,12 @@ class Backbone(nn.Module):
         self.train(False)
         return self
 
+    def tune(self) -> "Backbone":
+        """Trains all but the token table, of which a prompt reads a few rows only."""
+        self.requires_grad_(True)
+        self.model.get_input_embeddings().requires_grad_(False)
+        return self
+
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Token embeddings [..., D] of token ids [...]."""
         return self.model.get_input_embeddings()(token_ids)

@@ -18,19 +18,19 @@ from raygrec.draws import Draws
 from raygrec.model.backbone import Backbone
 from raygrec.model.dropout import keyed_dropout
 from raygrec.model.head import CatalogueHead, Targets, catalogue_cross_entropy
+from raygrec.model.nodes import projector, scaled_texts, sum_rows
 from raygrec.model.profiles import telling_terms
 from raygrec.model.prompts import (
     PromptBatch,
     Symbols,
     as_targets,
+    embed_symbols,
     expand,
     join_rows,
     padded,
     repeated,
     truncated,
 )
-
-TEXT_SCALE = 0.3  # of the text vectors beside nodes of scale 1: an update of Adam moves all their columns at once
 
 # What a draw is for: the last counter of every `Draws.uniform` here.
 SHUFFLE, HOLDOUT, USER_DROPOUT, DROPOUT = 1, 2, 3, 4
@@ -79,8 +79,9 @@ class GLTAConfig(StrictConfig):
     of the item tokens'."""
     slot_seed: Literal["auto", "newest", "sum", "none"] = "auto"
     """[ours] What an answer slot's embedding is added to: the token of the newest item (`auto` where histories
-    are ordered), the normalised sum of the history's item tokens (`auto` where they are not), or nothing.
-    A frozen LM has never learned to look up the history from a slot; the residual stream carries it there."""
+    are ordered), the normalised sum of the history's item tokens (`auto` where they are not), or nothing; with
+    either, the aligned user token too. A frozen LM has never learned to look up history and user from a slot; the
+    residual stream carries them there."""
     texts: ProfileConfig = ProfileConfig()
     max_history: int = Field(50, ge=1)
     """Newest items that stand in the prompt as tokens. Texts, user vector and slot seeds read the whole history."""
@@ -104,6 +105,12 @@ class GLTAConfig(StrictConfig):
     answer_lead: str = "; next:"
 
 
+def opening_tokens(tokenizer: object) -> list[int]:
+    """The language model's own first token, where it has one."""
+    opening = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
+    return [] if opening is None else [opening]
+
+
 class Phrases:
     """The fixed wording, tokenised once; `begin` holds the LM's own opening token where it has one."""
 
@@ -111,8 +118,7 @@ class Phrases:
         def encode(text: str) -> list[int]:
             return tokenizer.encode(text, add_special_tokens=False)
 
-        opening = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
-        self.begin = [] if opening is None else [opening]
+        self.begin = opening_tokens(tokenizer)
         self.instruction = encode(config.instruction)
         self.profile = encode(config.profile_lead)
         self.prediction = encode(config.prediction_lead)
@@ -350,19 +356,18 @@ class GLTA(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.terms = {"cross_entropy": 1.0}
         self.slot_seed = {"auto": "newest" if ordered else "sum"}.get(config.slot_seed, config.slot_seed)
         self.symbols = symbols
         self.backbone = backbone.freeze()
         node_width = item_nodes.shape[1]
         self.register_buffer("item_nodes", item_nodes / item_nodes.std(), persistent=False)
-        texts = None if item_texts is None else item_texts - item_texts.mean(0)
-        if texts is not None:
-            texts = TEXT_SCALE * texts / texts.std().clamp(min=1e-6)
+        texts = None if item_texts is None else scaled_texts(item_texts)
         self.register_buffer("item_texts", texts, persistent=False)
         self.register_buffer("user_nodes", user_nodes / user_nodes.std(), persistent=False)
         self.register_buffer("item_shares", item_shares / user_nodes.std(), persistent=False)
-        self.item_projector = _projector(node_width, backbone.width, token_scale)
-        self.user_projector = _projector(node_width, backbone.width, token_scale)
+        self.item_projector = projector(node_width, backbone.width, token_scale)
+        self.user_projector = projector(node_width, backbone.width, token_scale)
         self.answer_slots = nn.Embedding(symbols.slots, backbone.width)
         nn.init.normal_(self.answer_slots.weight, std=token_scale)
         self.item_offsets = nn.Embedding(symbols.items, node_width) if config.tune_items else None
@@ -392,23 +397,21 @@ class GLTA(nn.Module):
 
     def embed(self, batch: PromptBatch) -> torch.Tensor:
         """Embeddings [B, T, D] of the symbols: tokens, and in between projected nodes and answer slots."""
-        symbols, base = batch.symbols, self.symbols
-        is_item = (symbols >= base.first_item) & (symbols < base.first_user)
-        is_user = (symbols >= base.first_user) & (symbols < base.first_slot)
-        is_slot = symbols >= base.first_slot
-        embeds = self.backbone.embed(symbols.clamp(0, base.text - 1) * (symbols < base.text))
-        items = self._item_tokens(symbols[is_item] - base.first_item)
-        if batch.dropout_keys is not None:
-            rows, columns = is_item.nonzero(as_tuple=True)
-            items = keyed_dropout(items, self.config.dropout / 2, batch.dropout_keys[rows], columns, use=2)
-        slots = self.answer_slots(symbols[is_slot] - base.first_slot)
-        if self.slot_seed != "none":
-            slots = slots + self._slot_seeds(batch)[is_slot.nonzero()[:, 0]]
-        embeds = embeds.masked_scatter(is_item[..., None], items.to(embeds.dtype))
-        embeds = embeds.masked_scatter(is_slot[..., None], slots.to(embeds.dtype))
-        rows = is_user.nonzero()[:, 0]
-        users = self.user_projector(self._user_vectors(batch, symbols[is_user] - base.first_user, rows))
-        return embeds.masked_scatter(is_user[..., None], users.to(embeds.dtype))
+
+        def items(numbers: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+            tokens = self._item_tokens(numbers)
+            if batch.dropout_keys is None:
+                return tokens
+            return keyed_dropout(tokens, self.config.dropout / 2, batch.dropout_keys[rows], columns, use=2)
+
+        def users(numbers: torch.Tensor, rows: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+            return self.user_projector(self._user_vectors(batch, numbers, rows))
+
+        def slots(numbers: torch.Tensor, rows: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+            tokens = self.answer_slots(numbers)
+            return tokens if self.slot_seed == "none" else tokens + self._slot_seeds(batch)[rows]
+
+        return embed_symbols(batch.symbols, self.symbols, self.backbone.embed, items, users, slots)
 
     def _rows(self) -> torch.Tensor:
         return self.head.rows(self.item_nodes, self.item_texts)
@@ -422,43 +425,36 @@ class GLTA(nn.Module):
         """V_i = W_i (E_i + δ_i) + b_i: items [n] to embeddings [n, D]."""
         return self.item_projector(self._nodes(items))
 
+    def start_slots(self) -> None:
+        """Stage 3's answer slots start from their seed alone, where they have one: not from noise, and not from what
+        stage 2's slot has learned about descriptions."""
+        if self.slot_seed != "none":
+            nn.init.zeros_(self.answer_slots.weight)
+
     def _slot_seeds(self, batch: PromptBatch) -> torch.Tensor:
-        """What each prompt's answer slots start from: [B, D], the projected newest item or sum of items."""
+        """What each prompt's answer slots start from: [B, D], the token of the newest item, or of the sum of items,
+        and the prompt's user token where it has one."""
         counts = batch.history_indptr.diff()
         if self.slot_seed == "newest":
             shown = torch.cat([batch.history, batch.history.new_zeros(1)])  # prompts may show nothing
             vectors = self._nodes(shown[(batch.history_indptr[1:] - 1).clamp(min=0)])
         else:
-            vectors = _sum_rows(self._nodes(batch.history), counts) / counts.clamp(min=1).sqrt()[:, None]
-        return self.item_projector(vectors) * (counts > 0)[:, None]
+            vectors = sum_rows(self._nodes(batch.history), counts) / counts.clamp(min=1).sqrt()[:, None]
+        seeds = self.item_projector(vectors) * (counts > 0)[:, None]
+        here = (batch.symbols >= self.symbols.first_user) & (batch.symbols < self.symbols.first_slot)
+        rows = here.nonzero()[:, 0]
+        users = self._user_vectors(batch, batch.symbols[here] - self.symbols.first_user, rows)
+        return seeds.index_add(0, rows, self.user_projector(users))
 
     def _user_vectors(self, batch: PromptBatch, users: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Node vectors [n, d] of the prompts' users; zero where dropped out."""
         if self.config.user_vector == "leave_out":
             counts = batch.history_indptr.diff()
-            sums = _sum_rows(self.item_shares[batch.history], counts)
+            sums = sum_rows(self.item_shares[batch.history], counts)
             vectors = (sums / counts.clamp(min=1).sqrt()[:, None])[rows]
         else:
             vectors = self.user_nodes[users]
         return vectors * batch.user_kept[rows, None]
-
-
-def _sum_rows(vectors: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """[B, d]: the first counts[0] of `vectors` [n, d] added up, then the next counts[1], …"""
-    row_of = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-    return vectors.new_zeros(len(counts), vectors.shape[1]).index_add(0, row_of, vectors)
-
-
-def token_scale(token_embeddings: torch.Tensor) -> float:
-    """Root mean square of the backbone's token embeddings: the size a projected node should start with."""
-    return float(token_embeddings.detach().float().pow(2).mean().sqrt())
-
-
-def _projector(node_width: int, width: int, scale: float) -> nn.Linear:
-    layer = nn.Linear(node_width, width)
-    nn.init.normal_(layer.weight, std=scale / node_width**0.5)
-    nn.init.zeros_(layer.bias)
-    return layer
 
 
 def _grid(values: np.ndarray) -> CSR:

@@ -3,6 +3,7 @@
 No tokenizer runs here: phrases and terms come tokenised, prompts are gathered with numpy.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -61,11 +62,42 @@ class PromptBatch:
         return replace(self, **{name: value.to(device) for name, value in vars(self).items() if value is not None})
 
     @property
+    def counts(self) -> torch.Tensor:
+        """[terms] what each term of the loss is summed over."""
+        return torch.tensor([len(self.answers)], dtype=torch.float64)
+
+    @property
     def attention(self) -> torch.Tensor:
         """[B, T, T] bool: block-causal between segments; no symbol attends to padding."""
         shown = self.symbols != PAD
         allowed = (self.segments[:, :, None] >= self.segments[:, None, :]) & shown[:, None, :]
         return allowed | torch.eye(shown.shape[1], dtype=torch.bool, device=shown.device)
+
+
+# (node or slot numbers [n], their rows [n], their columns [n]) -> embeddings [n, D]
+Embed = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def embed_symbols(
+    symbols: torch.Tensor,
+    base: Symbols,
+    text: Callable[[torch.Tensor], torch.Tensor],
+    items: Embed,
+    users: Embed,
+    slots: Embed,
+) -> torch.Tensor:
+    """Embeddings [B, T, D] of symbols [B, T]: each kind by its own function, text (and padding) by `text`."""
+    embeds = text(symbols.clamp(0, base.text - 1) * (symbols < base.text))
+    kinds = (
+        (base.first_item, base.first_user, items),
+        (base.first_slot, base.first_slot + base.slots, slots),
+        (base.first_user, base.first_slot, users),
+    )
+    for first, end, embed in kinds:
+        here = (symbols >= first) & (symbols < end)
+        values = embed(symbols[here] - first, *here.nonzero(as_tuple=True))
+        embeds = embeds.masked_scatter(here[..., None], values.to(embeds.dtype))
+    return embeds
 
 
 def join_rows(parts: list[CSR]) -> CSR:

@@ -13,9 +13,8 @@ from raygrec.data.arrays import CSR
 from raygrec.data.store import Store
 from raygrec.errors import InputError
 from raygrec.evaluate.ranking import top_k
-from raygrec.model.glta import GLTA, PromptBuilder
 from raygrec.progress import track
-from raygrec.train.assembly import histories, load_model
+from raygrec.train.assembly import Model, Prompts, histories, load_model
 from raygrec.train.engine import LocalEngine, device
 from raygrec.train.folder import RunFolder
 from raygrec.train.loop import Reporter
@@ -37,8 +36,8 @@ class FinishedRun:
         if metrics["store"] != self.store.fingerprint:
             raise InputError(f"{self.store.path}: not the store that {path} was trained on (its fingerprint differs)")
         model, builder = load_model(self.config, self.folder, self.store)
-        self.model: GLTA = model
-        self.builder: PromptBuilder = builder
+        self.model: Model = model
+        self.builder: Prompts = builder
         self.shown: CSR = histories(self.store, "test").shown
 
     def top(self, users: np.ndarray, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,13 +13,18 @@ from raygrec.errors import InputError
 from raygrec.graph.cache import load_or_pretrain
 from raygrec.graph.lightgcn import NodeEmbeddings
 from raygrec.model.backbone import Backbone, generate, load_tokenizer, resolve
-from raygrec.model.glta import GLTA, Phrases, PromptBuilder, token_scale
+from raygrec.model.galrec import HOPS, GALRec, HopPrompts
+from raygrec.model.glta import GLTA, Phrases, PromptBuilder, opening_tokens
+from raygrec.model.nodes import token_scale
 from raygrec.model.profiles import inverse_frequency
 from raygrec.model.prompts import Symbols, expand, join_rows, repeated, truncated
 from raygrec.model.text_vectors import load_or_read_texts
 from raygrec.train.engine import device, full_tensor, loading
 from raygrec.train.folder import RunFolder
-from raygrec.train.settings import RunConfig
+from raygrec.train.settings import GALRecRun, GLTARun, RunConfig
+
+Model = GLTA | GALRec
+Prompts = PromptBuilder | HopPrompts
 
 TEXT_LENGTH = 64  # tokens of an item's text that the store keeps
 GENERATION_HISTORY = 8  # newest items whose descriptions a causal LM reads
@@ -48,7 +53,7 @@ def fitted_items(store: Store, config: RunConfig) -> tuple[CSR, np.ndarray | Non
     `cross_fit` leaves out the last min(k, half) training items of each user: only they become targets.
     """
     train = store.interactions("train")
-    if config.model.user_vector != "cross_fit":
+    if isinstance(config, GALRecRun) or config.model.user_vector != "cross_fit":
         return train, None
     held_out = np.minimum(config.model.slots, train.lengths // 2)
     return truncated_to(train, train.lengths - held_out), train.lengths - held_out
@@ -64,6 +69,8 @@ def truncated_to(rows: CSR, lengths: np.ndarray) -> CSR:
 def prepare_run(config: RunConfig, folder: RunFolder) -> None:
     """What must exist before workers start: token ids, node embeddings, generated texts. Each is made once."""
     store = Store.open(config.store)
+    if isinstance(config, GALRecRun) and not store.ordered:
+        raise InputError(f"{store.path}: GAL-Rec reads histories in time order; prepare with split=leave-one-out")
     store.tokens(resolve(config.backbone.name), TEXT_LENGTH)
     item_texts(config, store)
     if not folder.nodes_file.exists():
@@ -79,21 +86,26 @@ def prepare_run(config: RunConfig, folder: RunFolder) -> None:
             place,
         )
         nodes.save(folder.nodes_file, {"source": "LightGCN", "seed": config.seed})
-    if config.model.texts.source == "generated" and not folder.texts_file.exists():
+    if isinstance(config, GLTARun) and config.model.texts.source == "generated" and not folder.texts_file.exists():
         _write_texts(config, store, folder.texts_file)
 
 
 def item_texts(config: RunConfig, store: Store) -> torch.Tensor | None:
-    """Text vectors [I, D] of the items, where the model's head reads them."""
-    if not config.model.head_texts:
+    """Text vectors [I, D] of the items, where the model reads them."""
+    wanted = config.model.text_vectors if isinstance(config, GALRecRun) else config.model.head_texts
+    if not wanted:
         return None
     tokens = store.tokens(resolve(config.backbone.name), TEXT_LENGTH).items
     return load_or_read_texts(config.backbone, tokens, store.path / "text_vectors")
 
 
-def build_prompts(config: RunConfig, store: Store, folder: RunFolder) -> PromptBuilder:
+def build_prompts(config: RunConfig, store: Store, folder: RunFolder) -> Prompts:
     """The prompt builder of a run, from the store's arrays."""
     tokenizer = load_tokenizer(config.backbone.name)
+    if isinstance(config, GALRecRun):
+        symbols = Symbols(len(tokenizer), store.num_items, store.num_users, HOPS)
+        edges = (store.interactions("train"), store.interactions("train", by="item"))
+        return HopPrompts(config.model, symbols, opening_tokens(tokenizer), *edges)
     table = store.tokens(resolve(config.backbone.name), TEXT_LENGTH)
     symbols = Symbols(len(tokenizer), store.num_items, store.num_users, config.model.slots)
     builder = PromptBuilder(
@@ -116,7 +128,7 @@ def build_prompts(config: RunConfig, store: Store, folder: RunFolder) -> PromptB
     return builder
 
 
-def build_model(config: RunConfig, store: Store, builder: PromptBuilder, folder: RunFolder, distributed: bool) -> GLTA:
+def build_model(config: RunConfig, store: Store, builder: Prompts, folder: RunFolder, distributed: bool) -> Model:
     """The recipe's model with its own initial weights (a function of the seed), on the CPU or partitioned."""
     texts = item_texts(config, store)
     nodes = NodeEmbeddings.load(folder.nodes_file)
@@ -126,16 +138,21 @@ def build_model(config: RunConfig, store: Store, builder: PromptBuilder, folder:
         scale = token_scale(full_tensor(backbone.model.get_input_embeddings().weight))
     torch.manual_seed(config.seed)
     tensors = (nodes.items, texts, nodes.users, nodes.items_inductive)
+    if isinstance(config, GALRecRun):
+        return GALRec(config.model, backbone, builder.symbols, *tensors, scale)
     return GLTA(config.model, backbone, builder.symbols, *tensors, scale, builder.ordered)
 
 
-def load_model(config: RunConfig, folder: RunFolder, store: Store) -> tuple[GLTA, PromptBuilder]:
+def load_model(config: RunConfig, folder: RunFolder, store: Store) -> tuple[Model, Prompts]:
     """A finished run's model, ready to recommend, and its prompts."""
     builder = build_prompts(config, store, folder)
     model = build_model(config, store, builder, folder, distributed=False)
     loaded = model.load_state_dict(folder.load_parts(folder.model_file), strict=False)
-    untrained = ("backbone.",) if config.model.user_token == "aligned" else ("backbone.", "user_projector.")
-    missing = [name for name in loaded.missing_keys if not name.startswith(untrained)]
+    reads_users = isinstance(config, GALRecRun) or config.model.user_token == "aligned"
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not reads_users:
+        trained = {name for name in trained if not name.startswith("user_projector.")}
+    missing = [name for name in loaded.missing_keys if name in trained]
     if missing or loaded.unexpected_keys:
         wrong = (missing or loaded.unexpected_keys)[0]
         raise InputError(

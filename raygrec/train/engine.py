@@ -22,6 +22,7 @@ from torch import nn
 from raygrec.config import StrictConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+CARRIED = "carried/"
 
 
 class EngineConfig(StrictConfig):
@@ -53,8 +54,8 @@ class Engine(Protocol):
     def loss(self, *arguments: object) -> torch.Tensor:
         """The model's forward, through the engine."""
 
-    def backward(self, loss: torch.Tensor, scale: float, last: bool) -> None:
-        """Adds the gradient of `loss` · `scale`; `last` marks the step's last micro-batch."""
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Adds the gradient of `loss`, which sums over ranks; `last` marks the step's last micro-batch."""
 
     def update(self, lr: float) -> float:
         """Clips, steps with learning rate `lr` and returns the gradient norm before clipping."""
@@ -72,10 +73,12 @@ def world() -> tuple[int, int]:
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """The sum over all ranks, in place; on any device the process group supports."""
-    if world()[1] > 1:
-        dist.all_reduce(values)
-    return values
+    """The sum over all ranks, on the values' own device, whichever one the process group's backend needs."""
+    if world()[1] == 1:
+        return values
+    moved = values.to(device()) if dist.get_backend() == "nccl" else values
+    dist.all_reduce(moved)
+    return moved.to(values.device)
 
 
 def device() -> torch.device:
@@ -132,8 +135,16 @@ def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _adamw(model: nn.Module, config: EngineConfig) -> torch.optim.AdamW:
+    shares: dict[str, float] = getattr(model, "lr_shares", {})  # by prefix of a parameter's name
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in _trainable(model).items():
+        share = next((share for prefix, share in shares.items() if name.startswith(prefix)), 1.0)
+        groups.setdefault(share, []).append(parameter)
     return torch.optim.AdamW(
-        list(_trainable(model).values()), lr=0.0, betas=config.betas, weight_decay=config.weight_decay
+        [{"params": parameters, "lr_share": share} for share, parameters in groups.items()],
+        lr=0.0,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
     )
 
 
@@ -155,11 +166,11 @@ class LocalEngine:
         with self.autocast():
             return self.model(*arguments)
 
-    def backward(self, loss: torch.Tensor, scale: float, last: bool) -> None:
-        (loss * scale).backward()
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        loss.backward()
 
     def update(self, lr: float) -> float:
-        parameters = self.optimizer.param_groups[0]["params"]
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         norm = float(nn.utils.clip_grad_norm_(parameters, self.config.clip))
         if not math.isfinite(norm):
             raise NonFiniteError(f"gradient norm is {norm}")
@@ -175,7 +186,7 @@ class LocalEngine:
             for moment, value in self.optimizer.state.get(parameter, {}).items():
                 if moment in MOMENTS:
                     tensors[f"{moment}/{name}"] = value.cpu().clone()
-        return tensors
+        return tensors | _carried(self.model)
 
     def load_state(self, tensors: dict[str, torch.Tensor], steps: int, arguments: tuple[object, ...]) -> None:
         for name, parameter in _trainable(self.model).items():
@@ -185,6 +196,7 @@ class LocalEngine:
                     "step": torch.tensor(float(steps)),
                     **{moment: tensors[f"{moment}/{name}"].to(self.device, copy=True) for moment in MOMENTS},
                 }
+        _load_carried(self.model, tensors)
 
 
 class DeepSpeedEngine:
@@ -207,17 +219,22 @@ class DeepSpeedEngine:
             dist_init_required=False,
         )
         self.model: nn.Module = self.engine.module
+        self._moments_linked = False
 
     def autocast(self) -> Any:
+        # DeepSpeed casts parameters to bf16 and leaves buffers in fp32.
+        if self.config.precision == "bf16":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return nullcontext()
 
     def loss(self, *arguments: object) -> torch.Tensor:
-        return self.engine(*arguments)
+        with self.autocast():
+            return self.engine(*arguments)
 
-    def backward(self, loss: torch.Tensor, scale: float, last: bool) -> None:
-        # DeepSpeed averages over ranks and micro-batches; both factors are taken out again, since `scale`
-        # already divides by the global count.
-        self.engine.backward(loss * (scale * self.world_size * self.accumulation))
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        # DeepSpeed averages over ranks and micro-batches; both factors are taken out again, since the loss is
+        # divided by global counts already.
+        self.engine.backward(loss * (self.world_size * self.accumulation))
         if not last:
             self.engine.step()  # DeepSpeed counts micro-batches here; it updates at the last one only
 
@@ -227,6 +244,7 @@ class DeepSpeedEngine:
         plain = [p.grad for p in _trainable(self.model).values() if p.grad is not None and not self._partitioned(p)]
         norm = nn.utils.get_total_norm(plain) if plain else None
         self.engine.step()
+        self._link_moments()
         norm = float(self.engine.get_global_grad_norm() if norm is None else norm)
         if not math.isfinite(norm):
             raise NonFiniteError(f"gradient norm is {norm}")
@@ -239,7 +257,7 @@ class DeepSpeedEngine:
                 value = self._full(parameter, kind)
                 if value is not None:
                     tensors[f"{kind}/{name}"] = value.detach().float().cpu().clone()
-        return tensors
+        return tensors | _carried(self.model)
 
     def load_state(self, tensors: dict[str, torch.Tensor], steps: int, arguments: tuple[object, ...]) -> None:
         if any(name.startswith("exp_avg/") for name in tensors):
@@ -250,6 +268,14 @@ class DeepSpeedEngine:
                     self._set_full(parameter, kind, tensors[f"{kind}/{name}"].to(self.device))
         for state in self.engine.basic_optimizer.state.values():
             state["step"].fill_(steps)
+        _load_carried(self.model, tensors)
+
+    def _link_moments(self) -> None:
+        """ZeRO 1 and 2 link the moments once the first parameter group has some, when the other groups have none."""
+        if not self._moments_linked and hasattr(self.optimizer, "_hp_optimizer_states_linked"):
+            self.optimizer._hp_optimizer_states_linked = False
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+        self._moments_linked = True
 
     def _partitioned(self, parameter: nn.Parameter) -> bool:
         return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
@@ -282,13 +308,25 @@ class DeepSpeedEngine:
     def _make_moments(self, arguments: tuple[object, ...]) -> None:
         """Updates once with zero gradients and lr 0: DeepSpeed makes and links the moments only in an update."""
         for micro in range(self.accumulation):
-            self.backward(self.loss(*arguments), 0.0, micro == self.accumulation - 1)
+            self.backward(0.0 * self.loss(*arguments).sum(), micro == self.accumulation - 1)
         self.update(0.0)
+
+
+def _carried(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What a model carries from update to update besides parameters, under `carried/…`."""
+    tensors = model.carried_state() if hasattr(model, "carried_state") else {}
+    return {f"{CARRIED}{name}": value for name, value in tensors.items()}
+
+
+def _load_carried(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    found = {name.removeprefix(CARRIED): value for name, value in tensors.items() if name.startswith(CARRIED)}
+    if found:
+        model.load_carried_state(found)
 
 
 def _set_lr(optimizer: object, lr: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_share"]
 
 
 def _deepspeed_settings(config: EngineConfig, accumulation: int) -> dict[str, object]:

@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from raygrec.config import read_yaml, validate
+from raygrec.config import read_yaml
 from raygrec.errors import InputError
-from raygrec.train.settings import RunConfig
+from raygrec.train.settings import RunConfig, run_config
 
 KEEP = 2  # checkpoints
 
@@ -32,9 +32,14 @@ class LoopState:
     waited: int = 0
     records: int = 0
     """Lines of history.jsonl that this state has seen."""
-    loss: float = 0.0
-    """Summed over the targets since the last record."""
-    targets: float = 0.0
+    sums: list[float] = field(default_factory=list)
+    """Of each term of the loss, since the last record."""
+    counts: list[float] = field(default_factory=list)
+    """What each was summed over."""
+
+    def add(self, sums: list[float], counts: list[float]) -> None:
+        self.sums = [a + b for a, b in zip(self.sums or [0.0] * len(sums), sums, strict=True)]
+        self.counts = [a + b for a, b in zip(self.counts or [0.0] * len(counts), counts, strict=True)]
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
@@ -101,7 +106,7 @@ class RunFolder:
         """The effective config the run was started with."""
         if not self.config_file.is_file():
             raise InputError(f"{self.path}: no run there (config.yaml is missing)")
-        return validate(RunConfig, read_yaml(self.config_file), str(self.config_file))
+        return run_config(read_yaml(self.config_file), str(self.config_file))
 
     def report(self, record: dict[str, Any]) -> None:
         """Appends one line to history.jsonl."""

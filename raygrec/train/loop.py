@@ -94,6 +94,7 @@ def run_stage(
     steps_per_epoch = len(stage.lengths) // batch
     total = steps_per_epoch * config.epochs
     state = _resume(stage, engine, folder, seed, chunks) or _fresh(stage, folder)
+    terms = engine.model.terms
     tokens, started = 0, time.monotonic()
     order = np.zeros((0, batch))
     while state.step < total and state.waited < config.patience:
@@ -102,23 +103,25 @@ def run_stage(
             order = epoch_order(stage.lengths, batch, Draws(seed, stage.number, ORDER, epoch))
         rate = learning_rate(state.step, total, config)
         draws = Draws(seed, stage.number, epoch, place)
-        loss, count, read, norm = _step(stage, engine, order[place], draws, rate, chunks)
-        state.loss, state.targets, tokens = state.loss + loss, state.targets + count, tokens + read
-        state.step += 1
+        sums, counts, read, norm = _step(stage, engine, order[place], draws, rate, chunks)
+        state.add(sums, counts)
+        tokens, state.step = tokens + read, state.step + 1
         if rank == 0:
-            reporter.progress(stage.title, state.step, total, f"loss {loss / max(count, 1):.3f}")
+            reporter.progress(stage.title, state.step, total, f"loss {weighted_loss(terms, sums, counts):.3f}")
         ends_epoch = state.step % steps_per_epoch == 0
         if ends_epoch or state.step == total:
             record = {
                 "stage": stage.name,
                 "step": state.step,
                 "epoch": state.step / steps_per_epoch,
-                "loss": state.loss / max(state.targets, 1),
+                "loss": weighted_loss(terms, state.sums, state.counts),
                 "lr": rate,
                 "gradient_norm": norm,
                 "tokens_per_second": tokens / (time.monotonic() - started),
                 "peak_memory_mib": peak_memory_mib(),
             }
+            if len(terms) > 1:
+                record["terms"] = dict(zip(terms, _means(state.sums, state.counts), strict=True))
             if stage.validate and _is_due(stage, state.step, steps_per_epoch, total):
                 record["valid"] = stage.validate()
                 _keep_best(stage, engine, folder, state, record["valid"][stage.metric])
@@ -126,7 +129,7 @@ def run_stage(
             if rank == 0:
                 folder.report(record)
                 reporter.report(record)
-            state.loss, state.targets, tokens, started = 0.0, 0.0, 0, time.monotonic()
+            state.sums, state.counts, tokens, started = [], [], 0, time.monotonic()
         if ends_epoch or state.step % config.checkpoint_every == 0:
             tensors = engine.state()
             if rank == 0:
@@ -141,24 +144,37 @@ def run_stage(
 
 def _step(
     stage: Stage, engine: Engine, things: np.ndarray, draws: Draws, rate: float, chunks: int
-) -> tuple[float, float, int, float]:
-    """One update; returns the loss summed over all ranks, the number of targets, tokens read here, gradient norm."""
+) -> tuple[list[float], list[float], int, float]:
+    """One update; returns each term's sum over all ranks, what it was summed over, tokens read here, gradient norm."""
     rank, workers = world()
     prompts = things if stage.per_prompt == 1 else things.reshape(-1, stage.per_prompt)
     pieces = portions(len(prompts), stage.config.micro_batch, workers)
     mine = np.array_split(prompts, workers * pieces)[rank::workers]
     batches = [stage.build(piece, draws).to(engine.device) for piece in mine]
-    count = float(sum_over_ranks(torch.tensor(float(sum(len(batch.answers) for batch in batches)))))
-    total = torch.zeros((), dtype=torch.float64, device=engine.device)
+    counts = sum_over_ranks(torch.stack([batch.counts for batch in batches]).sum(0))
+    share = torch.tensor(list(engine.model.terms.values()), dtype=torch.float64) / counts.clamp(min=1)
+    sums = torch.zeros_like(counts)
     for number, batch in enumerate(batches):
-        loss = engine.loss(batch, chunks)
-        total += loss.detach()
-        engine.backward(loss, 1.0 / max(count, 1.0), last=number == len(batches) - 1)
-    total = float(sum_over_ranks(total.cpu()))
-    if not math.isfinite(total):
+        terms = engine.loss(batch, chunks).reshape(-1)
+        sums += terms.detach().cpu()
+        engine.backward((terms * share.to(terms)).sum(), last=number == len(batches) - 1)
+    sums = sum_over_ranks(sums)
+    if not sums.isfinite().all():
+        total = weighted_loss(engine.model.terms, sums.tolist(), counts.tolist())
         raise NonFiniteError(f"{stage.name}: the loss is {total}; nothing was updated, lower {stage.name}.lr")
     norm = engine.update(rate)
-    return total, count, sum(int((batch.symbols >= 0).sum()) for batch in batches), norm
+    if hasattr(engine.model, "after_update"):
+        engine.model.after_update()
+    return sums.tolist(), counts.tolist(), sum(int((batch.symbols >= 0).sum()) for batch in batches), norm
+
+
+def weighted_loss(terms: dict[str, float], sums: list[float], counts: list[float]) -> float:
+    """Σ over terms of weight · sum / count."""
+    return sum(weight * mean for weight, mean in zip(terms.values(), _means(sums, counts), strict=True))
+
+
+def _means(sums: list[float], counts: list[float]) -> list[float]:
+    return [total / max(count, 1.0) for total, count in zip(sums, counts, strict=True)]
 
 
 def _is_due(stage: Stage, step: int, steps_per_epoch: int, total: int) -> bool:

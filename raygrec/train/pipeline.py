@@ -1,4 +1,4 @@
-"""A GLTA run from config to metrics: what every worker executes, alone or beside others."""
+"""A run from config to metrics: what every worker executes, alone or beside others."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,22 +16,23 @@ from raygrec.evaluate.metrics import MetricSums
 from raygrec.evaluate.ranking import top_k
 from raygrec.graph.lightgcn import NodeEmbeddings
 from raygrec.model.glta import GLTA, PromptBuilder
-from raygrec.train.assembly import Histories, build_model, build_prompts, histories
+from raygrec.train.assembly import Histories, Model, Prompts, build_model, build_prompts, fitted_items, histories
 from raygrec.train.engine import Engine, make_engine, peak_memory_mib, sum_over_ranks, world
 from raygrec.train.folder import RunFolder
 from raygrec.train.loop import Reporter, Stage, portions, run_stage
-from raygrec.train.settings import RunConfig, StageConfig
+from raygrec.train.settings import GLTARun, RunConfig, StageConfig
 
 POSITIONS_PER_CHUNK = 4096  # answer positions whose logits stand in memory at once
 ALIGNMENT, TRAINING, HISTORIES = 1, 2, 3  # stage numbers, part of every draw's key
 
+NAMES = {"glta": "GLTA", "galrec": "GAL-Rec"}
 Parts = dict[str, torch.Tensor]  # trained parameters by name
 # Users [B], their histories -> lists [B, k]
 Ranker = Callable[[np.ndarray, CSR], torch.Tensor]
 
 
 def run(config: RunConfig, folder: RunFolder, reporter: Reporter, distributed: bool) -> dict[str, Any]:
-    """Both alignment stages, then the one reading of the test data by the checkpoint that validation chose.
+    """The recipe's stages, then the one reading of the test data by the checkpoint that validation chose.
 
     Continues from whatever the folder holds. Returns (on every rank) and writes metrics.json's content.
     """
@@ -42,11 +43,16 @@ def run(config: RunConfig, folder: RunFolder, reporter: Reporter, distributed: b
     store = Store.open(config.store)
     builder = build_prompts(config, store, folder)
     parts: Parts = {}
-    if config.model.item_alignment and config.alignment.epochs:
-        parts = _align_items(config, folder, reporter, distributed, store, builder)
-    if builder.causal and config.histories.epochs:
-        parts = _read_histories(config, folder, reporter, distributed, store, builder, parts)
-    engine = _train_users(config, folder, reporter, distributed, store, builder, parts)
+    if isinstance(config, GLTARun):
+        if config.model.item_alignment and config.alignment.epochs:
+            parts = _align_items(config, folder, reporter, distributed, store, builder)
+        if builder.causal and config.histories.epochs:
+            parts = _read_histories(config, folder, reporter, distributed, store, builder, parts)
+        model = _stage_3_model(config, folder, distributed, store, builder, parts)
+        engine = _train(config, folder, reporter, distributed, store, builder, model, "user-item alignment")
+    else:
+        model = build_model(config, store, builder, folder, distributed)
+        engine = _train(config, folder, reporter, distributed, store, builder, model, "fine-tuning")
     metrics = _final(config, folder, reporter, store, builder, engine)
     if world()[0] == 0:
         best = folder.load_parts(folder.parts_file("train"))
@@ -56,13 +62,15 @@ def run(config: RunConfig, folder: RunFolder, reporter: Reporter, distributed: b
 
 
 def _align_items(
-    config: RunConfig, folder: RunFolder, reporter: Reporter, distributed: bool, store: Store, builder: PromptBuilder
+    config: GLTARun, folder: RunFolder, reporter: Reporter, distributed: bool, store: Store, builder: PromptBuilder
 ) -> Parts:
     """Stage 2: item projector, answer slot and head learn to match descriptions to items."""
     file = folder.parts_file("alignment")
     if not file.exists():
         model = build_model(config, store, builder, folder, distributed)
         _freeze(model.user_projector, model.item_offsets)
+        if model.head.rows.free is not None:
+            model.head.rows.free.requires_grad_(False)  # matching descriptions is for the maps, not for single rows
         size = min(config.model.alignment_items, builder.symbols.items)
         stage = Stage(
             name="alignment",
@@ -79,7 +87,7 @@ def _align_items(
 
 
 def _read_histories(
-    config: RunConfig,
+    config: GLTARun,
     folder: RunFolder,
     reporter: Reporter,
     distributed: bool,
@@ -107,17 +115,17 @@ def _read_histories(
     return {**parts, **folder.load_parts(file)}
 
 
-def _train_users(
+def _train(
     config: RunConfig,
     folder: RunFolder,
     reporter: Reporter,
     distributed: bool,
     store: Store,
-    builder: PromptBuilder,
-    parts: Parts,
+    builder: Prompts,
+    model: Model,
+    title: str,
 ) -> Engine:
-    """Stage 3: user projector and head learn to name the user's other items; ends with the best parameters."""
-    model = _stage_3_model(config, folder, distributed, store, builder, parts)
+    """The last stage, on the recipe's whole prompts; ends with the best parameters by validation."""
     engine = _engine(config, model, config.train, distributed)
     trainable = np.flatnonzero(builder.train.lengths >= 2)
     valid_users = users_of(store, config, "valid")
@@ -129,14 +137,14 @@ def _train_users(
     stage = Stage(
         name="train",
         number=TRAINING,
-        title="user-item alignment",
+        title=title,
         config=config.train,
         lengths=np.minimum(builder.train.lengths[trainable], config.model.max_history),
         build=lambda numbers, draws: builder.training(trainable[numbers], draws),
         validate=validate,
         metric=f"ndcg@{max(config.evaluate.ks)}",
     )
-    positions = config.model.slots + (config.model.max_history if builder.causal else 0)
+    positions = builder.symbols.slots + (config.model.max_history if builder.causal else 0)
     run_stage(stage, engine, config.seed, folder, reporter, _chunks(config.train, positions))
     engine.load_state(
         {f"param/{name}": value for name, value in folder.load_parts(folder.parts_file("train")).items()},
@@ -147,12 +155,13 @@ def _train_users(
 
 
 def _stage_3_model(
-    config: RunConfig, folder: RunFolder, distributed: bool, store: Store, builder: PromptBuilder, parts: Parts
+    config: GLTARun, folder: RunFolder, distributed: bool, store: Store, builder: PromptBuilder, parts: Parts
 ) -> GLTA:
     """The model with what earlier stages have trained; user side and, where it was trained, item side as asked."""
     model = build_model(config, store, builder, folder, distributed)
     if parts:
         _load_parts(model, parts)
+    model.start_slots()
     aligned = config.model.item_alignment and config.alignment.epochs
     model.item_projector.requires_grad_(config.model.tune_items or not aligned)
     model.user_projector.requires_grad_(config.model.user_token == "aligned")
@@ -170,7 +179,7 @@ def _final(
     folder: RunFolder,
     reporter: Reporter,
     store: Store,
-    builder: PromptBuilder,
+    builder: Prompts,
     engine: Engine,
 ) -> dict[str, Any]:
     """Validation and test metrics of the chosen parameters and of the baselines that the run contains."""
@@ -185,16 +194,17 @@ def _final(
     def model(stage: str) -> Ranker:
         return model_ranker(config, engine, builder, config.evaluate.decoding, stage)
 
-    metrics: dict[str, Any] = both(model("valid"), model("test"), "GLTA")
+    metrics: dict[str, Any] = both(model("valid"), model("test"), NAMES[config.recipe])
     train = store.interactions("train")
     popularity = _score_ranker(popularity_scores(train, store.num_items), config)
     metrics["baselines"] = {"Popularity": both(popularity, popularity, "Popularity")}
-    if config.model.user_vector != "cross_fit":  # there, LightGCN has not seen all the edges it is entitled to
+    if fitted_items(store, config)[1] is None:  # else LightGCN has not seen all the edges it is entitled to
         nodes = NodeEmbeddings.load(folder.nodes_file)
         rankers = [_score_ranker(lightgcn_scores(nodes, split.shown), config) for split in (valid, test)]
         metrics["baselines"]["LightGCN"] = both(*rankers, "LightGCN")
     metrics["decoding"] = config.evaluate.decoding
-    metrics["texts"] = config.model.texts.source
+    if isinstance(config, GLTARun):
+        metrics["texts"] = config.model.texts.source
     metrics["store"] = store.fingerprint
     metrics["split"] = store.manifest["options"]["split"]
     metrics["workers"] = world()[1]
@@ -232,7 +242,7 @@ def evaluate(
     return total.result()
 
 
-def model_ranker(config: RunConfig, engine: Engine, builder: PromptBuilder, decoding: str, stage: str) -> Ranker:
+def model_ranker(config: RunConfig, engine: Engine, builder: Prompts, decoding: str, stage: str) -> Ranker:
     """Ranks with the engine's model in the given decoding; stage: "valid" or "test"."""
 
     def rank(users: np.ndarray, shown: CSR) -> torch.Tensor:
@@ -248,7 +258,7 @@ def _score_ranker(score: Callable[[np.ndarray], torch.Tensor], config: RunConfig
     return lambda users, shown: top_k(score(users), max(config.evaluate.ks), [shown], users)
 
 
-def _engine(config: RunConfig, model: GLTA, stage: StageConfig, distributed: bool) -> Engine:
+def _engine(config: RunConfig, model: Model, stage: StageConfig, distributed: bool) -> Engine:
     pieces = portions(stage.batch, stage.micro_batch, world()[1])
     return make_engine(model, config.engine, pieces, distributed)
 

@@ -1,13 +1,15 @@
 """The whole config of a run, checked once before anything starts."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from raygrec.config import StrictConfig
+from raygrec.config import StrictConfig, validate
+from raygrec.errors import InputError
 from raygrec.graph.lightgcn import LightGCNConfig
 from raygrec.model.backbone import BackboneConfig
+from raygrec.model.galrec import GALRecConfig
 from raygrec.model.glta import GLTAConfig
 from raygrec.train.engine import EngineConfig
 
@@ -54,25 +56,31 @@ class ClusterConfig(StrictConfig):
 
 
 class RunConfig(StrictConfig):
-    """Everything a run depends on; written to its folder as config.yaml."""
+    """What every recipe's run depends on; written to its folder as config.yaml."""
 
-    recipe: Literal["glta"] = "glta"
+    recipe: str
     store: Path
     out: Path
     """The run folder; on a cluster, a path that all nodes share."""
     seed: int = 0
     graph: LightGCNConfig = LightGCNConfig()
     backbone: BackboneConfig = BackboneConfig()
+    train: StageConfig = StageConfig(epochs=3)
+    """The last stage; validation chooses among its parameters."""
+    engine: EngineConfig = EngineConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+
+class GLTARun(RunConfig):
+    """Item-text alignment, then user-item alignment, around a frozen language model."""
+
+    recipe: Literal["glta"] = "glta"
     model: GLTAConfig = GLTAConfig()
     alignment: StageConfig = StageConfig(batch=32, micro_batch=32)
     """Stage 2, item-text alignment."""
     histories: StageConfig = StageConfig(epochs=4)
-    """The first part of stage 3, on the histories alone, where `model.history_loss` applies."""
-    train: StageConfig = StageConfig(epochs=3)
-    """Stage 3, user-item alignment, on whole prompts."""
-    engine: EngineConfig = EngineConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
-    cluster: ClusterConfig = ClusterConfig()
+    """The first part of stage 3, on the histories alone, where `model.history_loss` applies; `train` is the rest."""
 
     @model_validator(mode="after")
     def _lists_fit_slots(self) -> Self:
@@ -82,3 +90,36 @@ class RunConfig(StrictConfig):
                 f"lists of {max(self.evaluate.ks)} need as many"
             )
         return self
+
+
+class GALRecRun(RunConfig):
+    """Fine-tuning of the language model on hop prompts."""
+
+    recipe: Literal["galrec"] = "galrec"
+    model: GALRecConfig = GALRecConfig()
+
+    @model_validator(mode="after")
+    def _has_no_slots(self) -> Self:
+        if self.evaluate.decoding == "slots":
+            raise ValueError("evaluate.decoding=slots: GAL-Rec answers at one position; use first or autoregressive")
+        return self
+
+    @model_validator(mode="after")
+    def _deepspeed_can(self) -> Self:
+        if self.engine.zero_stage == 3 and self.engine.precision == "bf16" and self.model.tuning == "full":
+            raise ValueError(
+                "engine.zero_stage=3 with precision=bf16 cannot train all of the language model (DeepSpeed refuses "
+                "parameters of two types); use zero_stage=2, precision=fp32 or model.tuning=frozen"
+            )
+        return self
+
+
+RECIPES: dict[str, type[RunConfig]] = {"glta": GLTARun, "galrec": GALRecRun}
+
+
+def run_config(content: dict[str, Any], source: str) -> RunConfig:
+    """The config of the recipe that `content` names (`glta` where it names none); `InputError` as `validate`."""
+    recipe = content.get("recipe", "glta")
+    if not isinstance(recipe, str) or recipe not in RECIPES:
+        raise InputError(f"{source}: key 'recipe': expected one of {', '.join(RECIPES)} (got {recipe!r})")
+    return validate(RECIPES[recipe], content, source)

@@ -18,7 +18,8 @@ def test_the_demo_shows_a_table_and_examples(local_ray, tiny_backbone, tmp_path,
         "train": {"epochs": 1, "batch": 16, "micro_batch": 16},
         "cluster": {"workers": 1},
     }
-    result = demo.run_demo(out, users=60, items=40, settings=settings)
+    galrec = {"train": settings["train"]}
+    result = demo.run_demo(out, users=60, items=40, settings=settings, galrec=galrec)
     shown = capsys.readouterr().out
     store = Store.open(out / "store")
     assert f"{store.num_users} readers, {store.num_items} books" in shown
@@ -26,6 +27,7 @@ def test_the_demo_shows_a_table_and_examples(local_ray, tiny_backbone, tmp_path,
         "Popularity",
         "LightGCN",
         "GLTA",
+        "GAL-Rec",
     }
     assert f"run folder: {out / 'run'}" in shown
     assert result["test"] == RunFolder(out / "run").metrics()["test"]

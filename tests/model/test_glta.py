@@ -12,7 +12,8 @@ from raygrec.data.arrays import CSR
 from raygrec.draws import Draws
 from raygrec.graph.lightgcn import propagate_users
 from raygrec.model.backbone import Backbone, BackboneConfig
-from raygrec.model.glta import GLTA, GLTAConfig, Phrases, ProfileConfig, PromptBuilder, token_scale
+from raygrec.model.glta import GLTA, GLTAConfig, Phrases, ProfileConfig, PromptBuilder
+from raygrec.model.nodes import token_scale
 from raygrec.model.prompts import PAD, PromptBatch, Symbols
 
 WORDS = ["[PAD]", "[CLS]", "history", ":", ";", "likes", "wants", "user", "next", ",", *"0123456789"]
@@ -482,7 +483,29 @@ def test_every_symbol_is_embedded_as_its_kind(backbone, seed, tuned):
                     if nodes:
                         vectors = item_nodes[nodes[row]].sum(0) / len(nodes[row]) ** 0.5
                         expected = expected + model.item_projector(vectors)
+                        expected = expected + model.user_projector(model.user_nodes[[1, 0][row]])
                 torch.testing.assert_close(embeds[row, column], expected)
+
+
+@pytest.mark.parametrize("user_token", ["id", "none"])
+def test_slots_start_from_no_user_where_the_prompt_has_no_aligned_token(backbone, user_token):
+    prompter = builder([[3, 5], [2, 4]], user_token=user_token, texts=NO_TEXTS, slots=1)
+    model = model_of(prompter, backbone)
+    batch = prompter.recommending(np.array([1, 0]), CSR.from_lists([[3, 9], [2]]))
+    with torch.no_grad():
+        slots = model.embed(batch).flatten(0, 1)[batch.slots[:, 0]]
+        expected = model.answer_slots.weight[0] + model.item_projector(model._nodes(torch.tensor([9, 2])))
+    torch.testing.assert_close(slots, expected)
+
+
+def test_stage_3_starts_slots_from_their_seed_alone(backbone):
+    for seed, starts in (("newest", True), ("none", False)):
+        prompter = builder([[3, 5], [2, 4]], slot_seed=seed)
+        model = model_of(prompter, backbone)
+        before = model.answer_slots.weight.clone()
+        model.start_slots()
+        assert bool((model.answer_slots.weight == 0).all()) == starts
+        assert starts or torch.equal(model.answer_slots.weight, before)
 
 
 def test_offsets_start_at_zero_and_only_where_items_are_tuned(backbone):

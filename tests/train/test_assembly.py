@@ -11,7 +11,7 @@ import torch
 from raygrec.data.arrays import CSR
 from raygrec.errors import InputError
 from raygrec.model import text_vectors
-from raygrec.model.backbone import BackboneConfig
+from raygrec.model.backbone import Backbone, BackboneConfig
 from raygrec.model.glta import GLTA
 from raygrec.train.assembly import (
     TEXT_LENGTH,
@@ -25,7 +25,7 @@ from raygrec.train.assembly import (
 )
 from raygrec.train.folder import RunFolder
 from raygrec.train.local import train_here
-from tests.train.workers import tiny_config
+from tests.train.workers import tiny_config, tiny_galrec_config
 
 real_data = pytest.mark.skipif("RAYGREC_DATA" not in os.environ, reason="RAYGREC_DATA is not set")
 
@@ -156,6 +156,55 @@ def test_unordered_histories_end_to_end(tiny_unordered_store, tiny_backbone, tmp
     train_here(config)
     assert_trained(config)
     assert {record["stage"] for record in RunFolder(config.out).history()} == {"alignment", "train"}
+
+
+@pytest.mark.parametrize("family", ["decoder", "encoder_decoder"])
+def test_galrec_of_families_end_to_end(tiny_store, tmp_path, family, request):
+    place = request.getfixturevalue(family)
+    evaluate = {"decoding": "autoregressive"}
+    config = tiny_galrec_config(tiny_store.path, place, tmp_path / "run", evaluate=evaluate)
+    train_here(config)
+    assert_trained(config)
+    model, _ = load_model(config, RunFolder(config.out), tiny_store)
+    # The tuned language model is what a finished run loads, not the one it began with.
+    tuned = RunFolder(config.out).load_parts(RunFolder(config.out).model_file)
+    inside = [name for name in tuned if name.startswith("backbone.")]
+    before = Backbone(config.backbone).state_dict()
+    assert inside
+    for name in inside:
+        torch.testing.assert_close(model.state_dict()[name], tuned[name])
+    assert any(not torch.equal(tuned[name], before[name.removeprefix("backbone.")]) for name in inside)
+
+
+@pytest.mark.parametrize("tuning", ["full", "frozen"])
+def test_a_galrec_model_file_must_be_whole(tiny_store, tiny_backbone, tmp_path, tuning):
+    """A part of the tuned language model that is missing would otherwise be the pretrained one's."""
+    model = {"tuning": tuning}
+    config = tiny_galrec_config(tiny_store.path, tiny_backbone, tmp_path / "run", model=model, train={"epochs": 1})
+    train_here(config)
+    folder = RunFolder(config.out)
+    load_model(config, folder, tiny_store)
+    whole = folder.load_parts(folder.model_file)
+    inside = {name for name in whole if name.startswith("backbone.")}
+    assert bool(inside) == (tuning == "full")
+    for name in ("head.bias", "user_projector.weight", "hop_tokens.weight", *sorted(inside)[:1]):
+        folder.save_parts(folder.model_file, {part: value for part, value in whole.items() if part != name})
+        with pytest.raises(InputError, match=rf"'{name}' is missing or unknown; expected the parts of a galrec"):
+            load_model(config, folder, tiny_store)
+    folder.save_parts(folder.model_file, {**whole, "answer_slots.weight": torch.zeros(2)})
+    with pytest.raises(InputError, match=r"'answer_slots\.weight' is missing or unknown"):
+        load_model(config, folder, tiny_store)
+
+
+def test_galrec_refuses_an_unordered_store(tiny_unordered_store, tiny_backbone, tmp_path):
+    config = tiny_galrec_config(tiny_unordered_store.path, tiny_backbone, tmp_path / "run")
+    folder = RunFolder(config.out)
+    with pytest.raises(InputError) as caught, folder.claimed(config, resume=False):
+        prepare_run(config, folder)
+    assert str(caught.value) == (
+        f"{tiny_unordered_store.path}: GAL-Rec reads histories in time order; prepare with split=leave-one-out"
+    )
+    assert not config.out.exists()
 
 
 @pytest.mark.data

@@ -1,16 +1,19 @@
 import math
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import nn
 
 from raygrec.draws import Draws
 from raygrec.train.assembly import build_model, build_prompts, prepare_run
 from raygrec.train.engine import EngineConfig, LocalEngine, NonFiniteError, make_engine
 from raygrec.train.folder import RunFolder
-from raygrec.train.loop import Stage, epoch_order, learning_rate, portions, run_stage
+from raygrec.train.loop import Stage, epoch_order, learning_rate, portions, run_stage, weighted_loss
 from raygrec.train.settings import RunConfig, StageConfig
 from tests.train.workers import tiny_config
 
@@ -39,7 +42,7 @@ def engine() -> LocalEngine:
 
 
 def step(engine: LocalEngine, seed: int, lr: float = LR) -> float:
-    engine.backward(engine.loss(*batch(seed)), 1 / 8, last=True)
+    engine.backward(engine.loss(*batch(seed)) / 8, last=True)
     return engine.update(lr)
 
 
@@ -106,13 +109,171 @@ def test_a_gradient_that_is_not_finite_updates_nothing():
     before = local.state()
     x, y = batch(2)
     x[0, 0] = math.nan
-    local.backward(local.loss(x, y), 1.0, last=True)
+    local.backward(local.loss(x, y), last=True)
     with pytest.raises(NonFiniteError, match="gradient norm is nan"):
         local.update(LR)
     assert all(torch.equal(local.state()[name], value) for name, value in before.items())
 
 
+# ---- learning rates of parts
+
+START, SHARE = {"backbone.weight": 1.0, "weight": -2.0, "backbone.bias": 0.5}, 0.25
+
+
+class Parts(nn.Module):
+    """A loss whose gradient is known: `slopes` of each parameter, summed over ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lr_shares = {"backbone.": SHARE}
+        self.backbone = nn.Module()
+        self.backbone.weight = nn.Parameter(torch.full((5,), START["backbone.weight"]))
+        self.weight = nn.Parameter(torch.full((3,), START["weight"]))
+        self.backbone.bias = nn.Parameter(torch.full((2,), START["backbone.bias"]))
+
+    def forward(self, slopes: torch.Tensor) -> torch.Tensor:
+        parameters = (self.backbone.weight, self.weight, self.backbone.bias)
+        return sum(slope * parameter.sum() for slope, parameter in zip(slopes, parameters, strict=True))
+
+
+def assert_moved_by_shares(state: dict[str, torch.Tensor], norm: float) -> None:
+    """One update of AdamW moves every entry by its rate, against the sign of its gradient."""
+    signs = {"backbone.weight": 1.0, "weight": -1.0, "backbone.bias": 1.0}
+    for name, start in START.items():
+        rate = LR * (SHARE if name.startswith("backbone.") else 1.0)
+        expected = start - rate * DECAY * start - rate * signs[name]
+        torch.testing.assert_close(
+            state[f"param/{name}"], torch.full_like(state[f"param/{name}"], expected), rtol=1e-5, atol=1e-6, msg=name
+        )
+    assert norm == pytest.approx(np.sqrt(5 * 3.0**2 + 3 * 1.0**2 + 2 * 2.0**2), rel=1e-5)
+    assert {name.split("/")[0] for name in state} == {"param", "exp_avg", "exp_avg_sq"}
+    scale = 100 / (norm + 1e-6)
+    assert scale > 1  # the limit is not reached
+    torch.testing.assert_close(state["exp_avg/weight"], torch.full((3,), (1 - BETAS[0]) * -1.0), rtol=1e-5, atol=1e-6)
+
+
+def updated(config: EngineConfig, distributed: bool, slopes: list[float]) -> tuple[dict[str, torch.Tensor], float]:
+    made = make_engine(Parts(), config, 1, distributed)
+    made.backward(made.loss(torch.tensor(slopes)), last=True)
+    norm = made.update(LR)
+    return made.state(), norm
+
+
+def test_parts_learn_at_their_share_of_the_rate():
+    state, norm = updated(EngineConfig(weight_decay=DECAY, betas=BETAS, clip=100.0), False, [3.0, -1.0, 2.0])
+    assert_moved_by_shares(state, norm)
+
+
+def shares_worker(rank: int, folder: str) -> None:
+    """One of two ranks, whose slopes add to those of the test in one process; every ZeRO stage."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    slopes = [[2.5, 1.0, -1.0], [0.5, -2.0, 3.0]][rank]
+    found = {}
+    for stage in (0, 1, 2, 3):
+        config = EngineConfig(weight_decay=DECAY, betas=BETAS, clip=100.0, zero_stage=stage)
+        found[stage] = updated(config, True, slopes)
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_parts_learn_at_their_share_of_the_rate_under_every_zero_stage(tmp_path):
+    mp.spawn(shares_worker, (str(tmp_path),), nprocs=2)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert set(found) == {0, 1, 2, 3}
+        for state, norm in found.values():
+            assert_moved_by_shares(state, norm)
+
+
 # ---- the loop around an engine
+
+
+def test_the_weighted_loss_by_hand():
+    terms = {"cross_entropy": 1.0, "l1": 0.5, "l2": 2.0}
+    assert weighted_loss(terms, [6.0, 8.0, 3.0], [3.0, 4.0, 6.0]) == pytest.approx(6 / 3 + 0.5 * 8 / 4 + 2.0 * 3 / 6)
+    assert weighted_loss(terms, [6.0, 0.0, 0.0], [3.0, 0.0, 0.0]) == 2.0  # of which nothing was in the batches
+    with pytest.raises(ValueError, match="zip"):
+        weighted_loss(terms, [6.0], [3.0])
+
+
+class TwoTerms(nn.Module):
+    """Terms over different counts, and something that is carried from update to update."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.terms = {"first": 1.0, "second": 0.5}
+        self.weight = nn.Parameter(torch.zeros(2))
+        self.updates, self.passes = 0, 0
+
+    def forward(self, batch: "Numbers", chunks: int) -> torch.Tensor:
+        self.passes += 1
+        return torch.stack([batch.things.sum() + self.weight[0], 10.0 * len(batch.things) + self.weight[1]])
+
+    def after_update(self) -> None:
+        self.updates += 1
+        assert self.weight.grad is None or not self.weight.grad.any()  # what enters the queues is of the update before
+
+    def carried_state(self) -> dict[str, torch.Tensor]:
+        return {"updates": torch.tensor(self.updates)}
+
+    def load_carried_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.updates = int(tensors["updates"])
+
+
+class Numbers:
+    """A batch of numbers: the first term is summed over them, the second over half as many."""
+
+    def __init__(self, things: np.ndarray) -> None:
+        self.things = torch.from_numpy(things).float()
+        self.symbols = torch.from_numpy(things)
+        self.counts = torch.tensor([len(things), len(things) / 2], dtype=torch.float64)
+
+    def to(self, device: torch.device | str) -> "Numbers":
+        return self
+
+
+def two_terms_stage(epochs: int = 2) -> Stage:
+    config = StageConfig(epochs=epochs, batch=4, micro_batch=2, lr=1e-12, warmup=0.0, checkpoint_every=1)
+    return Stage("train", 1, "numbers", config, np.arange(8), lambda things, draws: Numbers(things))
+
+
+def test_the_loop_reports_the_terms_of_the_loss(tmp_path):
+    local = LocalEngine(TwoTerms(), EngineConfig())
+    folder = RunFolder(tmp_path)
+    run_stage(two_terms_stage(), local, 0, folder, Silent(), 1)
+    for record in folder.history():
+        # Eight numbers 0 … 7 in an epoch: their mean, and twice ten.
+        assert record["terms"] == pytest.approx({"first": 28 / 8, "second": 80 / 4}, rel=1e-6)
+        assert record["loss"] == pytest.approx(28 / 8 + 0.5 * 80 / 4, rel=1e-6)
+    assert len(folder.history()) == 2
+    assert (local.model.updates, local.model.passes) == (4, 8)  # two micro-batches make an update
+    state, tensors = folder.last_checkpoint("train")
+    assert (state.sums, state.counts) == ([], [])
+    assert int(tensors["carried/updates"]) == 4
+
+
+def test_what_a_model_carries_and_the_sums_of_an_epoch_survive_a_cut(tmp_path, monkeypatch):
+    folder, saved = RunFolder(tmp_path), RunFolder.save_checkpoint
+
+    def cut(self: RunFolder, state: object, tensors: dict[str, torch.Tensor]) -> None:
+        saved(self, state, tensors)
+        if state.step == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunFolder, "save_checkpoint", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(two_terms_stage(), LocalEngine(TwoTerms(), EngineConfig()), 0, folder, Silent(), 1)
+    monkeypatch.undo()
+    state, _ = folder.last_checkpoint("train")
+    assert (state.step, state.counts) == (3, [4.0, 2.0])
+    local = LocalEngine(TwoTerms(), EngineConfig())
+    run_stage(two_terms_stage(), local, 0, folder, Silent(), 1)
+    assert local.model.updates == 4
+    assert [record["terms"] for record in folder.history()] == [
+        pytest.approx({"first": 28 / 8, "second": 80 / 4}, rel=1e-6)
+    ] * 2
 
 
 def test_the_learning_rate_by_hand():

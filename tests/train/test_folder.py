@@ -85,7 +85,7 @@ def test_a_folder_without_a_run(tmp_path):
 
 
 def test_a_checkpoint_comes_back_as_it_was(folder):
-    state = LoopState("train", step=3, best=0.25, best_step=2, waited=1, records=4, loss=1.5, targets=8.0)
+    state = LoopState("train", step=3, best=0.25, best_step=2, waited=1, records=4, sums=[1.5, 2.0], counts=[8.0, 3.0])
     folder.save_checkpoint(state, TENSORS)
     found, tensors = folder.last_checkpoint("train")
     assert found == state

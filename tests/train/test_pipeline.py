@@ -12,7 +12,7 @@ from raygrec.errors import InputError
 from raygrec.train.assembly import load_model
 from raygrec.train.folder import RunFolder
 from raygrec.train.local import train_here
-from tests.train.workers import run_workers, tiny_config
+from tests.train.workers import run_workers, tiny_config, tiny_galrec_config
 
 STAGES = ("alignment", "histories", "train")
 
@@ -87,6 +87,99 @@ def test_a_run_that_was_cut_off_ends_with_the_same_parameters(
     assert curve(resumed) == curve(finished(workers, zero_stage))
 
 
+# ---- GAL-Rec
+
+QUEUES = {f"carried/{side}/{part}" for side in ("user", "item") for part in ("rows", "ids")}
+
+
+def queues(folder: RunFolder) -> dict[str, torch.Tensor]:
+    """The queues of negatives in the last checkpoint."""
+    _, tensors = folder.last_checkpoint("train")
+    return {name: tensors[name] for name in QUEUES}
+
+
+@pytest.fixture(scope="module")
+def galrec_alone(tiny_store, tiny_backbone, tmp_path_factory) -> RunFolder:
+    config = tiny_galrec_config(tiny_store.path, tiny_backbone, tmp_path_factory.mktemp("galrec") / "run")
+    train_here(config)
+    return RunFolder(config.out)
+
+
+@pytest.fixture(scope="module")
+def galrec_finished(tiny_store, tiny_backbone, tmp_path_factory) -> Callable[[int, int], RunFolder]:
+    """As `finished`, of GAL-Rec."""
+
+    @functools.cache
+    def run(workers: int, zero_stage: int) -> RunFolder:
+        out = tmp_path_factory.mktemp("galrec-finished") / "run"
+        config = tiny_galrec_config(tiny_store.path, tiny_backbone, out, engine={"zero_stage": zero_stage})
+        return run_workers(config, workers)
+
+    return run
+
+
+def test_galrec_learns_and_reports_its_terms(galrec_alone, tiny_store):
+    records = galrec_alone.history()
+    assert [(record["stage"], record["step"]) for record in records] == [("train", 4), ("train", 8)]
+    weights = {"cross_entropy": 1.0, "l1": 0.1, "l2": 0.1, "l3": 0.1}
+    for record in records:
+        assert record["terms"].keys() == weights.keys()
+        assert min(record["terms"].values()) > 0
+        assert record["loss"] == pytest.approx(sum(weights[name] * value for name, value in record["terms"].items()))
+    assert records[1]["terms"]["cross_entropy"] < records[0]["terms"]["cross_entropy"] < 1.5 * np.log(24)
+    metrics = galrec_alone.metrics()
+    assert set(metrics["baselines"]) == {"Popularity", "LightGCN"}
+    assert 0 <= metrics["test"]["ndcg@3"] <= 1
+    # Eight updates of twelve users have filled the queue of users; none of its rows is of a user that is none.
+    found = queues(galrec_alone)
+    assert found["carried/user/rows"].shape == (20, 16)
+    assert found["carried/user/ids"].min() >= 0
+    assert found["carried/user/ids"].max() > 24 > found["carried/item/ids"].max()
+    assert any(name.startswith("backbone.") for name in final(galrec_alone))
+    load_model(galrec_alone.config(), galrec_alone, tiny_store)
+
+
+@pytest.mark.parametrize(("workers", "zero_stage"), [(1, 0), (2, 0), (2, 2), (2, 3), (4, 2)])
+def test_workers_and_zero_stages_do_not_change_galrec(galrec_alone, galrec_finished, workers, zero_stage):
+    """Neither the curve, nor a term of it, nor the queues, which hold the users and items of all workers."""
+    folder = galrec_finished(workers, zero_stage)
+    np.testing.assert_allclose(curve(folder), curve(galrec_alone), rtol=2e-4)
+    for record, expected in zip(folder.history(), galrec_alone.history(), strict=True):
+        assert record["terms"] == pytest.approx(expected["terms"], rel=2e-4)
+    for split in ("valid", "test"):
+        assert folder.metrics()[split] == pytest.approx(galrec_alone.metrics()[split], abs=1e-6)
+    found = queues(folder)
+    for name, value in queues(galrec_alone).items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-3, msg=name)
+
+
+def test_galrec_in_bf16_under_deepspeed(galrec_alone, tiny_store, tiny_backbone, tmp_path):
+    engine = {"zero_stage": 2, "precision": "bf16"}
+    config = tiny_galrec_config(tiny_store.path, tiny_backbone, tmp_path / "run", engine=engine)
+    folder = run_workers(config, 1)
+    assert folder.history()[0]["terms"] == pytest.approx(galrec_alone.history()[0]["terms"], rel=0.02)
+    _, tensors = folder.last_checkpoint("train")
+    assert {value.dtype for name, value in tensors.items() if not name.endswith("/ids")} == {torch.float32}
+
+
+def test_galrec_that_was_cut_off_ends_with_the_same_parameters_and_queues(
+    galrec_finished, tiny_store, tiny_backbone, tmp_path
+):
+    whole = galrec_finished(2, 2)
+    part = tiny_galrec_config(tiny_store.path, tiny_backbone, tmp_path / "part", engine={"zero_stage": 2})
+    run_workers(part, 2, stop_after=7)
+    cut = RunFolder(part.out)
+    assert cut.metrics() is None
+    assert cut.last_checkpoint("train")[0].step == 6
+    assert not torch.equal(queues(cut)["carried/user/ids"], queues(whole)["carried/user/ids"])
+    resumed = run_workers(part, 2)
+    assert curve(resumed) == curve(whole)
+    for found, expected in ((final(resumed), final(whole)), (queues(resumed), queues(whole))):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=0, atol=0, msg=name)
+
+
 # ---- what each stage trains
 
 PROJECTORS = {f"{side}_projector.{kind}" for side in ("item", "user") for kind in ("weight", "bias")}
@@ -100,7 +193,7 @@ HEAD = {
 }
 ITEM = {"item_projector.weight", "item_projector.bias"}
 USER = PROJECTORS - ITEM
-SLOTS, OFFSETS = {"answer_slots.weight"}, {"item_offsets.weight"}
+SLOTS, OFFSETS, FREE = {"answer_slots.weight"}, {"item_offsets.weight"}, {"head.rows.free"}
 
 
 def trained_in(folder: RunFolder) -> dict[str, set[str]]:
@@ -110,7 +203,7 @@ def trained_in(folder: RunFolder) -> dict[str, set[str]]:
 
 def test_each_stage_trains_its_parts_and_no_others(alone):
     assert trained_in(alone) == {
-        "alignment": ITEM | SLOTS | HEAD,
+        "alignment": ITEM | SLOTS | HEAD - FREE,
         "histories": ITEM | OFFSETS | HEAD,
         "train": ITEM | USER | SLOTS | OFFSETS | HEAD,
     }
@@ -139,7 +232,7 @@ def test_each_stage_trains_its_parts_and_no_others(alone):
         ),
         (
             {"model": {"history_loss": False}},
-            {"alignment": ITEM | SLOTS | HEAD, "train": ITEM | USER | SLOTS | OFFSETS | HEAD},
+            {"alignment": ITEM | SLOTS | HEAD - FREE, "train": ITEM | USER | SLOTS | OFFSETS | HEAD},
         ),
     ],
     ids=["paper", "no stage 2", "train only", "no history loss"],
@@ -166,8 +259,10 @@ def test_a_stage_goes_on_from_what_the_earlier_ones_have_trained(tiny_store, tin
 
     moved = parts("aligned", histories=still, train=still)
     for stage in ("histories", "train", "end"):
-        for name in moved["alignment"].keys() & moved[stage].keys():
+        for name in (moved["alignment"].keys() & moved[stage].keys()) - SLOTS:
             torch.testing.assert_close(moved[stage][name], moved["alignment"][name], rtol=1e-6, atol=1e-9, msg=name)
+    assert moved["alignment"]["answer_slots.weight"].abs().max() > 1e-2
+    assert moved["train"]["answer_slots.weight"].abs().max() < 1e-9  # in stage 3 the seed alone speaks
     moved = parts("histories", alignment=still, train=still)
     for name in moved["histories"]:
         torch.testing.assert_close(moved["train"][name], moved["histories"][name], rtol=1e-6, atol=1e-9, msg=name)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from raygrec.train.assembly import prepare_run
 from raygrec.train.folder import RunFolder
-from raygrec.train.settings import RunConfig
+from raygrec.train.settings import RunConfig, run_config
 
 SCRIPT = """
 import json, os, sys
@@ -73,17 +73,44 @@ def run_workers(config: RunConfig, workers: int, stop_after: int = 0) -> RunFold
 
 def tiny_config(store: Path, backbone: Path, out: Path, **changes: object) -> RunConfig:
     """A run of a few dozen updates on the tiny store."""
+    return _tiny(
+        store,
+        backbone,
+        out,
+        changes,
+        model={"slots": 3, "max_history": 6, "alignment_items": 4},
+        alignment={"epochs": 2, "batch": 4, "micro_batch": 2, "lr": 0.01},
+        histories={"epochs": 1, "batch": 12, "micro_batch": 3, "lr": 0.01, "checkpoint_every": 2},
+        train={"epochs": 3, "batch": 12, "micro_batch": 3, "lr": 0.01, "checkpoint_every": 2},
+    )
+
+
+def tiny_galrec_config(store: Path, backbone: Path, out: Path, **changes: object) -> RunConfig:
+    """GAL-Rec, eight updates on the tiny store, each in one pass: in-batch negatives are those of a pass."""
+    return _tiny(
+        store,
+        backbone,
+        out,
+        changes,
+        recipe="galrec",
+        model={
+            "max_history": 6,
+            "neighbours": {"one_hop": 3, "two_hop": 2},
+            "contrast": {"queue": 20, "items": 0.5},
+        },
+        train={"epochs": 2, "batch": 12, "micro_batch": 12, "lr": 0.01, "checkpoint_every": 2},
+    )
+
+
+def _tiny(store: Path, backbone: Path, out: Path, changes: dict[str, object], **recipe: object) -> RunConfig:
     content = {
         "store": store,
         "out": out,
         "graph": {"epochs": 4, "evaluate_every": 2, "dim": 8, "batch_size": 64},
         "backbone": {"name": str(backbone)},
-        "model": {"slots": 3, "max_history": 6, "alignment_items": 4},
-        "alignment": {"epochs": 2, "batch": 4, "micro_batch": 2, "lr": 0.01},
-        "histories": {"epochs": 1, "batch": 12, "micro_batch": 3, "lr": 0.01, "checkpoint_every": 2},
-        "train": {"epochs": 3, "batch": 12, "micro_batch": 3, "lr": 0.01, "checkpoint_every": 2},
         "evaluate": {"ks": (2, 3), "batch": 7},
+        **recipe,
     }
     for key, value in changes.items():
         content[key] = {**content[key], **value} if isinstance(content.get(key), dict) else value
-    return RunConfig.model_validate(content)
+    return run_config(content, "test")

@@ -1,0 +1,192 @@
+"""GAL-Rec's graph-aware contrast: InfoNCE between hops over all ranks, and a queue of more negatives.
+
+N: representations of one batch, over all ranks unless a function says otherwise. D: their width. K: queue length.
+
+Every rank computes the *global* loss on gathered rows, of which only its own carry gradient (`gathered`); hence
+the gradients of the ranks add to the gradient of the global loss, while their losses add to `world` times it.
+`contrast_terms` returns what is right in both. A group of w workers gives the loss, the gradient and the queue of
+one worker where the rows that meet in one call (a micro-batch of all ranks) are the same, in the same order.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.nn.functional import cross_entropy, normalize
+
+from raygrec.train.engine import world
+
+EMPTY = -1
+PAIRS_AT_ONCE = 1024  # rows of the pairwise distances that are held at a time
+
+
+class Contrast(NamedTuple):
+    """A contrastive term as one rank holds it, and what its queue takes after the update.
+
+    share: fp32 [], see `rank_share`. positives_ND, ids_N: detached, of all ranks, for `NegativeQueue.enqueue`.
+    """
+
+    share: torch.Tensor
+    positives_ND: torch.Tensor
+    ids_N: torch.Tensor
+
+
+class NegativeQueue:
+    """The K newest representations with their node ids, first in first out; the same on every rank.
+
+    MoCo's queue (arXiv 1911.05722, section 3.1), which GAL-Rec takes up so that the number of negatives does not
+    depend on the batch. [ours] Rows are unit vectors without gradient, each with its node's id, and enter after
+    the update. It is no `nn.Module`, so that no cast or move of the model reaches it; it moves to the device of the
+    rows it is fed.
+    """
+
+    def __init__(self, length: int, width: int) -> None:
+        self._rows_KD = torch.zeros(length, width)
+        self._ids_K = torch.full((length,), EMPTY)
+
+    def rows(self) -> torch.Tensor:
+        """fp32 [K, D], the oldest first; zero where nothing is stored yet."""
+        return self._rows_KD
+
+    def ids(self) -> torch.Tensor:
+        """int64 [K]; -1 where nothing is stored yet."""
+        return self._ids_K
+
+    def enqueue(self, rows_ND: torch.Tensor, ids_N: torch.Tensor) -> None:
+        """Appends rows in their order and drops the oldest; of more than K rows the last K stay.
+
+        Every rank must pass the same rows: `Contrast` has those of all ranks.
+
+        Raises ValueError where there is not one id per row.
+        """
+        if len(rows_ND) != len(ids_N):
+            raise ValueError(f"the queue was given {len(rows_ND)} rows and {len(ids_N)} ids; every row needs one id")
+        rows_ND = normalize(rows_ND.detach().float(), dim=1)
+        device = rows_ND.device
+        self._rows_KD = torch.cat([self._rows_KD.to(device), rows_ND])[len(rows_ND) :]
+        self._ids_K = torch.cat([self._ids_K.to(device), ids_N.to(device)])[len(ids_N) :]
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """`rows` fp32 [K, D] and `ids` int64 [K], on the CPU: all that a checkpoint needs."""
+        return {"rows": self._rows_KD.cpu().clone(), "ids": self._ids_K.cpu().clone()}
+
+    def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        """The inverse of `state`; raises ValueError where length or width differ from this queue's."""
+        if tensors["rows"].shape != self._rows_KD.shape:
+            found, wanted = list(tensors["rows"].shape), list(self._rows_KD.shape)
+            raise ValueError(f"the stored queue has [length, width] {found}, this run's has {wanted}")
+        self._rows_KD, self._ids_K = tensors["rows"], tensors["ids"]
+
+
+def contrast_terms(
+    anchors_ND: torch.Tensor, positives_ND: torch.Tensor, ids_N: torch.Tensor, queue: NegativeQueue, temperature: float
+) -> Contrast:
+    """`info_nce` of one pair of hops over the rows of all ranks and the queue, as this rank's share.
+
+    anchors_ND, positives_ND: float [N, D], ids_N: int64 [N], all of *this* rank; the ranks' N may differ and be 0.
+    Collective: every rank must call it, as often and in the same order. The queue is read, not changed.
+    """
+    anchors_ND, positives_ND = gathered(torch.cat([anchors_ND, positives_ND], dim=1)).chunk(2, dim=1)
+    ids_N = gathered(ids_N)
+    extra_KD, extra_ids_K = queue.rows().to(anchors_ND.device), queue.ids().to(ids_N.device)
+    loss = info_nce(anchors_ND, positives_ND, ids_N, extra_KD, extra_ids_K, temperature)
+    return Contrast(rank_share(loss), positives_ND.detach(), ids_N)
+
+
+def info_nce(
+    anchors_ND: torch.Tensor,
+    positives_ND: torch.Tensor,
+    ids_N: torch.Tensor,
+    extra_KD: torch.Tensor,
+    extra_ids_K: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    """Sum over anchors n of −log( exp(s_nn / τ) / Σ_{c ∈ C_n} exp(s_nc / τ) ), s the cosine similarity.
+
+    L1–L3 of GAL-Rec for one pair of hops: row n of anchors and positives are two hops of node `ids_N[n]`.
+    [ours] C_n is the N positives and the K extra rows, less those of anchor n's own node (false negatives; never
+    its own positive) and empty queue places (id -1). Anchors and positives get gradient, extra rows none.
+
+    anchors_ND, positives_ND: float [N, D]. ids_N: int64 [N]. extra_KD: float [K, D]. extra_ids_K: int64 [K].
+    Computed in fp32 at least, under autocast too. Returns [].
+    """
+    with torch.autocast(anchors_ND.device.type, enabled=False):
+        candidates_CD = torch.cat([_unit(positives_ND), _unit(extra_KD.detach())])
+        logits_NC = _unit(anchors_ND) @ candidates_CD.T / temperature
+        ids_C = torch.cat([ids_N, extra_ids_K])
+        excluded_NC = (ids_C == ids_N[:, None]) | (ids_C == EMPTY)
+        excluded_NC.diagonal().fill_(False)
+        targets_N = torch.arange(len(ids_N), device=logits_NC.device)
+        return cross_entropy(logits_NC.masked_fill(excluded_NC, -torch.inf), targets_N, reduction="sum")
+
+
+def gathered(rows_ND: torch.Tensor) -> torch.Tensor:
+    """The rows of all ranks, in rank order; only this rank's own carry gradient.
+
+    rows_ND: [N of this rank, ...] of any dtype, on a device of the process group; N may differ between ranks and be
+    0, the rest of the shape may not. Collective. Outside a group of several ranks these are the rows themselves.
+    """
+    rank, workers = world()
+    if workers == 1:
+        return rows_ND
+    count = torch.tensor([len(rows_ND)], device=rows_ND.device)
+    counts = [torch.empty_like(count) for _ in range(workers)]
+    dist.all_gather(counts, count)
+    sizes = [int(size) for size in counts]
+    # Ranks must pass equal shapes; one row at least, so that no backend meets an empty tensor.
+    padded = rows_ND.new_zeros(max(*sizes, 1), *rows_ND.shape[1:])
+    padded[: len(rows_ND)] = rows_ND.detach()
+    parts = [torch.empty_like(padded) for _ in range(workers)]
+    dist.all_gather(parts, padded)
+    parts = [part[:size] for part, size in zip(parts, sizes, strict=True)]
+    parts[rank] = rows_ND
+    return torch.cat(parts)
+
+
+def rank_share(loss: torch.Tensor) -> torch.Tensor:
+    """What this rank adds to the step's loss for a global `loss` that every rank computed from `gathered` rows.
+
+    (loss − loss detached) + loss detached / w, for w workers. Its value is loss / w, so that the ranks' values add to
+    the loss; its gradient is that of the whole loss, since on each rank that reaches the rank's own rows only.
+    """
+    value = loss.detach()
+    return (loss - value) + value / world()[1]
+
+
+@torch.no_grad()
+def uniformity(rows_ND: torch.Tensor) -> float:
+    """log of the mean over pairs n ≠ m of exp(−2 ‖x_n − x_m‖²), x the rows as unit vectors; lower is more uniform.
+
+    Wang & Isola 2020 (arXiv 2005.10242), section 4.1, with t = 2. rows_ND: float [N, D].
+
+    Raises ValueError for fewer than two rows.
+    """
+    count = len(rows_ND)
+    if count < 2:
+        raise ValueError(f"uniformity is a mean over pairs of rows; {count} rows have none")
+    rows_ND = normalize(rows_ND.double(), dim=1)
+    total = 0.0
+    for start in range(0, count, PAIRS_AT_ONCE):
+        squared = 2 - 2 * rows_ND[start : start + PAIRS_AT_ONCE] @ rows_ND.T
+        kernel = (-2 * squared).exp()
+        kernel.diagonal(start).zero_()
+        total += float(kernel.sum())
+    return math.log(total / (count * (count - 1)))
+
+
+@torch.no_grad()
+def alignment(a_ND: torch.Tensor, b_ND: torch.Tensor) -> float:
+    """Mean over n of ‖a_n − b_n‖², the rows as unit vectors; lower is more aligned.
+
+    Wang & Isola 2020 (arXiv 2005.10242), section 4.1, with α = 2. a_ND, b_ND: float [N, D], N pairs.
+
+    Raises ValueError where the shapes differ or there is no pair.
+    """
+    if a_ND.shape != b_ND.shape or not len(a_ND):
+        raise ValueError(f"alignment needs pairs of rows, not shapes {list(a_ND.shape)} and {list(b_ND.shape)}")
+    return float((normalize(a_ND.double(), dim=1) - normalize(b_ND.double(), dim=1)).square().sum(dim=1).mean())
+
+
+def _unit(rows_ND: torch.Tensor) -> torch.Tensor:
+    return normalize(rows_ND.to(torch.promote_types(rows_ND.dtype, torch.float32)), dim=1)

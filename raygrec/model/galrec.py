@@ -1,0 +1,424 @@
+"""GAL-Rec: a language model fine-tuned to imitate a graph network's aggregation, hop by hop.
+
+Paper: "Enhancing Collaborative Semantics of Language Model-Driven Recommendations via Graph-Aware Learning"
+(arXiv 2406.13235). What it leaves open is our reading, marked [ours], and a value of the config.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal, Self
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import nn
+
+from raygrec.config import StrictConfig
+from raygrec.data.arrays import CSR
+from raygrec.data.filters import first_occurrences
+from raygrec.draws import Draws
+from raygrec.graph.neighbours import NeighbourConfig, NeighbourSampler
+from raygrec.model.backbone import Backbone
+from raygrec.model.contrast import NegativeQueue, contrast_terms
+from raygrec.model.dropout import keyed_dropout
+from raygrec.model.head import CatalogueHead, Targets, catalogue_cross_entropy
+from raygrec.model.nodes import projector, scaled_texts, sum_rows
+from raygrec.model.prompts import (
+    PromptBatch,
+    Symbols,
+    as_targets,
+    embed_symbols,
+    join_rows,
+    padded,
+    repeated,
+    truncated,
+)
+
+HOPS = 3
+# What a draw is for: the second counter of every `Draws.uniform` here or a later one; neighbours have the use first.
+ITEM, DROPOUT = 1, 2
+
+
+class PairConfig(StrictConfig):
+    """One InfoNCE term: the anchor's hop is pulled to the positive's hop of the same node."""
+
+    side: Literal["user", "item"]
+    anchor: int = Field(ge=0, lt=HOPS)
+    positive: int = Field(2, ge=0, lt=HOPS)
+    weight: Literal["l1", "l2", "l3"]
+
+
+class ContrastConfig(StrictConfig):
+    """The graph-aware learning module: λ1 L1 + λ2 L2 + λ3 L3."""
+
+    l1: float = Field(0.1, ge=0)
+    l2: float = Field(0.1, ge=0)
+    l3: float = Field(0.1, ge=0)
+    pairs: tuple[PairConfig, ...] = (
+        PairConfig(side="user", anchor=0, weight="l1"),
+        PairConfig(side="user", anchor=1, weight="l2"),
+        PairConfig(side="item", anchor=0, weight="l3"),
+        PairConfig(side="item", anchor=1, weight="l3"),
+    )
+    """[ours] L1: user, 2-hop against 0-hop. L2: user, 2-hop against 1-hop. L3: item, 2-hop against both. The 2-hop
+    side gives the candidates: those of the batch and those of the queue are then of one kind for every pair."""
+    temperature: float = Field(0.1, gt=0)
+    queue: int = Field(1024, ge=0)
+    """Length of the queue of negatives, one for users and one for items; 0 leaves the batch's own. [ours] The
+    positives of a side's first pair enter it."""
+    items: float = Field(0.25, ge=0, le=1)
+    """[ours] Item prompts per user prompt: a user lends one item of its history with this probability."""
+
+    @model_validator(mode="after")
+    def _one_side_per_weight(self) -> Self:
+        for weight in ("l1", "l2", "l3"):
+            if len({pair.side for pair in self.pairs if pair.weight == weight}) > 1:
+                raise ValueError(f"pairs: those of {weight} must all be of users or all of items")
+        return self
+
+    def active(self, side: str) -> list[PairConfig]:
+        """The pairs of a side that weigh anything."""
+        return [pair for pair in self.pairs if pair.side == side and getattr(self, pair.weight) > 0]
+
+
+class GALRecConfig(StrictConfig):
+    """The GAL-Rec recipe; every reading and every ablation is a value here."""
+
+    neighbours: NeighbourConfig = NeighbourConfig()
+    contrast: ContrastConfig = ContrastConfig()
+    graph_vectors: bool = True
+    """External embeddings: the LightGCN vector in a node's token, and in the head's row of an item."""
+    text_vectors: bool = True
+    """External embeddings: the frozen text vector in an item's token, and in the head's row."""
+    tuning: Literal["full", "frozen"] = "full"
+    """`full` trains the language model but for its token table; `frozen` what is around it."""
+    backbone_lr: float = Field(0.1, gt=0)
+    """Learning rate of the language model as a share of the others'."""
+    readout: Literal["history", "hop1", "hop2"] = "history"
+    """[ours] Which position recommends: the newest history item's, which like all before it was trained to name the
+    next, or a task token's, which has one target a prompt."""
+    history_sees_user: bool = False
+    """[ours] The literal block order lets history items see the 0-hop segment; the user's vector is made of the
+    very items that the history positions must predict, so by default they do not."""
+    max_history: int = Field(50, ge=1)
+    head: Literal["linear", "tied"] = "linear"
+    dropout: float = Field(0.3, ge=0, lt=1)
+    """Share of the hidden states' entries that the head does not see, and half that share of the node tokens'."""
+
+
+@dataclass(frozen=True)
+class HopBatch(PromptBatch):
+    """R prompts with hop segments, users' first, then items'.
+
+    hops: [R, 3] int64, flat positions of the task tokens; −1 where a hop is left out. own: [R, T] bool, the 0-hop
+    segment, which sees itself and the prompt's opening only.
+    nodes: [R] int64, user or item numbers. num_users: how many of the R are users. counts: [4], answer positions
+    and the `anchors` of L1 to L3.
+    """
+
+    hops: torch.Tensor | None = None
+    own: torch.Tensor | None = None
+    nodes: torch.Tensor | None = None
+    num_users: int = 0
+    anchors: tuple[int, int, int] = (0, 0, 0)
+
+    @property
+    def counts(self) -> torch.Tensor:
+        return torch.tensor([len(self.answers), *self.anchors], dtype=torch.float64)
+
+    def to(self, device: torch.device | str) -> "HopBatch":
+        return replace(
+            self,
+            **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+            | {"targets": self.targets.to(device)},
+        )
+
+    @property
+    def attention(self) -> torch.Tensor:
+        """[R, T, T] bool: block-causal between segments, but for the 0-hop segment."""
+        other = ~self.own & (self.segments > 0)
+        return super().attention & ~(self.own[:, :, None] & other[:, None, :])
+
+
+class HopPrompts:
+    """Makes GAL-Rec's prompts from arrays: `[begin] node <hop0> | neighbours <hop1> | two hops away <hop2>`.
+
+    train: CSR of each user's training items in time order; by_item: the same edges by item. `opening` holds the
+    language model's own first token, where it has one.
+    """
+
+    def __init__(self, config: GALRecConfig, symbols: Symbols, opening: list[int], train: CSR, by_item: CSR) -> None:
+        self.config = config
+        self.symbols = symbols
+        self.opening = opening
+        self.train = train
+        self.sampler = NeighbourSampler(train, by_item, config.neighbours)
+        self.causal = True
+        # Every user's training target, not only those of a batch: prompts must not depend on their batch.
+        users = np.flatnonzero(train.lengths)
+        self.hidden = (users, np.asarray(train.indices)[train.indptr[users + 1] - 1])
+
+    def training(self, users: np.ndarray, draws: Draws) -> HopBatch:
+        """Each user's training items but the last, which every earlier position and the read-out lead up to;
+        besides, prompts of some items of these histories."""
+        rows = self.train.take(users)
+        place = np.arange(len(rows.indices)) - rows.indptr[rows.rows]
+        last = place == rows.lengths[rows.rows] - 1
+        history = CSR.from_pairs(rows.rows[~last], rows.indices[~last], len(users))
+        target = CSR.from_pairs(rows.rows[last], rows.indices[last], len(users))
+        items = self._lent_items(users, history, draws) if self._contrasts("item") else np.zeros(0, dtype=np.int64)
+        batch = self._assemble(users, history, target, items, draws, self._contrasts("user"))
+        nodes = np.concatenate([users, items + len(self.train)])
+        keys = (draws.uniform(nodes, np.arange(len(nodes)) >= len(users), DROPOUT) * 2**53).astype(np.int64)
+        return replace(batch, dropout_keys=torch.from_numpy(keys))
+
+    def recommending(
+        self, users: np.ndarray, histories: CSR, stage: str = "test", slots: int | None = None
+    ) -> HopBatch:
+        """Prompts that show `histories` and answer at the read-out position. `stage`, `slots`: as in GLTA, unused."""
+        nothing = CSR(np.zeros(len(users) + 1, dtype=np.int64), np.zeros(0, dtype=np.int32))
+        none = np.zeros(0, dtype=np.int64)
+        two_hops = self.config.readout == "hop2"
+        return self._assemble(users, histories, nothing, none, Draws(0), two_hops)
+
+    def _contrasts(self, side: str) -> bool:
+        return bool(self.config.contrast.active(side)) or (side == "user" and self.config.readout == "hop2")
+
+    def _lent_items(self, users: np.ndarray, history: CSR, draws: Draws) -> np.ndarray:
+        lends = (draws.uniform(users, ITEM, 0) < self.config.contrast.items) & (history.lengths > 0)
+        place = (draws.uniform(users, ITEM, 1) * history.lengths).astype(np.int64)
+        return np.asarray(history.indices)[(history.indptr[:-1] + place)[lends]].astype(np.int64)
+
+    def _assemble(
+        self,
+        users: np.ndarray,
+        history: CSR,
+        target: CSR,
+        items: np.ndarray,
+        draws: Draws,
+        two_hops: bool,
+    ) -> HopBatch:
+        base, top = self.symbols, self.config.max_history + 1
+        shown = truncated(history, self.config.max_history)
+        count = len(users) + len(items)
+        own = np.concatenate([base.first_user + users, base.first_item + items])[:, None]
+        place = np.arange(len(shown.indices)) - shown.indptr[shown.rows]
+        one = [CSR(shown.indptr, base.first_item + shown.indices.astype(np.int64))]
+        one_levels = [CSR(shown.indptr, place + 1)]
+        two = [self._users_two_hops_away(users, history, draws) if two_hops else repeated([], len(users))]
+        if len(items):
+            near, far = self.sampler.of_items(items, draws, self.hidden)
+            one.append(CSR(near.indptr, base.first_user + near.indices.astype(np.int64)))
+            one_levels.append(CSR(near.indptr, np.ones(len(near.indices), dtype=np.int64)))
+            two.append(CSR(far.indptr, base.first_item + far.indices.astype(np.int64)))
+        one, one_levels, two = _stacked(one), _stacked(one_levels), _stacked(two)
+        tokens = [repeated([base.first_slot + hop], count) for hop in range(HOPS)]
+        has_two = np.concatenate([np.full(len(users), two_hops), np.full(len(items), True)])
+        tokens[2] = CSR(np.concatenate([[0], np.cumsum(has_two)]), np.full(has_two.sum(), base.first_slot + 2))
+        own_level = 0 if self.config.history_sees_user else top
+        parts = [
+            (repeated(self.opening, count), 0),
+            (_column(own), own_level),
+            (tokens[0], own_level),
+            (one, one_levels),
+            (tokens[1], top),
+            (two, top + 1),
+            (tokens[2], top + 2),
+        ]
+        symbols = padded(join_rows([part for part, _ in parts]))
+        levels = padded(join_rows([_like(part, level) for part, level in parts]))
+        width, first = symbols.shape[1], len(self.opening)
+        starts = np.arange(count, dtype=np.int64) * width
+        hop0 = starts + first + 1
+        hop1 = hop0 + one.lengths + 1
+        hop2 = np.where(has_two, hop1 + two.lengths + 1, -1)
+        columns = np.arange(width)
+        own_places = np.broadcast_to((columns == first) | (columns == first + 1), symbols.shape)
+        readout = {"history": hop1 - 1, "hop1": hop1, "hop2": hop2}[self.config.readout][: len(users)]
+        answers, targets = _targets(history, shown, target, (hop0 + 1)[: len(users)], readout)
+        return HopBatch(
+            symbols=torch.from_numpy(symbols),
+            segments=torch.from_numpy(levels),
+            slots=torch.from_numpy(readout[:, None]),
+            answers=torch.from_numpy(answers),
+            targets=targets,
+            history_indptr=torch.from_numpy(history.indptr),
+            history=torch.from_numpy(history.indices.astype(np.int64)),
+            user_kept=torch.ones(len(users), dtype=torch.bool),
+            hops=torch.from_numpy(np.stack([hop0, hop1, hop2], axis=1)),
+            own=torch.from_numpy(own_places.copy()),
+            nodes=torch.from_numpy(np.concatenate([users, items]).astype(np.int64)),
+            num_users=len(users),
+            anchors=self._anchors(len(users), len(items)),
+        )
+
+    def _anchors(self, users: int, items: int) -> tuple[int, int, int]:
+        sides = {pair.weight: users if pair.side == "user" else items for pair in self.config.contrast.pairs}
+        return tuple(sides.get(weight, 0) for weight in ("l1", "l2", "l3"))
+
+    def _users_two_hops_away(self, users: np.ndarray, history: CSR, draws: Draws) -> CSR:
+        near = self.sampler.of_users(users, history, draws)
+        return CSR(near.indptr, self.symbols.first_user + near.indices.astype(np.int64))
+
+
+def _targets(
+    history: CSR, shown: CSR, target: CSR, first_node: np.ndarray, readout: np.ndarray
+) -> tuple[np.ndarray, Targets]:
+    """Every history position predicts its next item, and so does the read-out; an item that came before is none."""
+    whole = join_rows([history, target])
+    first_shown = whole.indptr[:-1] + history.lengths - shown.lengths
+    offset = np.arange(len(whole.indices)) - first_shown[whole.rows]
+    new = first_occurrences(whole.rows, whole.indices)
+    following = (offset > 0) & new
+    final = (offset == shown.lengths[whole.rows]) & new
+    positions = [(first_node[whole.rows] + offset - 1)[following], readout[whole.rows[final]]]
+    items = [whole.indices[following], whole.indices[final]]
+    answers, rows = np.unique(np.concatenate(positions), return_inverse=True)
+    return answers, as_targets(rows, np.concatenate(items), len(answers))
+
+
+def _column(values: np.ndarray) -> CSR:
+    return CSR(np.arange(len(values) + 1, dtype=np.int64), values.ravel())
+
+
+def _like(part: CSR, level: CSR | int) -> CSR:
+    """The segment of every symbol of `part`."""
+    return level if isinstance(level, CSR) else CSR(part.indptr, np.full(len(part.indices), level))
+
+
+def _stacked(parts: list[CSR]) -> CSR:
+    """The rows of each part, one part below the other."""
+    ends = np.cumsum([0, *(part.indptr[-1] for part in parts)])
+    indptr = np.concatenate([[0], *(part.indptr[1:] + end for part, end in zip(parts, ends, strict=False))])
+    return CSR(indptr, np.concatenate([part.indices for part in parts]))
+
+
+class GALRec(nn.Module):
+    """The language model, projectors of external embeddings, task tokens, head, and the queues of negatives.
+
+    item_nodes [I, d], item_shares [I, d] and user_nodes [U, d] come from graph pretraining, item_texts [I, t] from
+    the language model before it is tuned; all stay fixed.
+    """
+
+    def __init__(
+        self,
+        config: GALRecConfig,
+        backbone: Backbone,
+        symbols: Symbols,
+        item_nodes: torch.Tensor,
+        item_texts: torch.Tensor | None,
+        user_nodes: torch.Tensor,
+        item_shares: torch.Tensor,
+        token_scale: float,
+    ) -> None:
+        super().__init__()
+        self.config, self.symbols = config, symbols
+        contrast = config.contrast
+        self.terms = {"cross_entropy": 1.0, "l1": contrast.l1, "l2": contrast.l2, "l3": contrast.l3}
+        self.lr_shares = {"backbone.": config.backbone_lr}
+        self.backbone = backbone.freeze() if config.tuning == "frozen" else backbone.tune()
+        graph = float(config.graph_vectors)
+        self.register_buffer("item_nodes", graph * item_nodes / item_nodes.std(), persistent=False)
+        self.register_buffer("user_nodes", graph * user_nodes / user_nodes.std(), persistent=False)
+        self.register_buffer("item_shares", graph * item_shares / user_nodes.std(), persistent=False)
+        self.register_buffer("item_texts", None if item_texts is None else scaled_texts(item_texts), persistent=False)
+        node_width, text_width = item_nodes.shape[1], 0 if item_texts is None else item_texts.shape[1]
+        self.item_projector = projector(node_width + text_width, backbone.width, token_scale)
+        self.user_projector = projector(node_width, backbone.width, token_scale)
+        self.item_offsets = nn.Embedding(symbols.items, node_width)
+        nn.init.zeros_(self.item_offsets.weight)
+        self.hop_tokens = nn.Embedding(HOPS, backbone.width)
+        nn.init.normal_(self.hop_tokens.weight, std=token_scale)
+        self.head = CatalogueHead(
+            backbone.width, symbols.items, node_width, text_width or None, free=config.head == "linear"
+        )
+        self.queues = {side: NegativeQueue(contrast.queue, backbone.width) for side in ("user", "item")}
+        self._fresh: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+
+    def forward(self, batch: HopBatch, chunks: int = 1) -> torch.Tensor:
+        """[4]: cross-entropy summed over answer positions, and L1 to L3, each summed over its anchors.
+
+        The contrastive sums are this rank's share of the global ones (`contrast_terms`). Divide by `batch.counts`,
+        summed over all ranks.
+        """
+        hidden_RTD = self.hidden(batch)
+        flat_ND, width = hidden_RTD.flatten(0, 1), hidden_RTD.shape[1]
+        answers_PD = flat_ND[batch.answers]
+        if batch.dropout_keys is not None:
+            rows, columns = batch.answers // width, batch.answers % width
+            answers_PD = keyed_dropout(answers_PD, self.config.dropout, batch.dropout_keys[rows], columns, use=1)
+        recommended = catalogue_cross_entropy(self.head, answers_PD, self._rows(), batch.targets, chunks)
+        return torch.stack([recommended, *self._contrast(flat_ND, batch)])
+
+    def _contrast(self, flat_ND: torch.Tensor, batch: HopBatch) -> list[torch.Tensor]:
+        config = self.config.contrast
+        sums = {name: flat_ND.new_zeros((), dtype=torch.float32) for name in ("l1", "l2", "l3")}
+        for side, rows in (("user", slice(0, batch.num_users)), ("item", slice(batch.num_users, None))):
+            for number, pair in enumerate(config.active(side)):
+                anchors, positives = (flat_ND[batch.hops[rows, hop]] for hop in (pair.anchor, pair.positive))
+                nodes, queue = batch.nodes[rows], self.queues[side]
+                contrast = contrast_terms(anchors, positives, nodes, queue, config.temperature)
+                sums[pair.weight] = sums[pair.weight] + contrast.share
+                if number == 0:
+                    self._fresh.append((side, contrast.positives_ND, contrast.ids_N))
+        return list(sums.values())
+
+    def after_update(self) -> None:
+        """Lets the positives of the update's passes, of all ranks, into the queues."""
+        for side, rows_ND, nodes_N in self._fresh:
+            self.queues[side].enqueue(rows_ND, nodes_N)
+        self._fresh = []
+
+    def carried_state(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint needs besides parameters: the queues."""
+        return {f"{side}/{name}": value for side, queue in self.queues.items() for name, value in queue.state().items()}
+
+    def load_carried_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        for side, queue in self.queues.items():
+            queue.load_state({name: tensors[f"{side}/{name}"] for name in ("rows", "ids")})
+        self._fresh = []
+
+    def slot_logits(self, batch: HopBatch, slots: int | None = None) -> torch.Tensor:
+        """Logits [B, 1, I] at the read-out position."""
+        hidden = self.hidden(batch).flatten(0, 1)[batch.slots[:, 0]]
+        return self.head(hidden, self._rows())[:, None]
+
+    def hidden(self, batch: HopBatch) -> torch.Tensor:
+        """Last hidden states [R, T, D]."""
+        return self.backbone(self.embed(batch), batch.attention)
+
+    def representations(self, batch: HopBatch) -> torch.Tensor:
+        """Hidden states [R, 3, D] of the task tokens; every hop must be in the prompts."""
+        return self.hidden(batch).flatten(0, 1)[batch.hops]
+
+    def embed(self, batch: HopBatch) -> torch.Tensor:
+        """Embeddings [R, T, D] of the symbols."""
+
+        def items(numbers: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+            nodes = self.item_nodes[numbers] + self.item_offsets(numbers)
+            if self.item_texts is not None:
+                nodes = torch.cat([nodes, self.item_texts[numbers]], dim=1)
+            return self._dropped(self.item_projector(nodes), batch, rows, columns)
+
+        def users(numbers: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+            # A user's own token is rebuilt from the history that the prompt shows, which holds no target.
+            counts = batch.history_indptr.diff()
+            shown = sum_rows(self.item_shares[batch.history], counts) / counts.clamp(min=1).sqrt()[:, None]
+            mine = batch.own[rows, columns]
+            nodes = self.user_nodes[numbers]
+            nodes = torch.where(mine[:, None], shown[rows.clamp(max=len(shown) - 1)], nodes)
+            return self._dropped(self.user_projector(nodes), batch, rows, columns)
+
+        def hops(numbers: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+            return self.hop_tokens(numbers)
+
+        return embed_symbols(batch.symbols, self.symbols, self.backbone.embed, items, users, hops)
+
+    def _dropped(
+        self, tokens: torch.Tensor, batch: HopBatch, rows: torch.Tensor, columns: torch.Tensor
+    ) -> torch.Tensor:
+        if batch.dropout_keys is None:
+            return tokens
+        return keyed_dropout(tokens, self.config.dropout / 2, batch.dropout_keys[rows], columns, use=2)
+
+    def _rows(self) -> torch.Tensor:
+        return self.head.rows(self.item_nodes, self.item_texts)

@@ -1,0 +1,644 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from raygrec.data.arrays import CSR
+from raygrec.draws import Draws
+from raygrec.graph.lightgcn import propagate_users
+from raygrec.model.backbone import Backbone, BackboneConfig
+from raygrec.model.contrast import info_nce
+from raygrec.model.galrec import HOPS, GALRec, GALRecConfig, HopBatch, HopPrompts
+from raygrec.model.nodes import token_scale
+from raygrec.model.prompts import PAD, Symbols
+
+TEXT, ITEMS, BEGIN = 60, 20, 1
+EVERY_USER_LENDS = {"items": 1.0}
+
+Answers = dict[int, dict[int, float]]
+
+
+def hop_prompts(train: CSR | list[list[int]], **settings: object) -> HopPrompts:
+    """Without dropout; every user lends an item; `<hop1>` recommends."""
+    train = train if isinstance(train, CSR) else CSR.from_lists(train)
+    config = GALRecConfig(**{"dropout": 0.0, "contrast": EVERY_USER_LENDS, "readout": "hop1", **settings})
+    return HopPrompts(config, Symbols(TEXT, ITEMS, len(train), HOPS), [BEGIN], train, train.transposed(ITEMS))
+
+
+def rows(batch: HopBatch, values: torch.Tensor | None = None) -> list[list[int]]:
+    """The symbols of each prompt, or what stands at their places."""
+    values = batch.symbols if values is None else values
+    return [value[symbols != PAD].tolist() for value, symbols in zip(values, batch.symbols, strict=True)]
+
+
+def in_row(batch: HopBatch, places: torch.Tensor) -> list[list[int]]:
+    """Flat positions [n, m] of the first n prompts as columns; −1 stays."""
+    first = torch.arange(len(places))[:, None] * batch.symbols.shape[1]
+    return torch.where(places < 0, places, places - first).tolist()
+
+
+def answers(batch: HopBatch) -> list[Answers]:
+    """For each user's prompt, column -> {item: weight}."""
+    width = batch.symbols.shape[1]
+    found: list[Answers] = [{} for _ in range(batch.num_users)]
+    for place, row in enumerate(batch.targets.rows.tolist()):
+        prompt, column = divmod(int(batch.answers[row]), width)
+        wanted, item = found[prompt].setdefault(column, {}), int(batch.targets.items[place])
+        wanted[item] = wanted.get(item, 0.0) + float(batch.targets.weights[place])
+    return found
+
+
+def histories(batch: HopBatch) -> list[list[int]]:
+    return [part.tolist() for part in batch.history.split(batch.history_indptr.diff().tolist())]
+
+
+def random_rows(seed: int, users: int = 14, items: int = ITEMS, repeats: bool = False, fewest: int = 0) -> CSR:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(fewest, 9, users)
+    if repeats:
+        return CSR.from_lists([rng.integers(0, items // 2, length) for length in lengths])
+    return CSR.from_lists([rng.permutation(items)[:length] for length in lengths])
+
+
+# ---- prompts by hand
+
+# With `recent` no draw decides. User 0 shows 3 and 5. By 5, the newest: user 2, whose latest it is, then user 1.
+# Item 5 has users 0 and 1, newest edge first; user 2's is a training target, as are 7 of user 0 and 2 of user 1.
+TRAIN = [[3, 5, 7], [5, 9, 2], [4, 5], [2, 7]]
+RECENT = {"neighbours": {"choice": "recent"}, "max_history": 4}
+HOP0, HOP1, HOP2 = (TEXT + ITEMS + len(TRAIN) + hop for hop in range(HOPS))
+
+
+def item(number: int) -> int:
+    return TEXT + number
+
+
+def user(number: int) -> int:
+    return TEXT + ITEMS + number
+
+
+def lending(prompter: HopPrompts, users: list[int], lent: list[int]) -> HopBatch:
+    """Training prompts of draws in which `users` lend the items `lent`."""
+    batches = (prompter.training(np.array(users), Draws(seed)) for seed in range(100))
+    return next(batch for batch in batches if batch.nodes[len(users) :].tolist() == lent)
+
+
+def test_training_prompts_by_hand():
+    batch = lending(hop_prompts(TRAIN, **RECENT), [0, 2], [5, 4])
+    assert rows(batch) == [
+        [BEGIN, user(0), HOP0, item(3), item(5), HOP1, user(2), user(1), HOP2],
+        [BEGIN, user(2), HOP0, item(4), HOP1, HOP2],
+        [BEGIN, item(5), HOP0, user(0), user(1), HOP1, item(3), item(9), HOP2],
+        [BEGIN, item(4), HOP0, user(2), HOP1, HOP2],
+    ]
+    assert rows(batch, batch.segments) == [
+        [0, 5, 5, 1, 2, 5, 6, 6, 7],
+        [0, 5, 5, 1, 5, 7],
+        [0, 5, 5, 1, 1, 5, 6, 6, 7],
+        [0, 5, 5, 1, 5, 7],
+    ]
+    assert in_row(batch, batch.hops) == [[2, 5, 8], [2, 4, 5], [2, 5, 8], [2, 4, 5]]
+    assert batch.own.nonzero().tolist() == [[row, column] for row in range(4) for column in (1, 2)]
+    assert batch.nodes.tolist() == [0, 2, 5, 4]
+    assert (batch.num_users, histories(batch)) == (2, [[3, 5], [4]])
+    assert answers(batch) == [{3: {5: 1.0}, 4: {7: 1.0}, 5: {7: 1.0}}, {3: {5: 1.0}, 4: {5: 1.0}}]
+    assert batch.counts.tolist() == [5, 2, 2, 2]
+
+
+@pytest.mark.parametrize(("readout", "columns"), [("history", [4, 3]), ("hop1", [5, 4]), ("hop2", [8, 5])])
+def test_where_prompts_answer(readout, columns):
+    prompter = hop_prompts(TRAIN, readout=readout, **RECENT)
+    batch = prompter.training(np.array([0, 2]), Draws(0))
+    assert in_row(batch, batch.slots) == [[column] for column in columns]
+    first, second = ({column: {target: 1.0}} for column, target in zip(columns, (7, 5), strict=True))
+    assert answers(batch) == [{3: {5: 1.0}, 4: {7: 1.0}} | first, {3: {5: 1.0}} | second]
+    assert batch.answers.tolist() == sorted(set(batch.answers.tolist()))
+    assert batch.counts[0] == len(batch.answers)
+    asked = prompter.recommending(np.array([0, 2]), CSR.from_lists([[3, 5], [4]]))
+    assert in_row(asked, asked.slots) == [[column] for column in columns]
+
+
+MATRICES = {
+    # opening, the node and <hop0>, two neighbours, <hop1>, two nodes two hops away, <hop2>
+    ("user", False): """
+        1........
+        111......
+        111......
+        1..1.....
+        1..11....
+        111111...
+        11111111.
+        11111111.
+        111111111""",
+    ("user", True): """
+        111......
+        111......
+        111......
+        1111.....
+        11111....
+        111111...
+        11111111.
+        11111111.
+        111111111""",
+    ("item", False): """
+        1........
+        111......
+        111......
+        1..11....
+        1..11....
+        111111...
+        11111111.
+        11111111.
+        111111111""",
+    ("item", True): """
+        111......
+        111......
+        111......
+        11111....
+        11111....
+        111111...
+        11111111.
+        11111111.
+        111111111""",
+}
+
+
+def matrix(side: str, sees_user: bool) -> torch.Tensor:
+    return torch.tensor([[sign == "1" for sign in row.strip()] for row in MATRICES[side, sees_user].split()])
+
+
+@pytest.mark.parametrize("sees_user", [False, True])
+def test_attention_by_hand(sees_user):
+    batch = lending(hop_prompts(TRAIN, history_sees_user=sees_user, **RECENT), [0, 2], [5, 4])
+    attention = batch.attention
+    assert torch.equal(attention[0], matrix("user", sees_user))
+    assert torch.equal(attention[2], matrix("item", sees_user))
+    # A prompt of six symbols: one neighbour, nothing two hops away, three places of padding.
+    short = [0, 1, 2, 3, 5, 8]
+    assert torch.equal(attention[1][:6, :6], matrix("user", sees_user)[short][:, short])
+    assert torch.equal(attention[1][6:], torch.eye(9, dtype=torch.bool)[6:])
+    assert not attention[1][:6, 6:].any()
+
+
+@pytest.mark.parametrize("sees_user", [False, True])
+@pytest.mark.parametrize("kind", ["bert", "t5", "llama"])
+def test_a_representation_follows_from_what_its_position_may_see_and_from_nothing_else(
+    kind, sees_user, backbone_folder
+):
+    """By the model itself: change the embedding at one place, and see which hidden states change."""
+    prompter = hop_prompts(TRAIN, history_sees_user=sees_user, **RECENT)
+    model = model_of(prompter, Backbone(BackboneConfig(name=backbone_folder(kind))))
+    batch = lending(prompter, [0, 2], [5, 4])
+    with torch.no_grad():
+        embeds = model.embed(batch)
+        before = model.backbone(embeds, batch.attention)
+        for row, side in ((0, "user"), (2, "item")):
+            expected = matrix(side, sees_user)
+            if kind == "llama":
+                expected = expected & torch.ones_like(expected).tril()
+            for column in range(9):
+                other = embeds.clone()
+                other[row, column] += torch.randn(embeds.shape[-1])
+                moved = (model.backbone(other, batch.attention) - before).abs().amax(2)
+                assert (moved[row] > 1e-4).tolist() == expected[:, column].tolist()
+                still = moved > 1e-5
+                still[row] &= ~expected[:, column]
+                assert not still.any()
+
+
+# ---- what a training prompt must not tell
+
+CHOICES = [
+    {},
+    {"max_history": 2},
+    {"readout": "hop2", "max_history": 3},
+    {"readout": "history", "neighbours": {"choice": "uniform", "two_hop": 30, "one_hop": 30}},
+    {"neighbours": {"choice": "recent", "two_hop": 30}, "max_history": 5},
+]
+
+
+@pytest.mark.parametrize("repeats", [False, True], ids=["distinct", "repeats"])
+@pytest.mark.parametrize("settings", CHOICES, ids=str)
+def test_no_answer_stands_where_its_position_can_see_it(settings, repeats):
+    """Not as history, not in the user's vector, not as an edge of its own or an item's prompt; over many draws."""
+    seen_far = asked = 0
+    for seed in range(20):
+        train = random_rows(seed, items=12, repeats=repeats)
+        edges = {(user, int(item)) for user in range(len(train)) for item in train[user]}
+        prompter = hop_prompts(train, **settings)
+        users = np.random.default_rng(seed).permutation(len(train))[:10]
+        batch = prompter.training(users, Draws(seed))
+        attention, base = batch.attention, prompter.symbols
+        targets = set()
+        for row, (wanted, history) in enumerate(zip(answers(batch), histories(batch), strict=True)):
+            assert history == train[users[row]].tolist()[:-1]
+            for column, items in wanted.items():
+                asked += 1
+                assert sum(items.values()) == pytest.approx(1)
+                seen = set(batch.symbols[row][attention[row, column]].tolist())
+                assert not seen & {base.first_item + item for item in items}
+                if max(seen) >= base.first_user:
+                    # It sees the user's vector, made of the whole history, and perhaps users two hops away.
+                    assert not set(items) & set(history)
+                    targets |= {(int(users[row]), item) for item in items}
+            others = {s - base.first_user for s in rows(batch)[row][3:] if base.first_user <= s < base.first_slot}
+            seen_far += len(others)
+            assert int(users[row]) not in others
+            for other in others:  # by an item of the history, which no target is
+                assert any((other, item) in edges for item in set(history))
+        edges -= targets
+        for row in range(batch.num_users, len(batch.symbols)):
+            number = int(batch.nodes[row])
+            near = [s - base.first_user for s in rows(batch)[row][3:] if base.first_user <= s < base.first_slot]
+            far = [s - base.first_item for s in rows(batch)[row][3:] if base.first_item <= s < base.first_user]
+            assert all((user, number) in edges for user in near)
+            paths = {i for u in range(len(train)) if (u, number) in edges for i in range(ITEMS) if (u, i) in edges}
+            assert set(far) <= paths - {number}
+    assert asked > 150
+    assert seen_far > 100
+
+
+def test_a_history_position_sees_the_user_where_it_is_told_to():
+    """The block order taken literally: the vector is made of the items that the history positions must predict."""
+    for sees_user in (False, True):
+        batch = hop_prompts(TRAIN, history_sees_user=sees_user, **RECENT).training(np.array([0]), Draws(0))
+        assert bool(batch.attention[0, 3, 1]) == sees_user
+
+
+@pytest.mark.parametrize(
+    ("items", "expected"),
+    [
+        ([3, 5, 3, 3, 7], {3: {5: 1.0}, 6: {7: 1.0}, 7: {7: 1.0}}),
+        ([3, 5, 3], {3: {5: 1.0}}),
+        ([3, 3], {}),
+    ],
+)
+def test_items_that_came_before_are_no_targets(items, expected):
+    batch = hop_prompts([items, [2, 4]]).training(np.array([0]), Draws(0))
+    assert answers(batch) == [expected]
+    assert batch.counts[0] == len(expected)
+
+
+def test_an_item_that_came_before_what_is_shown_is_no_target():
+    batch = hop_prompts([[7, 3, 5, 3, 7]], max_history=2, contrast={"items": 0.0}).training(np.array([0]), Draws(0))
+    assert rows(batch)[0][3:5] == [item(5), item(3)]
+    assert answers(batch) == [{}]
+
+
+def test_every_prompt_trains_the_newest_items():
+    batch = hop_prompts([list(range(10))], max_history=3).training(np.array([0]), Draws(0))
+    assert rows(batch)[0][3:6] == [item(6), item(7), item(8)]
+    assert histories(batch) == [list(range(9))]
+    assert answers(batch) == [{3: {7: 1.0}, 4: {8: 1.0}, 5: {9: 1.0}, 6: {9: 1.0}}]
+
+
+@pytest.mark.parametrize("settings", [*CHOICES, {"contrast": {"items": 0.5}}], ids=str)
+def test_a_prompt_does_not_depend_on_its_batch(settings):
+    """Nor an item's prompt on whose targets are in the batch: workers draw what one process draws."""
+    lent = 0
+    for seed in range(6):
+        prompter = hop_prompts(random_rows(seed, fewest=2, items=12), **settings)
+        users, draws = np.array([7, 2, 13, 11, 0, 5]), Draws(seed, 1)
+
+        def described(batch: HopBatch) -> tuple[list[tuple], list[tuple]]:
+            hops, nodes, keys = in_row(batch, batch.hops), batch.nodes.tolist(), batch.dropout_keys.tolist()
+            prompts = list(zip(rows(batch), rows(batch, batch.segments), hops, nodes, keys, strict=True))
+            asked = list(zip(answers(batch), histories(batch), in_row(batch, batch.slots), strict=True))
+            count = batch.num_users
+            return list(zip(prompts[:count], asked, strict=True)), prompts[count:]
+
+        together = described(prompter.training(users, draws))
+        parts = [described(prompter.training(users[part], draws)) for part in (slice(1), slice(1, 3), slice(3, 6))]
+        assert together[0] == [prompt for users_part, _ in parts for prompt in users_part]
+        assert together[1] == [prompt for _, items_part in parts for prompt in items_part]
+        lent += len(together[1])
+    assert lent > 10
+
+
+def test_items_are_lent_uniformly_and_as_often_as_asked():
+    users = 3000
+    train = CSR.from_lists([[0, 1, 2, 3, 4 + user % 16] for user in range(users)])
+    prompter = hop_prompts(train, contrast={"items": 0.3}, neighbours={"one_hop": 1, "two_hop": 1, "candidates": 1})
+    lent = prompter.training(np.arange(users), Draws(2)).nodes[users:]
+    assert abs(len(lent) - 0.3 * users) < 5 * np.sqrt(0.21 * users)
+    counts = lent.bincount(minlength=ITEMS)
+    assert counts[4:].sum() == 0  # a target is not lent
+    assert (counts[:4] - len(lent) / 4).abs().max() < 5 * np.sqrt(len(lent) * 3 / 16)
+    assert not torch.equal(lent, prompter.training(np.arange(users), Draws(3)).nodes[users:])
+
+
+def test_what_is_contrasted_is_what_prompts_hold():
+    users = np.arange(3)
+
+    def hops(**settings: object) -> tuple[list[bool], int]:
+        batch = hop_prompts(TRAIN, **settings).training(users, Draws(0))
+        return (batch.hops[:3, 2] >= 0).tolist(), len(batch.nodes) - 3
+
+    assert hops() == ([True] * 3, 3)
+    assert hops(contrast={"items": 1.0, "l3": 0.0}) == ([True] * 3, 0)
+    assert hops(contrast={"items": 1.0, "l1": 0.0, "l2": 0.0}) == ([False] * 3, 3)
+    assert hops(contrast={"l1": 0.0, "l2": 0.0, "l3": 0.0}, readout="hop2") == ([True] * 3, 0)
+
+
+# ---- recommending
+
+
+@pytest.mark.parametrize("readout", ["history", "hop1", "hop2"])
+def test_recommending_prompts_hold_the_given_histories_and_no_target(readout):
+    """User 0 has 7 in training: where it is not in the given history, nothing of the prompt comes from it."""
+    prompter = hop_prompts(TRAIN, readout=readout, **RECENT)
+    batch = prompter.recommending(np.array([0, 3]), CSR.from_lists([[3, 5], []]), "valid", 1)
+    far = {"hop2": [user(2), user(1), HOP2]}.get(readout, [])
+    assert rows(batch) == [
+        [BEGIN, user(0), HOP0, item(3), item(5), HOP1, *far],
+        [BEGIN, user(3), HOP0, HOP1, *far[2:]],
+    ]
+    assert histories(batch) == [[3, 5], []]
+    assert not set(batch.answers.tolist()) & set(batch.slots.flatten().tolist())
+    assert batch.dropout_keys is None
+    assert torch.equal(batch.symbols, prompter.recommending(np.array([0, 3]), CSR.from_lists([[3, 5], []])).symbols)
+
+
+@pytest.mark.parametrize("head", ["linear", "tied"])
+@pytest.mark.parametrize("readout", ["history", "hop1", "hop2"])
+def test_logits_are_those_of_the_read_out(readout, head, backbone):
+    prompter = hop_prompts(TRAIN, readout=readout, head=head)
+    model = model_of(prompter, backbone)
+    batch = prompter.recommending(np.arange(4), CSR.from_lists([[3, 5], [5], [], [2, 7, 9]]))
+    with torch.no_grad():
+        logits = model.slot_logits(batch, 1)
+        assert logits.shape == (4, 1, ITEMS)
+        hidden = model.hidden(batch)
+        for row, [column] in enumerate(in_row(batch, batch.slots)):
+            expected = model.head(hidden[row, column][None], rows_of(model))
+            torch.testing.assert_close(logits[row], expected)
+        # Only the history speaks for a user: the vector that has seen its training targets is not read.
+        model.user_nodes[:4] += 1.0
+        changed = (model.slot_logits(batch) - logits).abs().amax((1, 2)) > 1e-5
+    assert changed.tolist() == [readout == "hop2" and bool(row) for row in ([3, 5], [5], [], [2, 7, 9])]
+
+
+# ---- the model
+
+
+@pytest.fixture
+def backbone(backbone_folder) -> Backbone:
+    return Backbone(BackboneConfig(name=backbone_folder("bert"), layers=2))
+
+
+def model_of(prompter: HopPrompts, backbone: Backbone, with_texts: bool = True) -> GALRec:
+    """A model none of whose parameters around the backbone is zero."""
+    torch.manual_seed(5)
+    symbols = prompter.symbols
+    items, users, shares, texts = (torch.randn(n, 4) for n in (ITEMS, symbols.users, ITEMS, ITEMS))
+    texts = 5 + 2 * torch.cat([texts, texts**2], dim=1) if with_texts else None
+    scale = token_scale(backbone.model.get_input_embeddings().weight)
+    model = GALRec(prompter.config, backbone, symbols, items, texts, users * 3, shares, scale)
+    for parameter in (p for p in model.parameters() if p.requires_grad and not p.any()):
+        torch.nn.init.normal_(parameter)
+    return model
+
+
+def rows_of(model: GALRec) -> torch.Tensor:
+    return model.head.rows(model.item_nodes, model.item_texts)
+
+
+@pytest.mark.parametrize("with_texts", [True, False], ids=["texts", "no texts"])
+@pytest.mark.parametrize("graph", [True, False], ids=["graph", "no graph"])
+def test_every_symbol_is_embedded_as_its_kind(graph, with_texts, backbone):
+    prompter = hop_prompts(random_rows(1, fewest=1), graph_vectors=graph, max_history=3)
+    model = model_of(prompter, backbone, with_texts)
+    assert model.item_offsets.weight.abs().min() > 1e-4
+    item_nodes = model.item_nodes + model.item_offsets.weight
+    if with_texts:
+        item_nodes = torch.cat([item_nodes, model.item_texts], dim=1)
+    batch = prompter.training(np.arange(14), Draws(0))
+    history = CSR(batch.history_indptr.numpy(), batch.history.numpy())
+    assert history.lengths.max() > prompter.config.max_history
+    mine = propagate_users(model.item_shares, history)
+    base = prompter.symbols
+    kinds = set()
+    with torch.no_grad():
+        embeds = model.embed(batch)
+        for row, symbols in enumerate(rows(batch)):
+            for column, symbol in enumerate(symbols):
+                if symbol < base.first_item:
+                    kind, expected = "text", backbone.embed(torch.tensor(symbol))
+                elif symbol < base.first_user:
+                    kind, expected = "item", model.item_projector(item_nodes[symbol - base.first_item])
+                elif symbol >= base.first_slot:
+                    kind, expected = "hop", model.hop_tokens.weight[symbol - base.first_slot]
+                elif column == 1:
+                    kind, expected = "own", model.user_projector(mine[row])
+                else:
+                    kind, expected = "other", model.user_projector(model.user_nodes[symbol - base.first_user])
+                kinds.add(kind)
+                torch.testing.assert_close(embeds[row, column], expected)
+    assert kinds == {"text", "item", "hop", "own", "other"}
+    assert bool(model.item_nodes.any()) == bool(model.user_nodes.any()) == bool(mine.any()) == graph
+
+
+PAIRS = [
+    {"side": "user", "anchor": 2, "positive": 0, "weight": "l1"},
+    {"side": "item", "anchor": 2, "positive": 1, "weight": "l2"},
+    {"side": "user", "anchor": 1, "positive": 0, "weight": "l3"},
+]
+
+
+def plain_hidden(model: GALRec, batch: HopBatch) -> list[torch.Tensor]:
+    """Hidden states [T, D] of each prompt by itself, without padding."""
+    attention, embeds = batch.attention, model.embed(batch)
+    lengths = (batch.symbols != PAD).sum(1).tolist()
+    return [
+        model.backbone(embeds[row : row + 1, :n], attention[row : row + 1, :n, :n])[0] for row, n in enumerate(lengths)
+    ]
+
+
+def plain_terms(model: GALRec, batch: HopBatch, before: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """The four sums, with torch's cross-entropy over materialised logits and `info_nce` on the hops' states."""
+    hidden = plain_hidden(model, batch)
+    recommended = torch.zeros(())
+    for row, wanted in enumerate(answers(batch)):
+        for column, items in wanted.items():
+            target = torch.zeros(ITEMS)
+            target[list(items)] = torch.tensor(list(items.values()))
+            recommended += functional.cross_entropy(model.head(hidden[row][column][None], rows_of(model))[0], target)
+    hops = torch.stack([hidden[row][columns] for row, columns in enumerate(in_row(batch, batch.hops))])
+    users = batch.num_users
+    parts = {"user": (hops[:users], batch.nodes[:users]), "item": (hops[users:], batch.nodes[users:])}
+    sums = {"l1": torch.zeros(()), "l2": torch.zeros(()), "l3": torch.zeros(())}
+    for pair in model.config.contrast.pairs:
+        states, nodes = parts[pair.side]
+        tau = model.config.contrast.temperature
+        sums[pair.weight] += info_nce(states[:, pair.anchor], states[:, pair.positive], nodes, *before[pair.side], tau)
+    return torch.stack([recommended, *sums.values()])
+
+
+@pytest.mark.parametrize("pairs", [{}, {"pairs": PAIRS}], ids=["default", "other"])
+def test_the_terms_of_the_loss(pairs, backbone):
+    contrast = {**EVERY_USER_LENDS, "queue": 30, "temperature": 0.2, **pairs}
+    prompter = hop_prompts(random_rows(2, fewest=2), contrast=contrast, max_history=3)
+    model = model_of(prompter, backbone)
+    with torch.no_grad():
+        # Nodes that meet again in the queue, and places of it that are still empty.
+        for side, numbers in (("user", torch.arange(20) % 14), ("item", torch.arange(20))):
+            model.queues[side].enqueue(torch.randn(20, backbone.width), numbers)
+        before = {side: (queue.rows(), queue.ids()) for side, queue in model.queues.items()}
+        batch = prompter.training(np.arange(14), Draws(1))
+        expected = plain_terms(model, batch, before)
+        assert expected.min() > 1
+        for chunks in (1, 3):
+            torch.testing.assert_close(model(batch, chunks), expected, rtol=1e-5, atol=1e-3)
+    users, items = 14, len(batch.nodes) - 14
+    counts = {"default": [users, users, items], "other": [users, items, users]}
+    assert batch.counts.tolist() == [len(batch.answers), *counts["other" if pairs else "default"]]
+    assert list(model.terms) == ["cross_entropy", "l1", "l2", "l3"]
+
+
+def test_weights_are_the_configs_and_terms_of_none_are_zero(backbone):
+    prompter = hop_prompts(TRAIN, contrast={"items": 1.0, "l1": 0.0, "l2": 0.7, "l3": 0.0})
+    model = model_of(prompter, backbone)
+    assert model.terms == {"cross_entropy": 1.0, "l1": 0.0, "l2": 0.7, "l3": 0.0}
+    terms = model(prompter.training(np.arange(3), Draws(0)))
+    assert (terms != 0).tolist() == [True, False, True, False]
+
+
+def test_queues_take_the_positives_of_a_sides_first_pair_after_the_update(backbone):
+    prompter = hop_prompts(TRAIN, contrast={"items": 1.0, "queue": 5})
+    model = model_of(prompter, backbone)
+    batch, other = prompter.training(np.array([0, 2]), Draws(1)), prompter.training(np.array([1]), Draws(1))
+    with torch.no_grad():
+        first = model(batch)
+        torch.testing.assert_close(model(batch), first, rtol=0, atol=0)  # the queues are as they were
+        model._fresh = []
+        for one in (batch, other):  # two passes of one update
+            model(one)
+        assert model.queues["user"].ids().tolist() == [-1] * 5
+        model.after_update()
+        ids = {"user": [0, 2, 1], "item": [*batch.nodes[2:].tolist(), int(other.nodes[1])]}
+        far = [
+            hidden[columns[2]]
+            for one in (batch, other)
+            for hidden, columns in zip(plain_hidden(model, one), in_row(one, one.hops), strict=True)
+        ]
+        for side, numbers in (("user", [0, 1, 4]), ("item", [2, 3, 5])):
+            queue, states = model.queues[side], [far[number] for number in numbers]
+            assert queue.ids().tolist() == [-1, -1, *ids[side]]
+            torch.testing.assert_close(queue.rows()[2:], functional.normalize(torch.stack(states)))
+        model.after_update()
+        assert model.queues["user"].ids().tolist() == [-1, -1, 0, 2, 1]  # nothing enters twice
+
+
+def test_queues_go_through_a_checkpoint(backbone):
+    prompter = hop_prompts(TRAIN, contrast={"items": 1.0, "queue": 4})
+    model, other = model_of(prompter, backbone), model_of(prompter, backbone)
+    batch, later = (prompter.training(np.arange(3), Draws(seed)) for seed in (1, 2))
+    with torch.no_grad():
+        model(batch)
+        model.after_update()
+        state = model.carried_state()
+        assert {name: tuple(value.shape) for name, value in state.items()} == {
+            f"{side}/{name}": shape for side in ("user", "item") for name, shape in (("rows", (4, 16)), ("ids", (4,)))
+        }
+        other(later)  # is forgotten
+        assert not torch.equal(other(batch), model(batch))
+        other.load_carried_state(state)
+        model._fresh = []
+        for one in (model, other):
+            one(later)
+            one.after_update()
+        assert all(torch.equal(value, other.carried_state()[name]) for name, value in model.carried_state().items())
+        assert torch.equal(other(batch), model(batch))
+    assert not any("queue" in name for name in model.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5", "llama"])
+@pytest.mark.parametrize("tuning", ["full", "frozen"])
+def test_gradients_reach_the_trained_parts_only(tuning, kind, backbone_folder):
+    prompter = hop_prompts(TRAIN, tuning=tuning, backbone_lr=0.25)
+    model = model_of(prompter, Backbone(BackboneConfig(name=backbone_folder(kind), layers=2)))
+    terms = model(prompter.training(np.arange(3), Draws(0)), chunks=2)
+    terms.sum().backward()
+    around = {
+        *(f"{part}.{k}" for part in ("item_projector", "user_projector", "head.query") for k in ("weight", "bias")),
+        *("hop_tokens.weight", "item_offsets.weight"),
+        *("head.rows.from_node.weight", "head.rows.from_text.weight", "head.rows.free", "head.bias"),
+    }
+    inside = {name for name, _ in model.named_parameters() if name.startswith("backbone.")}
+    table = {name for name in inside if "word_embeddings" in name or "embed_tokens" in name or "shared" in name}
+    assert len(table) == 1
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == around | (inside - table if tuning == "full" else set())
+    reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 1e-9}
+    # A key's bias moves all scores of a query alike, so its gradient is zero but for rounding.
+    biases = {name for name in trained if name.endswith("key.bias")}
+    assert reached | biases == trained
+    assert model.lr_shares == {"backbone.": 0.25}
+
+
+# ---- dropout
+
+
+def test_dropout_falls_on_training_prompts_and_does_not_depend_on_the_batch(backbone):
+    prompter = hop_prompts(random_rows(2, fewest=2), dropout=0.4)
+    model = model_of(prompter, backbone)
+    users = np.arange(14)
+    batch = prompter.training(users, Draws(1))
+    parts = [prompter.training(users[part], Draws(1)) for part in (slice(3), slice(3, 4), slice(4, 14))]
+    with torch.no_grad():
+        together = model(batch)[0]
+        torch.testing.assert_close(sum(model(part)[0] for part in parts), together, rtol=1e-5, atol=1e-4)
+        assert abs(together - model(replace(batch, dropout_keys=None))[0]) > 1e-2
+        assert abs(together - model(replace(batch, dropout_keys=batch.dropout_keys + 1))[0]) > 1e-2
+        histories = CSR.from_lists([[3, 5], [2]])
+        asked = prompter.recommending(users[:2], histories)
+        plain = hop_prompts(random_rows(2, fewest=2)).recommending(users[:2], histories)
+        assert torch.equal(model.slot_logits(asked), model.slot_logits(plain))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+def test_dropout_falls_on_half_as_many_entries_of_the_node_tokens(rate, backbone):
+    prompter = hop_prompts(CSR.from_lists([list(range(12))] * 60), dropout=rate)
+    model = model_of(prompter, backbone)
+    batch = prompter.training(np.arange(60), Draws(3))
+    is_node = batch.symbols.ge(prompter.symbols.first_item) & batch.symbols.lt(prompter.symbols.first_slot)
+    with torch.no_grad():
+        plain, dropped = (model.embed(one) for one in (replace(batch, dropout_keys=None), batch))
+    assert torch.equal(plain[~is_node], dropped[~is_node])
+    # Prompts of the same item are dropped alike: fewer independent entries than there are.
+    zero = dropped[:60][is_node[:60]] == 0
+    assert abs(float(zero.float().mean()) - rate / 2) < 5 * np.sqrt(0.16 / zero.numel()) + 1e-9
+    kept = dropped[is_node] != 0
+    torch.testing.assert_close(dropped[is_node][kept], plain[is_node][kept] / (1 - rate / 2))
+
+
+# ---- what else may happen
+
+
+def test_prompts_without_targets_have_a_loss_that_can_be_stepped(backbone):
+    prompter = hop_prompts([[3, 3], [3, 3, 3]])
+    model = model_of(prompter, backbone)
+    terms = model(prompter.training(np.arange(2), Draws(0)))
+    terms.sum().backward()
+    assert terms[0] == 0
+    assert model.item_projector.weight.grad.isfinite().all()
+
+
+def test_node_embeddings_are_scaled_and_stay_out_of_the_saved_weights(backbone):
+    model = model_of(hop_prompts([[3, 5]] * 50), backbone)
+    assert torch.allclose(model.item_texts.mean(0), torch.zeros(8), atol=1e-5)
+    assert float(model.item_nodes.std()) == pytest.approx(1)
+    assert float(model.user_nodes.std()) == pytest.approx(1)
+    assert not {"item_nodes", "item_texts", "user_nodes", "item_shares"} & set(model.state_dict())
+
+
+def test_representations_are_the_hidden_states_of_the_task_tokens(backbone):
+    prompter = hop_prompts(TRAIN)
+    model = model_of(prompter, backbone)
+    batch = prompter.training(np.arange(3), Draws(0))
+    with torch.no_grad():
+        found, hidden = model.representations(batch), model.hidden(batch)
+    for row, columns in enumerate(in_row(batch, batch.hops)):
+        assert torch.equal(found[row], hidden[row, columns])

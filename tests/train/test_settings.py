@@ -1,0 +1,100 @@
+import pytest
+
+from raygrec.errors import InputError
+from raygrec.train.settings import GALRecRun, GLTARun, run_config
+
+PLACES = {"store": "s", "out": "o"}
+
+
+def refused(content: dict[str, object]) -> str:
+    """The one line that a config is refused with."""
+    with pytest.raises(InputError) as caught:
+        run_config({**PLACES, **content}, "run.yaml")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith("run.yaml: ")
+    return message
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"), [({}, GLTARun), ({"recipe": "glta"}, GLTARun), ({"recipe": "galrec"}, GALRecRun)]
+)
+def test_the_recipe_picks_the_config(content, expected):
+    config = run_config({**PLACES, **content}, "run.yaml")
+    assert type(config) is expected
+    assert run_config(config.model_dump(mode="json"), "again") == config
+
+
+@pytest.mark.parametrize("recipe", ["GAL-Rec", "", None, 3, ["glta"], {"glta": 1}])
+def test_an_unknown_recipe_is_refused(recipe):
+    assert refused({"recipe": recipe}) == f"run.yaml: key 'recipe': expected one of glta, galrec (got {recipe!r})"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "content", "key"),
+    [
+        ("galrec", {"alignment": {"epochs": 1}}, "alignment"),
+        ("galrec", {"histories": {"epochs": 1}}, "histories"),
+        ("galrec", {"model": {"slots": 3}}, "model.slots"),
+        ("glta", {"model": {"neighbours": {}}}, "model.neighbours"),
+    ],
+)
+def test_a_key_of_the_other_recipe_is_refused(recipe, content, key):
+    assert f"unknown key '{key}'; the nearest known key is" in refused({"recipe": recipe, **content})
+
+
+@pytest.mark.parametrize("weight", ["l1", "l2", "l3"])
+def test_pairs_of_one_weight_on_two_sides_are_refused(weight):
+    """A weight is a term, and a term is a mean over the nodes of one side."""
+    pairs = [
+        {"side": "user", "anchor": 0, "positive": 1, "weight": weight},
+        {"side": "item", "anchor": 0, "positive": 1, "weight": weight},
+    ]
+    message = refused({"recipe": "galrec", "model": {"contrast": {"pairs": pairs}}})
+    assert f"key 'model.contrast': pairs: those of {weight} must all be of users or all of items" in message
+    pairs[1]["side"] = "user"
+    assert (
+        len(
+            run_config(
+                {**PLACES, "recipe": "galrec", "model": {"contrast": {"pairs": pairs}}}, "x"
+            ).model.contrast.pairs
+        )
+        == 2
+    )
+
+
+@pytest.mark.parametrize("hop", [-1, 3])
+def test_a_pair_of_a_hop_that_no_prompt_has_is_refused(hop):
+    pairs = [{"side": "user", "anchor": 0, "positive": hop, "weight": "l1"}]
+    assert "'model.contrast.pairs.0.positive'" in refused({"recipe": "galrec", "model": {"contrast": {"pairs": pairs}}})
+
+
+def test_the_pairs_that_weigh_something():
+    contrast = run_config({**PLACES, "recipe": "galrec", "model": {"contrast": {"l1": 0}}}, "x").model.contrast
+    assert [(pair.anchor, pair.positive, pair.weight) for pair in contrast.active("user")] == [(1, 2, "l2")]
+    assert [(pair.anchor, pair.positive, pair.weight) for pair in contrast.active("item")] == [
+        (0, 2, "l3"),
+        (1, 2, "l3"),
+    ]
+
+
+def test_galrec_has_no_slots_to_decode():
+    message = refused({"recipe": "galrec", "evaluate": {"decoding": "slots"}})
+    assert message == (
+        "run.yaml: evaluate.decoding=slots: GAL-Rec answers at one position; use first or autoregressive"
+    )
+    for decoding in ("first", "autoregressive"):
+        run_config({**PLACES, "recipe": "galrec", "evaluate": {"decoding": decoding}}, "x")
+
+
+def test_glta_needs_a_slot_for_each_item_of_a_list():
+    content = {"evaluate": {"decoding": "slots", "ks": [5, 10]}, "model": {"slots": 9}}
+    assert "model.slots is 9, lists of 10 need as many" in refused(content)
+    run_config({**PLACES, **content, "model": {"slots": 10}}, "x")
+
+
+def test_galrec_under_zero_3_in_bf16_trains_a_frozen_model_only():
+    engine = {"zero_stage": 3, "precision": "bf16"}
+    assert "engine.zero_stage=3 with precision=bf16" in refused({"recipe": "galrec", "engine": engine})
+    content = {**PLACES, "recipe": "galrec", "engine": engine, "model": {"tuning": "frozen"}}
+    assert run_config(content, "x").engine.zero_stage == 3
