@@ -21,7 +21,7 @@ from raygrec.model.backbone import Backbone
 from raygrec.model.contrast import NegativeQueue, contrast_terms
 from raygrec.model.dropout import keyed_dropout
 from raygrec.model.head import CatalogueHead, Targets, catalogue_cross_entropy
-from raygrec.model.nodes import projector, scaled_texts, sum_rows
+from raygrec.model.nodes import projector, scaled_texts, users_of_items
 from raygrec.model.prompts import (
     PromptBatch,
     Symbols,
@@ -124,13 +124,6 @@ class HopBatch(PromptBatch):
     @property
     def counts(self) -> torch.Tensor:
         return torch.tensor([len(self.answers), *self.anchors], dtype=torch.float64)
-
-    def to(self, device: torch.device | str) -> "HopBatch":
-        return replace(
-            self,
-            **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
-            | {"targets": self.targets.to(device)},
-        )
 
     @property
     def attention(self) -> torch.Tensor:
@@ -401,8 +394,7 @@ class GALRec(nn.Module):
 
         def users(numbers: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
             # A user's own token is rebuilt from the history that the prompt shows, which holds no target.
-            counts = batch.history_indptr.diff()
-            shown = sum_rows(self.item_shares[batch.history], counts) / counts.clamp(min=1).sqrt()[:, None]
+            shown = users_of_items(self.item_shares, batch.history, batch.history_indptr.diff())
             mine = batch.own[rows, columns]
             nodes = self.user_nodes[numbers]
             nodes = torch.where(mine[:, None], shown[rows.clamp(max=len(shown) - 1)], nodes)

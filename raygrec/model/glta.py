@@ -18,7 +18,7 @@ from raygrec.draws import Draws
 from raygrec.model.backbone import Backbone
 from raygrec.model.dropout import keyed_dropout
 from raygrec.model.head import CatalogueHead, Targets, catalogue_cross_entropy
-from raygrec.model.nodes import projector, scaled_texts, sum_rows
+from raygrec.model.nodes import projector, scaled_texts, sum_rows, users_of_items
 from raygrec.model.profiles import telling_terms
 from raygrec.model.prompts import (
     PromptBatch,
@@ -404,12 +404,18 @@ class GLTA(nn.Module):
                 return tokens
             return keyed_dropout(tokens, self.config.dropout / 2, batch.dropout_keys[rows], columns, use=2)
 
+        here = (batch.symbols >= self.symbols.first_user) & (batch.symbols < self.symbols.first_slot)
+        user_rows = here.nonzero()[:, 0]
+        user_tokens = self._user_tokens(batch, batch.symbols[here] - self.symbols.first_user, user_rows)
+
         def users(numbers: torch.Tensor, rows: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-            return self.user_projector(self._user_vectors(batch, numbers, rows))
+            return user_tokens
 
         def slots(numbers: torch.Tensor, rows: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
             tokens = self.answer_slots(numbers)
-            return tokens if self.slot_seed == "none" else tokens + self._slot_seeds(batch)[rows]
+            if self.slot_seed == "none":
+                return tokens
+            return tokens + self._slot_seeds(batch).index_add(0, user_rows, user_tokens)[rows]
 
         return embed_symbols(batch.symbols, self.symbols, self.backbone.embed, items, users, slots)
 
@@ -432,29 +438,23 @@ class GLTA(nn.Module):
             nn.init.zeros_(self.answer_slots.weight)
 
     def _slot_seeds(self, batch: PromptBatch) -> torch.Tensor:
-        """What each prompt's answer slots start from: [B, D], the token of the newest item, or of the sum of items,
-        and the prompt's user token where it has one."""
+        """What each prompt's answer slots start from besides its user token: [B, D], the token of the newest item, or
+        of the sum of items."""
         counts = batch.history_indptr.diff()
         if self.slot_seed == "newest":
             shown = torch.cat([batch.history, batch.history.new_zeros(1)])  # prompts may show nothing
             vectors = self._nodes(shown[(batch.history_indptr[1:] - 1).clamp(min=0)])
         else:
             vectors = sum_rows(self._nodes(batch.history), counts) / counts.clamp(min=1).sqrt()[:, None]
-        seeds = self.item_projector(vectors) * (counts > 0)[:, None]
-        here = (batch.symbols >= self.symbols.first_user) & (batch.symbols < self.symbols.first_slot)
-        rows = here.nonzero()[:, 0]
-        users = self._user_vectors(batch, batch.symbols[here] - self.symbols.first_user, rows)
-        return seeds.index_add(0, rows, self.user_projector(users))
+        return self.item_projector(vectors) * (counts > 0)[:, None]
 
-    def _user_vectors(self, batch: PromptBatch, users: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Node vectors [n, d] of the prompts' users; zero where dropped out."""
+    def _user_tokens(self, batch: PromptBatch, users: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """V_u = W_u E_u + b_u [n, D] of the prompts' users; E_u zero where dropped out."""
         if self.config.user_vector == "leave_out":
-            counts = batch.history_indptr.diff()
-            sums = sum_rows(self.item_shares[batch.history], counts)
-            vectors = (sums / counts.clamp(min=1).sqrt()[:, None])[rows]
+            vectors = users_of_items(self.item_shares, batch.history, batch.history_indptr.diff())[rows]
         else:
             vectors = self.user_nodes[users]
-        return vectors * batch.user_kept[rows, None]
+        return self.user_projector(vectors * batch.user_kept[rows, None])
 
 
 def _grid(values: np.ndarray) -> CSR:

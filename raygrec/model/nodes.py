@@ -29,3 +29,9 @@ def sum_rows(vectors: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """[B, d]: the first counts[0] of `vectors` [n, d] added up, then the next counts[1], …"""
     row_of = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
     return vectors.new_zeros(len(counts), vectors.shape[1]).index_add(0, row_of, vectors)
+
+
+def users_of_items(item_shares_Id: torch.Tensor, items_n: torch.Tensor, counts_B: torch.Tensor) -> torch.Tensor:
+    """Node vectors [B, d] of users known by their items alone, |H|^-1/2 Σ shares: `propagate_users` on `counts_B[b]`
+    entries of `items_n` each."""
+    return sum_rows(item_shares_Id[items_n], counts_B) / counts_B.clamp(min=1).sqrt()[:, None]

@@ -5,6 +5,7 @@ No tokenizer runs here: phrases and terms come tokenised, prompts are gathered w
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -58,8 +59,8 @@ class PromptBatch:
     user_kept: torch.Tensor
     dropout_keys: torch.Tensor | None = None
 
-    def to(self, device: torch.device | str) -> "PromptBatch":
-        return replace(self, **{name: value.to(device) for name, value in vars(self).items() if value is not None})
+    def to(self, device: torch.device | str) -> Self:
+        return replace(self, **{name: value.to(device) for name, value in vars(self).items() if hasattr(value, "to")})
 
     @property
     def counts(self) -> torch.Tensor:

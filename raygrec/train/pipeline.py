@@ -68,9 +68,8 @@ def _align_items(
     file = folder.parts_file("alignment")
     if not file.exists():
         model = build_model(config, store, builder, folder, distributed)
-        _freeze(model.user_projector, model.item_offsets)
-        if model.head.rows.free is not None:
-            model.head.rows.free.requires_grad_(False)  # matching descriptions is for the maps, not for single rows
+        # Matching descriptions is for the maps, not for single items' offsets and rows.
+        _freeze(model.user_projector, model.item_offsets, model.head.rows.free)
         size = min(config.model.alignment_items, builder.symbols.items)
         stage = Stage(
             name="alignment",
@@ -168,10 +167,10 @@ def _stage_3_model(
     return model
 
 
-def _freeze(*modules: nn.Module | None) -> None:
-    for module in modules:
-        if module is not None:
-            module.requires_grad_(False)
+def _freeze(*parts: nn.Module | nn.Parameter | None) -> None:
+    for part in parts:
+        if part is not None:
+            part.requires_grad_(False)
 
 
 def _final(
