@@ -10,12 +10,15 @@ import argparse
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
@@ -23,73 +26,144 @@ WORK = Path(os.environ.get("RAYGREC_WORK", ROOT / "runs" / "quality"))
 
 STORES = {
     "beauty": ("sequences", "amazon_beauty", []),
+    "toys": ("sequences", "amazon_toys", []),
     "ml-100k": ("movielens", "ml-100k", ["k_core=0", "split=ratio"]),
     "ml-100k-time": ("movielens", "ml-100k", ["k_core=0", "split=global-time"]),
 }
-TITLES = {
-    "beauty": "Amazon Beauty, leave-one-out",
-    "ml-100k": "MovieLens-100K, per-user 80/20 random",
-    "ml-100k-time": "MovieLens-100K, global time",
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method or variant: a job, and how it differs from it."""
+
+    kind: Literal["method", "baseline", "ablation", "trap"]
+    job: str
+    settings: tuple[str, ...] = ()
+    shares: bool = False
+    """GLTA: differs in nothing that the early stages read, and goes on from where prompts become whole."""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What is compared on one data set; the one cell of kind `method` is what ablations and traps differ from."""
+
+    title: str
+    store: str
+    cells: dict[str, Cell]
+    decodings: tuple[str, ...] = ()
+    note: str = ""
+
+    @property
+    def method(self) -> str:
+        return next(name for name, cell in self.cells.items() if cell.kind == "method")
+
+
+def glta(title: str, store: str, job: str) -> Suite:
+    def ablation(*settings: str, shares: bool = True) -> Cell:
+        return Cell("ablation", job, settings, shares)
+
+    # Trap: node embeddings know the training targets. How users' and items' vectors are made, and what that does.
+    cells = {
+        "GLTA": Cell("method", job),
+        "GLTA without item alignment": ablation("model.item_alignment=false", shares=False),
+        "GLTA without user alignment": ablation("model.user_token=id"),
+        "GLTA without profile": ablation("model.texts.profile=false"),
+        "GLTA without prediction": ablation("model.texts.prediction=false"),
+        "GLTA without both texts": ablation("model.texts.profile=false", "model.texts.prediction=false"),
+        "full user vector": Cell("trap", job, ("model.user_vector=full",), True),
+        "full user vector, half dropped out": Cell(
+            "trap", job, ("model.user_vector=full", "model.user_dropout=0.5"), True
+        ),
+        "item nodes from four folds": Cell("trap", job, ("graph.folds=4",)),
+    }
+    return Suite(title, store, cells, ("slots", "autoregressive"))
+
+
+def galrec(title: str, store: str, published: str) -> Suite:
+    def baseline(job: str, *settings: str) -> Cell:
+        return Cell("baseline", job, settings)
+
+    def ablation(*settings: str) -> Cell:
+        return Cell("ablation", "galrec.yaml", settings)
+
+    cells = {
+        "RLMRec-Con": baseline("rlmrec.yaml"),
+        "SASRec-CE": baseline("sasrec.yaml"),
+        "SASRec-CE + text": baseline("sasrec.yaml", "model.text_vectors=true"),
+        "BSARec-like": baseline("bsarec.yaml"),
+        "GAL-Rec": Cell("method", "galrec.yaml"),
+        "GAL-Rec without L1": ablation("model.contrast.l1=0"),
+        "GAL-Rec without L2": ablation("model.contrast.l2=0"),
+        "GAL-Rec without L3": ablation("model.contrast.l3=0"),
+        "GAL-Rec without L1, L2, L3": ablation(*(f"model.contrast.l{n}=0" for n in (1, 2, 3))),
+        "GAL-Rec without queue": ablation("model.contrast.queue=0"),
+        "GAL-Rec without items' one-hop neighbours": ablation("model.neighbours.one_hop=0"),
+        "GAL-Rec without two-hop neighbours": ablation("model.neighbours.two_hop=0"),
+        "GAL-Rec without text vectors": ablation("model.text_vectors=false"),
+        "GAL-Rec without graph vectors": ablation("model.graph_vectors=false"),
+        "GAL-Rec without tuning of the LM": ablation("model.tuning=frozen"),
+        "GAL-Rec without pretraining of the LM": ablation("backbone.pretrained=false"),
+    }
+    return Suite(title, store, cells, note=f"Published under the same protocol, N@10: {published}.")
+
+
+SUITES = {
+    "beauty": glta("GLTA on Amazon Beauty, leave-one-out", "beauty", "glta.yaml"),
+    "ml-100k": glta("GLTA on MovieLens-100K, per-user 80/20 random", "ml-100k", "glta-ml100k.yaml"),
+    "ml-100k-time": glta("GLTA on MovieLens-100K, global time", "ml-100k-time", "glta-ml100k.yaml"),
+    "galrec-beauty": galrec("GAL-Rec on Amazon Beauty, leave-one-out", "beauty", "BSARec .0610, GRAM .0531"),
+    "galrec-toys": galrec("GAL-Rec on Amazon Toys, leave-one-out", "toys", "BSARec .0663, GRAM .0603"),
 }
-VARIANTS: dict[str, list[str]] = {
-    "GLTA": [],
-    "without item alignment": ["model.item_alignment=false"],
-    "without user alignment": ["model.user_token=id"],
-    "without profile": ["model.texts.profile=false"],
-    "without prediction": ["model.texts.prediction=false"],
-    "without both texts": ["model.texts.profile=false", "model.texts.prediction=false"],
-}
-# Trap: node embeddings know the training targets. How the user vector is made, and what that does.
-TRAPS: dict[str, list[str]] = {
-    "full user vector": ["model.user_vector=full"],
-    "full user vector, half dropped out": ["model.user_vector=full", "model.user_dropout=0.5"],
-    "cross-fitted LightGCN": ["model.user_vector=cross_fit"],
-}
-SETTINGS = VARIANTS | TRAPS
-# These differ from GLTA in nothing that its first stages read: they go on from where its prompts become whole.
-SHARES_EARLY_STAGES = set(SETTINGS) - {"GLTA", "without item alignment", "cross-fitted LightGCN"}
-DECODINGS = ("slots", "autoregressive")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="make what is missing")
-    run.add_argument("suite", choices=STORES)
+    run.add_argument("suite", choices=SUITES)
     run.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    run.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(SETTINGS))
-    run.add_argument("--decodings", nargs="*", default=list(DECODINGS), choices=DECODINGS, help="besides `first`")
+    run.add_argument("--cells", nargs="+", help="by default all but the traps")
+    run.add_argument("--decodings", nargs="*", help="besides `first`; by default all")
     run.add_argument("--threads", type=int, default=2)
     commands.add_parser("report", help="write docs/RESULTS.md")
     arguments = parser.parse_args()
     if arguments.command == "report":
         from bench.report import write_report
 
-        write_report(RESULTS, ROOT / "docs" / "RESULTS.md", TITLES, list(VARIANTS), list(TRAPS))
+        write_report(RESULTS, ROOT / "docs" / "RESULTS.md", SUITES)
         return
+    suite = SUITES[arguments.suite]
+    names = arguments.cells or [name for name, cell in suite.cells.items() if cell.kind != "trap"]
+    unknown = set(names) - set(suite.cells)
+    if unknown:
+        parser.error(f"cell '{min(unknown)}': expected one of {', '.join(suite.cells)}")
+    decodings = suite.decodings if arguments.decodings is None else arguments.decodings
     for seed in arguments.seeds:
-        for variant in arguments.variants:
-            one(arguments.suite, variant, seed, arguments.threads, arguments.decodings)
+        for name in names:
+            one(arguments.suite, name, seed, arguments.threads, decodings)
 
 
-def result_file(suite: str, variant: str, seed: int) -> Path:
-    return RESULTS / suite / f"{variant.replace(' ', '-')}-s{seed}.json"
+def result_file(suite: str, name: str, seed: int) -> Path:
+    return RESULTS / suite / f"{re.sub('[^A-Za-z0-9]+', '-', name)}-s{seed}.json"
 
 
-def one(suite: str, variant: str, seed: int, threads: int, decodings: list[str]) -> None:
+def one(suite_name: str, name: str, seed: int, threads: int, decodings: Sequence[str]) -> None:
     """Trains one cell in a process of its own, ranks with other decodings where asked, and writes its file."""
-    file = result_file(suite, variant, seed)
+    suite = SUITES[suite_name]
+    cell, file = suite.cells[name], result_file(suite_name, name, seed)
     known = json.loads(file.read_text()) if file.exists() else None
-    wanted = decodings if variant == "GLTA" else []
+    wanted = decodings if cell.kind == "method" else []
     if known and all(mode in known["metrics"].get("decodings", {}) for mode in wanted):
         return
-    out = WORK / suite / file.stem
-    settings = [f"store={prepare(suite)}", f"out={out}", f"seed={seed}", *SETTINGS[variant]]
-    if variant in SHARES_EARLY_STAGES and not out.exists():
-        start_after_early_stages(WORK / suite / result_file(suite, "GLTA", seed).stem, out, job(suite), settings)
+    out = WORK / suite_name / file.stem
+    settings = [f"store={prepare(suite.store)}", f"out={out}", f"seed={seed}", *cell.settings]
+    if cell.shares and not out.exists():
+        start_after_early_stages(
+            WORK / suite_name / result_file(suite_name, "GLTA", seed).stem, out, cell.job, settings
+        )
     raygrec = [sys.executable, "-m", "raygrec.cli"]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    command = ["train", f"jobs/{job(suite)}", *settings]
+    command = ["train", f"jobs/{cell.job}", *settings]
     started = time.time()
     call([*raygrec, *command, "--local", *(["--resume"] if out.exists() else [])], environment)
     seconds = time.time() - started
@@ -100,12 +174,12 @@ def one(suite: str, variant: str, seed: int, threads: int, decodings: list[str])
             found = call([*raygrec, "evaluate", str(out), "--decoding", mode, "--json"], environment)
             metrics["decodings"][mode] = json.loads(found)
     history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
-    shown = [f"store=stores/{suite}", f"out=runs/{suite}-s{seed}", f"seed={seed}", *SETTINGS[variant], "--local"]
+    shown = [f"store=stores/{suite.store}", f"out=runs/{file.stem}", f"seed={seed}", *cell.settings, "--local"]
     result = {
-        "suite": suite,
-        "variant": variant,
+        "suite": suite_name,
+        "variant": name,
         "seed": seed,
-        "command": " ".join(["raygrec train", f"jobs/{job(suite)}", *shown]),
+        "command": " ".join(["raygrec train", f"jobs/{cell.job}", *shown]),
         "metrics": metrics,
         "history": history,
         "seconds": known["seconds"] if known else seconds,
@@ -140,15 +214,11 @@ def start_after_early_stages(donor: Path, out: Path, job_file: str, settings: li
             folder.report(record)
 
 
-def job(suite: str) -> str:
-    return "glta.yaml" if suite == "beauty" else "glta-ml100k.yaml"
-
-
-def prepare(suite: str) -> Path:
-    """The suite's store, made from RAYGREC_DATA where it is not there yet."""
-    store = WORK / "stores" / suite
+def prepare(name: str) -> Path:
+    """The store of that name, made from RAYGREC_DATA where it is not there yet."""
+    store = WORK / "stores" / name
     if not store.exists():
-        layout, folder, options = STORES[suite]
+        layout, folder, options = STORES[name]
         source = Path(os.environ["RAYGREC_DATA"]) / folder
         command = ["prepare", layout, str(source), "--out", str(store), *options]
         call([sys.executable, "-m", "raygrec.cli", *command], dict(os.environ))

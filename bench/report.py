@@ -8,16 +8,15 @@ from typing import Any
 from raygrec.evaluate.tables import Row, markdown_table
 
 METRIC = "ndcg@10"
-DECODING_NAMES = {"slots": "GLTA, slots decoding", "autoregressive": "GLTA, autoregressive decoding"}
 
 
-def write_report(results: Path, out: Path, titles: dict[str, str], variants: list[str], traps: list[str]) -> None:
-    """Writes one section per suite that has results."""
+def write_report(results: Path, out: Path, suites: dict[str, Any]) -> None:
+    """Writes one section per suite whose method has results. suites: name -> `bench.quality.Suite`."""
     sections = [HEADER]
-    for suite, title in titles.items():
-        found = [json.loads(file.read_text()) for file in sorted((results / suite).glob("*.json"))]
-        if any(result["variant"] == "GLTA" for result in found):
-            sections.append(_suite(title, found, variants, traps))
+    for name, suite in suites.items():
+        found = [json.loads(file.read_text()) for file in sorted((results / name).glob("*.json"))]
+        if any(result["variant"] == suite.method for result in found):
+            sections.append(_suite(suite, found))
     zero = results / "zero.json"
     if zero.exists():
         sections.append(_zero(json.loads(zero.read_text())))
@@ -35,40 +34,47 @@ too) and is the very one whose embeddings GLTA reads in the same run.
 """
 
 
-def _suite(title: str, found: list[dict[str, Any]], variants: list[str], traps: list[str]) -> str:
-    by_variant = {name: [r for r in found if r["variant"] == name] for name in (*variants, *traps)}
-    full = by_variant["GLTA"]
+def _suite(suite: Any, found: list[dict[str, Any]]) -> str:
+    by_name = {name: [r for r in found if r["variant"] == name] for name in suite.cells}
+    method = by_name[suite.method]
+
+    def done(kind: str) -> list[str]:
+        return [name for name, cell in suite.cells.items() if cell.kind == kind and by_name[name]]
+
+    def row(name: str) -> Row:
+        return Row(name, [result["metrics"]["test"] for result in by_name[name]])
+
     rows = [
-        Row(name, [result["metrics"]["baselines"][name]["test"] for result in full])
+        Row(name, [result["metrics"]["baselines"][name]["test"] for result in method])
         for name in ("Popularity", "LightGCN")
     ]
-    rows.append(Row("GLTA, first-slot decoding", [result["metrics"]["test"] for result in full]))
-    for mode, name in DECODING_NAMES.items():
-        done = [
-            result["metrics"]["decodings"][mode]["test"] for result in full if mode in result["metrics"]["decodings"]
-        ]
-        if done:
-            rows.append(Row(name, done))
-    ablations = [name for name in variants if name != "GLTA" and by_variant[name]]
-    rows += [Row(f"GLTA {name}", [r["metrics"]["test"] for r in by_variant[name]]) for name in ablations]
-    example = full[0]
+    rows += [*map(row, done("baseline")), row(suite.method)]
+    for mode in suite.decodings:
+        ranked = [r["metrics"]["decodings"][mode]["test"] for r in method if mode in r["metrics"]["decodings"]]
+        if ranked:
+            rows.append(Row(f"{suite.method}, {mode} decoding", ranked))
+    rows += map(row, done("ablation"))
+    example = method[0]
     versions = ", ".join(f"{name} {version}" for name, version in example["machine"]["versions"].items())
+    seeds = sorted({len(by_name[name]) for name in suite.cells if by_name[name]})
+    texts = f"text source: {example['metrics']['texts']}; " if "texts" in example["metrics"] else ""
     lines = [
-        f"## {title}\n",
-        f"{len(full)} seed{'s' if len(full) != 1 else ''}; text source: {example['metrics']['texts']}; "
-        f"{example['machine']['processor']}; {versions}.\n",
+        f"## {suite.title}\n",
+        f"{' to '.join(map(str, seeds))} seed{'s' if seeds[-1] != 1 else ''} a row (no ±: one); {texts}"
+        f"{example['machine']['processor']}; {versions}. {suite.note}\n",
         markdown_table(rows),
         f"One cell: `{example['command']}`; all of them: `python -m bench.quality run {example['suite']}`.\n",
     ]
-    if ablations:
-        lines += ["### What each part adds\n", _signs(full, {name: by_variant[name] for name in ablations})]
-    shown = [name for name in traps if by_variant[name]]
-    if shown:
+    if done("ablation"):
+        lines += ["### What each part adds\n", _signs(method, {name: by_name[name] for name in done("ablation")})]
+    if done("trap"):
         lines += [
             "### Node embeddings that know the training targets\n",
             "The loss of the last training epoch, and N@10 on validation and test. A model that looks the answer up "
             "has a low training loss and ranks badly.\n",
-            _traps({"GLTA (leave-out user vector)": full, **{name: by_variant[name] for name in shown}}),
+            _traps(
+                {f"{suite.method} (leave-out user vector)": method, **{name: by_name[name] for name in done("trap")}}
+            ),
         ]
     return "\n".join(lines)
 
@@ -82,7 +88,7 @@ def _signs(full: list[dict[str, Any]], ablations: dict[str, list[dict[str, Any]]
         if lost:
             spread = f" ± {statistics.stdev(lost):.4f}" if len(lost) > 1 else ""
             helped = f"{sum(value > 0 for value in lost)} of {len(lost)}"
-            lines.append(f"| {name.removeprefix('without ')} | {statistics.fmean(lost):+.4f}{spread} | {helped} |")
+            lines.append(f"| {name.split(' without ')[1]} | {statistics.fmean(lost):+.4f}{spread} | {helped} |")
     return "\n".join(lines) + "\n"
 
 

@@ -116,9 +116,10 @@ def _show_metrics(metrics: dict[str, Any], run: Path, as_json: bool) -> None:
         from rich.console import Console
 
         from raygrec.evaluate.tables import Row, terminal_table
+        from raygrec.train.folder import RunFolder
 
         rows = [Row(name, [both["test"]]) for name, both in metrics.get("baselines", {}).items()]
-        rows.append(Row("GLTA", [metrics["test"]]))
+        rows.append(Row(RunFolder(run).config().name, [metrics["test"]]))
         ks = sorted(int(name.partition("@")[2]) for name in metrics["test"] if name.startswith("ndcg@"))
         shown = [f"{name}@{k}" for k in ks for name in ("precision", "ndcg", "hit")]
         Console().print(terminal_table(rows, title="test, full ranking", metrics=shown))

@@ -11,7 +11,7 @@ import pytest
 
 from raygrec import cli
 from raygrec.train.folder import RunFolder
-from tests.train.workers import tiny_config
+from tests.train.workers import tiny_config, tiny_sequential_config
 
 
 @pytest.fixture
@@ -81,6 +81,15 @@ def test_evaluating_shows_a_table_of_the_runs_own_cut_offs(raygrec, trained):
     names = ("precision@2", "ndcg@2", "hit@2", "precision@3", "ndcg@3", "hit@3")
     assert row.split() == ["GLTA", *(f"{test[name]:.4f}".removeprefix("0") for name in names)]
     assert folder == f"run folder: {out}"
+
+
+def test_a_table_names_the_runs_own_method(raygrec, tiny_store, tiny_backbone, tmp_path):
+    config = tiny_sequential_config(tiny_store.path, tiny_backbone, tmp_path / "run", train={"epochs": 1})
+    file = tmp_path / "run.yaml"
+    file.write_text(config.model_dump_json())
+    code, output, _ = raygrec("train", file, "--local")
+    assert code == 0
+    assert [line[:18].strip() for line in output.splitlines()[2:4]] == ["Popularity", "BSARec-like + text"]
 
 
 def test_recommending(raygrec, trained, tiny_store, tmp_path):

@@ -1,11 +1,14 @@
-"""Baseline scorers for the full ranking: popularity and LightGCN."""
+"""Baselines that need no training of their own: popularity, and LightGCN or RLMRec-Con from node embeddings."""
 
 import numpy as np
 import torch
+from torch import nn
 
 from raygrec.data.arrays import CSR
 from raygrec.evaluate.ranking import Score
 from raygrec.graph.lightgcn import NodeEmbeddings, propagate_users
+from raygrec.model.nodes import users_of_items
+from raygrec.model.prompts import PromptBatch, Symbols, as_targets
 
 
 def popularity_scores(train: CSR, num_items: int) -> Score:
@@ -31,3 +34,48 @@ def lightgcn_scores(embeddings: NodeEmbeddings, histories: CSR | None = None) ->
         return users_Bd @ embeddings.items.T
 
     return score
+
+
+class GraphPrompts:
+    """Prompts that are a user and its history; there is nothing to train on."""
+
+    causal = False
+
+    def __init__(self, num_items: int, train: CSR) -> None:
+        self.symbols = Symbols(text=0, items=num_items, users=len(train), slots=0)
+        self.train = train
+
+    def recommending(
+        self, users: np.ndarray, histories: CSR, stage: str = "test", slots: int | None = None
+    ) -> PromptBatch:
+        """One symbol per user, that answers for its history. `stage`, `slots`: as in GLTA, unused."""
+        symbols = torch.from_numpy(self.symbols.first_user + np.asarray(users, dtype=np.int64))[:, None]
+        none = np.zeros(0, dtype=np.int64)
+        return PromptBatch(
+            symbols=symbols,
+            segments=torch.zeros_like(symbols),
+            slots=torch.arange(len(users))[:, None],
+            answers=torch.from_numpy(none),
+            targets=as_targets(none, none, 0),
+            history_indptr=torch.from_numpy(histories.indptr),
+            history=torch.from_numpy(histories.indices.astype(np.int64)),
+            tables=torch.zeros(len(users), dtype=torch.int64),
+            user_kept=torch.ones(len(users), dtype=torch.bool),
+        )
+
+
+class GraphModel(nn.Module):
+    """Node embeddings as a model: `lightgcn_scores` of prompts' histories."""
+
+    def __init__(self, symbols: Symbols, embeddings: NodeEmbeddings) -> None:
+        super().__init__()
+        self.symbols = symbols
+        self.items = nn.Parameter(embeddings.items)
+        self.users_ego = nn.Parameter(embeddings.users_ego)
+        self.items_inductive = nn.Parameter(embeddings.items_inductive)
+
+    def slot_logits(self, batch: PromptBatch, slots: int | None = None) -> torch.Tensor:
+        """Scores [B, 1, I]."""
+        own_Bd = self.users_ego[batch.symbols[:, 0] - self.symbols.first_user]
+        rebuilt_Bd = users_of_items(self.items_inductive, batch.history, batch.history_indptr.diff())
+        return ((own_Bd + rebuilt_Bd) @ self.items.T)[:, None]

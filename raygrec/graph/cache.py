@@ -4,17 +4,29 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from raygrec.data.arrays import CSR
-from raygrec.graph.lightgcn import LightGCNConfig, NodeEmbeddings, pretrain
+from raygrec.graph.lightgcn import LightGCNConfig, NodeEmbeddings, pretrain, pretrain_folds
 
-CODE_VERSION = 1  # raise it when a change to lightgcn.py changes the embeddings
+CODE_VERSION = 2  # raise it when a change to lightgcn.py changes the embeddings
 
 
-def cache_key(train: CSR, valid: CSR | None, num_items: int, config: LightGCNConfig, seed: int) -> str:
-    """SHA-256 over the edges, the validation items, the config, the seed and the version of the code."""
+def cache_key(
+    train: CSR,
+    valid: CSR | None,
+    num_items: int,
+    config: LightGCNConfig,
+    seed: int,
+    texts: torch.Tensor | None = None,
+) -> str:
+    """SHA-256 over the edges, the validation items, the config, the seed, the texts that the config gives weight
+    and the version of the code."""
     digest = hashlib.sha256()
-    digest.update(f"lightgcn {CODE_VERSION} {num_items} {seed} {config.model_dump_json()}".encode())
+    settings = config.model_dump_json(exclude=None if config.text_weight else {"text_weight", "text_temperature"})
+    digest.update(f"lightgcn {CODE_VERSION} {num_items} {seed} {settings}".encode())
+    if config.text_weight and texts is not None:
+        digest.update(texts.numpy().astype("<f4"))
     for interactions in (train, valid):
         if interactions is None:
             digest.update(b"none")
@@ -33,16 +45,21 @@ def load_or_pretrain(
     seed: int,
     folder: Path,
     device: str = "cpu",
+    texts: torch.Tensor | None = None,
 ) -> NodeEmbeddings:
     """Returns the embeddings in `folder` made from exactly these inputs; trains and saves them otherwise.
 
     The file is `lightgcn-<first 16 digits of the key>.safetensors`; its header holds config, seed and
-    history. The device is not part of the key.
+    history. The device is not part of the key. `config.folds` fits more are made where it asks for them.
     """
-    path = folder / f"lightgcn-{cache_key(train, valid, num_items, config, seed)[:16]}.safetensors"
+    path = folder / f"lightgcn-{cache_key(train, valid, num_items, config, seed, texts)[:16]}.safetensors"
     if path.exists():
         return NodeEmbeddings.load(path)
-    embeddings, history = pretrain(train, num_items, config, seed, valid, device=device)
+    embeddings, history = pretrain(train, num_items, config, seed, valid, device=device, texts=texts)
+    if config.folds:
+        best = int(np.nanargmax(history["ndcg@10"])) if valid is not None else -1
+        epochs = int(history["epoch"][best])
+        embeddings = pretrain_folds(train, num_items, config, seed, embeddings, epochs, device, texts)
     folder.mkdir(parents=True, exist_ok=True)
     embeddings.save(path, {"config": config.model_dump(), "seed": seed, "history": history})
     return embeddings

@@ -3,22 +3,25 @@
 import json
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn import functional
 
 from raygrec.config import StrictConfig
 from raygrec.data.arrays import CSR
+from raygrec.draws import Draws
 from raygrec.errors import InputError
 from raygrec.evaluate.ranking import evaluate_scores
+from raygrec.graph.text_contrast import TextContrast
 from raygrec.progress import progress_bar
 
+_FOLDS = 1  # what a draw is for
 INITIAL_SCALE = 0.1  # standard deviation of the ego embeddings at the start, as in the authors' code
 
 
@@ -34,6 +37,23 @@ class LightGCNConfig(StrictConfig):
     epochs: int = Field(50, ge=1)
     evaluate_every: int = Field(10, ge=1)
     patience: int = Field(3, ge=1)
+    folds: int = Field(0, ge=0)
+    """[ours] LightGCN is fitted so many times more, each time without the edges of one part of the users; recipes read
+    a user's history from the fit that knows none of the user's edges. 0: from the one fit on all edges."""
+    text_weight: float = Field(0.0, ge=0)
+    """Weight of RLMRec-Con's contrast between nodes and the language model's text vectors; 0 is plain LightGCN."""
+    text_temperature: float = Field(0.2, gt=0)
+
+    @field_validator("folds")
+    @classmethod
+    def _one_fold_is_none(cls, folds: int) -> int:
+        if folds == 1:
+            raise ValueError("one fold would be fitted on no edge; use 0 (no folds) or 2 and more")
+        return folds
+
+    @property
+    def name(self) -> str:
+        return "RLMRec-Con" if self.text_weight else "LightGCN"
 
 
 @dataclass(frozen=True)
@@ -43,12 +63,28 @@ class NodeEmbeddings:
     users [U, d] and items [I, d]: averaged over the layers, eq. (8).
     users_ego [U, d]: the part of `users` that is the user's own, e_u^(0) / (L + 1).
     items_inductive [I, d]: what one item gives to a user who holds it (see `propagate_users`).
+    fold_of [U] int64: the user's fold, 1…K; 0 where there are no folds.
+    fold_items, fold_shares [K, I, d]: `items` and `items_inductive` of the fit without fold k + 1, turned into the
+    space of `items`.
     """
 
     users: torch.Tensor
     items: torch.Tensor
     users_ego: torch.Tensor
     items_inductive: torch.Tensor
+    fold_of: torch.Tensor
+    fold_items: torch.Tensor
+    fold_shares: torch.Tensor
+
+    @property
+    def item_tables(self) -> torch.Tensor:
+        """[K + 1, I, d]: `items`, which knows every edge, then those that do not know fold 1…K's."""
+        return torch.cat([self.items[None], self.fold_items])
+
+    @property
+    def share_tables(self) -> torch.Tensor:
+        """[K + 1, I, d], as `item_tables`."""
+        return torch.cat([self.items_inductive[None], self.fold_shares])
 
     def save(self, path: Path, metadata: dict[str, object] | None = None) -> None:
         """Writes one safetensors file, atomically; `metadata` goes into its header as JSON values."""
@@ -163,11 +199,15 @@ def node_embeddings(adjacency: torch.Tensor, ego: torch.Tensor, layers: int, num
     shallow = (
         propagate(adjacency, ego, layers - 1)[num_users:] * layers if layers else torch.zeros_like(ego[num_users:])
     )
+    items = final[num_users:]
     return NodeEmbeddings(
         users=final[:num_users],
-        items=final[num_users:],
+        items=items,
         users_ego=ego[:num_users] / (layers + 1),
         items_inductive=shallow * degrees.rsqrt()[:, None] / (layers + 1),
+        fold_of=torch.zeros(num_users, dtype=torch.int64, device=ego.device),
+        fold_items=items.new_zeros(0, *items.shape),
+        fold_shares=items.new_zeros(0, *items.shape),
     )
 
 
@@ -226,25 +266,33 @@ def pretrain(
     valid: CSR | None = None,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
     device: str | torch.device = "cpu",
+    title: str = "LightGCN epochs",
+    texts: torch.Tensor | None = None,
 ) -> tuple[NodeEmbeddings, dict[str, list[float]]]:
     """Trains LightGCN on `train` [U rows of items] and returns its embeddings on the CPU, and the history.
 
     With `valid` [U rows], stops once NDCG@10 on it has not risen for `patience` evaluations, and returns the
     best epoch's embeddings; without it, the last epoch's. The history lists epoch, loss and ndcg@10 (NaN
-    without `valid`) of every epoch that was evaluated.
+    without `valid`) of every epoch that was evaluated. texts: [I, t], where the config gives them weight.
     Raises `InputError` for items out of range, no usable interaction, or a loss that is not finite.
     """
     generator = torch.Generator(device).manual_seed(seed)
     adjacency = normalized_adjacency(train, num_items).to(device)
     triplets = _Triplets(train, num_items, config.negatives, generator)
     ego = torch.empty(adjacency.shape[0], config.dim, device=device).normal_(0, INITIAL_SCALE, generator=generator)
-    optimizer = torch.optim.Adam([ego.requires_grad_()], lr=config.lr, fused=True)
+    contrast = None
+    if config.text_weight:
+        if texts is None:
+            raise InputError("LightGCN: text_weight asks for the items' text vectors")
+        contrast = TextContrast(texts, train, config.dim, config.text_temperature, generator)
+    trained = [ego.requires_grad_(), *(contrast.parameters() if contrast else ())]
+    optimizer = torch.optim.Adam(trained, lr=config.lr, fused=True)
     history: dict[str, list[float]] = {"epoch": [], "loss": [], "ndcg@10": []}
     best, best_ego, waited = -1.0, ego, 0
     with progress_bar() as bar:
-        task = bar.add_task("LightGCN epochs", total=config.epochs, note="")
+        task = bar.add_task(title, total=config.epochs, note="")
         for epoch in range(1, config.epochs + 1):
-            loss = _train_epoch(adjacency, ego, triplets, optimizer, config)
+            loss = _train_epoch(adjacency, ego, triplets, contrast, optimizer, config)
             bar.advance(task)
             if epoch % config.evaluate_every and epoch != config.epochs:
                 continue
@@ -262,10 +310,46 @@ def pretrain(
     return NodeEmbeddings(*(tensor.cpu() for tensor in vars(embeddings).values())), history
 
 
+def pretrain_folds(
+    train: CSR,
+    num_items: int,
+    config: LightGCNConfig,
+    seed: int,
+    whole: NodeEmbeddings,
+    epochs: int,
+    device: str | torch.device = "cpu",
+    texts: torch.Tensor | None = None,
+) -> NodeEmbeddings:
+    """`whole`, the fit on all of `train`, with the fits that each leave out one fold of users.
+
+    Node embeddings know the edges that they were fitted on: two items of one user lie closer than the items of a
+    user they have never seen. A model that learns from such pairs trusts the nodes too much. Here the nodes that a
+    user's history is read from know nothing of that user, in training as in validation and test.
+    Each fit has its own space; the rotation between its items and those of `whole` brings it back (orthogonal
+    Procrustes: Schönemann 1966). epochs: how long to fit, as validation chose for `whole`.
+    """
+    fold_of = 1 + Draws(seed, _FOLDS).permutation(len(train)) % config.folds
+    longest = config.model_copy(update={"epochs": epochs, "evaluate_every": epochs})
+    items, shares = [], []
+    for fold in range(1, config.folds + 1):
+        kept = fold_of[train.rows] != fold
+        edges = CSR.from_pairs(train.rows[kept], np.asarray(train.indices)[kept], len(train))
+        title = f"LightGCN without fold {fold} of {config.folds}"
+        fit, _ = pretrain(edges, num_items, longest, seed, device=device, title=title, texts=texts)
+        left, _, right = torch.linalg.svd(fit.items.T.double() @ whole.items.double())
+        rotation = (left @ right).to(fit.items.dtype)
+        items.append(fit.items @ rotation)
+        shares.append(fit.items_inductive @ rotation)
+    return replace(
+        whole, fold_of=torch.from_numpy(fold_of), fold_items=torch.stack(items), fold_shares=torch.stack(shares)
+    )
+
+
 def _train_epoch(
     adjacency: torch.Tensor,
     ego: torch.Tensor,
     triplets: _Triplets,
+    contrast: TextContrast | None,
     optimizer: torch.optim.Optimizer,
     config: LightGCNConfig,
 ) -> float:
@@ -278,8 +362,11 @@ def _train_epoch(
         final = propagate(adjacency, ego, config.layers)
         bpr = bpr_loss(*(final[index] for index in nodes))
         penalty = sum(ego[index].square().sum() for index in nodes) / (2 * len(edges))
+        loss = bpr + config.l2 * penalty
+        if contrast:
+            loss = loss + config.text_weight * contrast(final, *nodes[:2])
         optimizer.zero_grad()
-        (bpr + config.l2 * penalty).backward()
+        loss.backward()
         optimizer.step()
         losses.append(bpr.detach())
     mean = float(torch.stack(losses).mean())

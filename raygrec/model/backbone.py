@@ -2,9 +2,11 @@
 
 import importlib.util
 from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -32,6 +34,7 @@ FAMILIES = {
     "decoder": ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gpt2", "gpt_neox", "phi", "phi3"),
 }
 POOLED = ("bert", "roberta", "xlm-roberta", "mpnet")  # come with a pooling layer that nothing here reads
+LATE_POSITIONS = ("roberta", "xlm-roberta", "mpnet")  # whose first two positions are of no token
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -50,6 +53,21 @@ class BackboneConfig(StrictConfig):
     """Flash attention is no choice: it takes no mask that differs from position to position."""
 
 
+class LoRAConfig(StrictConfig):
+    """Low-rank adapters beside frozen linear layers, W + alpha / rank · B A (LoRA, arXiv 2106.09685).
+
+    They have no dropout of their own: a backbone is deterministic.
+    """
+
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16.0, gt=0)
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Which layers have adapters: all linear ones, or those whose names end so."""
+    lr: float = Field(1.0, gt=0)
+    """Learning rate of the adapters as a share of the others'. They start at zero beside weights that stay, and
+    want about ten times the rate that tuning all weights does."""
+
+
 def resolve(name: str) -> str:
     """The folder or hub id behind a backbone name; `minilm` is the installed package, else the hub id."""
     if name != "minilm":
@@ -58,6 +76,13 @@ def resolve(name: str) -> str:
     if spec is None or spec.origin is None:
         return MINILM_HUB_ID
     return str(Path(spec.origin).parent / "model")
+
+
+def positions(name: str) -> int | None:
+    """How many tokens a backbone tells apart by their position; None where only their distance counts."""
+    settings = _settings(name)
+    known = getattr(settings, "max_position_embeddings", None)
+    return known - 2 if settings.model_type in LATE_POSITIONS else known
 
 
 def load_tokenizer(name: str) -> object:
@@ -104,6 +129,31 @@ class Backbone(nn.Module):
         self.requires_grad_(True)
         self.model.get_input_embeddings().requires_grad_(False)
         return self
+
+    def adapt(self, lora: LoRAConfig) -> "Backbone":
+        """Trains low-rank adapters only.
+
+        Raises `InputError` where peft is not installed or the model has no such target modules.
+        """
+        peft = peft_library()
+        targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+        settings = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=targets)
+        try:
+            peft.inject_adapter_in_model(settings, self.model)
+        except ValueError as error:
+            raise InputError(f"key 'model.lora.target_modules': {str(error).splitlines()[0]}") from None
+        for parameter in self.parameters():
+            if parameter.requires_grad:  # peft gives them the type of the weights, which ZeRO-3 loads in bf16
+                parameter.data = parameter.data.float()
+        return self
+
+    def save(self, folder: Path) -> None:
+        """Writes the language model as `save_pretrained` does, with its adapters merged into the weights for good."""
+        for name, module in list(self.model.named_modules()):
+            if hasattr(module, "get_base_layer"):
+                module.merge()
+                self.model.set_submodule(name, module.get_base_layer())
+        self.model.save_pretrained(folder)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Token embeddings [..., D] of token ids [...]."""
@@ -159,6 +209,15 @@ def generate(name: str, prompts: list[list[int]], tokens: int, batch_size: int =
     return answers
 
 
+def peft_library() -> ModuleType:
+    """The package peft, which makes the adapters; `InputError` where it is not installed."""
+    try:
+        import peft
+    except ImportError:
+        raise InputError("model.tuning=lora needs the package peft: pip install 'raygrec[lora]'") from None
+    return peft
+
+
 def _settings(name: str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(resolve(name), trust_remote_code=False)
@@ -194,18 +253,23 @@ def _without_dropout(settings: PreTrainedConfig) -> None:
 
 def _load(config: BackboneConfig, settings: PreTrainedConfig, family: str) -> PreTrainedModel:
     loader = T5EncoderModel if family == "encoder-decoder" else AutoModel
+    parts = {"add_pooling_layer": False} if settings.model_type in POOLED else {}
     if not config.pretrained:
         settings._attn_implementation = config.attention
         settings.dtype = torch.float32
-        return loader.from_config(settings) if loader is AutoModel else loader(settings)
-    return loader.from_pretrained(
+        return loader.from_config(settings, **parts) if loader is AutoModel else loader(settings)
+    model, found = loader.from_pretrained(
         resolve(config.name),
         config=settings,
         attn_implementation=config.attention,
         dtype=torch.float32,
         trust_remote_code=False,
-        **({"add_pooling_layer": False} if settings.model_type in POOLED else {}),
+        output_loading_info=True,
+        **parts,
     )
+    if found["missing_keys"]:  # which `transformers` fills at random
+        raise ValueError(f"its files lack '{min(found['missing_keys'])}'")
+    return model
 
 
 def _not_loadable(name: str, error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""GAL-Rec's graph-aware contrast: InfoNCE between hops over all ranks, and a queue of more negatives.
+"""GAL-Rec's graph-aware contrast: InfoNCE between hops over all ranks, a queue of more negatives, a slow encoder.
 
 N: representations of one batch, over all ranks unless a function says otherwise. D: their width. K: queue length.
 
@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 
 from raygrec.train.engine import world
@@ -77,6 +78,35 @@ class NegativeQueue:
             found, wanted = list(tensors["rows"].shape), list(self._rows_KD.shape)
             raise ValueError(f"the stored queue has [length, width] {found}, this run's has {wanted}")
         self._rows_KD, self._ids_K = tensors["rows"], tensors["ids"]
+
+
+class MomentumCopy:
+    """A second copy of parameters that follows them slowly: MoCo's momentum encoder (arXiv 1911.05722, section 3.2).
+
+    p_slow ← m p_slow + (1 − m) p after every update. fp32, without gradient, and no `nn.Module`, as the queue. The
+    parameters must be whole on every rank, where they are the same; the copies then are, too.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], momentum: float) -> None:
+        self._parameters, self.momentum = parameters, momentum
+        self._slow = {name: parameter.detach().float().clone() for name, parameter in parameters.items()}
+
+    def values(self) -> dict[str, torch.Tensor]:
+        """The copies by name, on the device and of the type of the parameters, for `torch.func.functional_call`."""
+        return {name: self._slow[name].to(parameter) for name, parameter in self._parameters.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        for name, parameter in self._parameters.items():
+            self._slow[name] = self._slow[name].to(parameter.device).lerp(parameter.float(), 1 - self.momentum)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The copies in fp32, on the CPU."""
+        return {name: value.cpu().clone() for name, value in self._slow.items()}
+
+    def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        """The inverse of `state`."""
+        self._slow = {name: tensors[name].clone() for name in self._slow}
 
 
 def contrast_terms(

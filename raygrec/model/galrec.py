@@ -11,22 +11,27 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import nn
+from torch.func import functional_call
+from torch.nn import functional
 
 from raygrec.config import StrictConfig
 from raygrec.data.arrays import CSR
 from raygrec.data.filters import first_occurrences
 from raygrec.draws import Draws
+from raygrec.graph.lightgcn import NodeEmbeddings
 from raygrec.graph.neighbours import NeighbourConfig, NeighbourSampler
-from raygrec.model.backbone import Backbone
-from raygrec.model.contrast import NegativeQueue, contrast_terms
+from raygrec.model.backbone import Backbone, LoRAConfig
+from raygrec.model.contrast import MomentumCopy, NegativeQueue, contrast_terms
 from raygrec.model.dropout import keyed_dropout
 from raygrec.model.head import CatalogueHead, Targets, catalogue_cross_entropy
-from raygrec.model.nodes import projector, scaled_texts, users_of_items
+from raygrec.model.nodes import NODE_SCALE, NodeTables, projector, scaled_texts
 from raygrec.model.prompts import (
+    PAD,
     PromptBatch,
     Symbols,
     as_targets,
     embed_symbols,
+    expand,
     join_rows,
     padded,
     repeated,
@@ -35,7 +40,7 @@ from raygrec.model.prompts import (
 
 HOPS = 3
 # What a draw is for: the second counter of every `Draws.uniform` here or a later one; neighbours have the use first.
-ITEM, DROPOUT = 1, 2
+ITEM, DROPOUT, CONTRASTED = 1, 2, 3
 
 
 class PairConfig(StrictConfig):
@@ -65,7 +70,14 @@ class ContrastConfig(StrictConfig):
     queue: int = Field(1024, ge=0)
     """Length of the queue of negatives, one for users and one for items; 0 leaves the batch's own. [ours] The
     positives of a side's first pair enter it."""
-    items: float = Field(0.25, ge=0, le=1)
+    momentum: float | None = Field(None, ge=0, lt=1)
+    """MoCo's momentum encoder, such as 0.999: all positives, and with them the queue, then come from a second copy
+    of what makes representations that follows it slowly and gets no gradient; anchors alone do. None: both sides
+    are of the model itself and both get gradient. Costs a second pass without gradient, and that copy of what is
+    trained."""
+    users: float = Field(0.2, gt=0, le=1)
+    """[ours] Share of the user prompts that are contrasted: only these have the two-hop segment, in training."""
+    items: float = Field(0.2, ge=0, le=1)
     """[ours] Item prompts per user prompt: a user lends one item of its history with this probability."""
 
     @model_validator(mode="after")
@@ -89,10 +101,11 @@ class GALRecConfig(StrictConfig):
     """External embeddings: the LightGCN vector in a node's token, and in the head's row of an item."""
     text_vectors: bool = True
     """External embeddings: the frozen text vector in an item's token, and in the head's row."""
-    tuning: Literal["full", "frozen"] = "full"
-    """`full` trains the language model but for its token table; `frozen` what is around it."""
+    tuning: Literal["full", "lora", "frozen"] = "full"
+    """`full` trains the language model but for its token table; `lora` adapters of it; `frozen` what is around it."""
     backbone_lr: float = Field(0.1, gt=0)
-    """Learning rate of the language model as a share of the others'."""
+    """Learning rate of a fully tuned language model as a share of the others'; that of adapters is `lora.lr`."""
+    lora: LoRAConfig = LoRAConfig()
     readout: Literal["history", "hop1", "hop2"] = "history"
     """[ours] Which position recommends: the newest history item's, which like all before it was trained to name the
     next, or a task token's, which has one target a prompt."""
@@ -100,17 +113,26 @@ class GALRecConfig(StrictConfig):
     """[ours] The literal block order lets history items see the 0-hop segment; the user's vector is made of the
     very items that the history positions must predict, so by default they do not."""
     max_history: int = Field(50, ge=1)
+    title_tokens: int = Field(0, ge=0, le=64)
+    """External embeddings: so many first tokens of its text follow an item's token in a user's history and in the
+    item's own prompt. An item's last token names the next."""
     head: Literal["linear", "tied"] = "linear"
     dropout: float = Field(0.3, ge=0, lt=1)
     """Share of the hidden states' entries that the head does not see, and half that share of the node tokens'."""
+
+    @property
+    def longest_prompt(self) -> int:
+        """Symbols of a prompt at most, with one to open it."""
+        item = 1 + self.title_tokens
+        return 1 + item + max(self.max_history * item, self.neighbours.one_hop) + self.neighbours.two_hop + HOPS
 
 
 @dataclass(frozen=True)
 class HopBatch(PromptBatch):
     """R prompts with hop segments, users' first, then items'.
 
-    hops: [R, 3] int64, flat positions of the task tokens; −1 where a hop is left out. own: [R, T] bool, the 0-hop
-    segment, which sees itself and the prompt's opening only.
+    hops: [R, 3] int64, flat positions of the task tokens; −1 where the two-hop segment is left out. own: [R, T] bool,
+    the 0-hop segment, which sees itself and the prompt's opening only.
     nodes: [R] int64, user or item numbers. num_users: how many of the R are users. counts: [4], answer positions
     and the `anchors` of L1 to L3.
     """
@@ -136,16 +158,30 @@ class HopPrompts:
     """Makes GAL-Rec's prompts from arrays: `[begin] node <hop0> | neighbours <hop1> | two hops away <hop2>`.
 
     train: CSR of each user's training items in time order; by_item: the same edges by item. `opening` holds the
-    language model's own first token, where it has one.
+    language model's own first token, where it has one. titles: the token ids of each item's text, of which the
+    first `title_tokens` follow the item's node; not read where these are 0. tables: [U], which fit of the item nodes a
+    user's prompts read.
     """
 
-    def __init__(self, config: GALRecConfig, symbols: Symbols, opening: list[int], train: CSR, by_item: CSR) -> None:
+    def __init__(
+        self,
+        config: GALRecConfig,
+        symbols: Symbols,
+        opening: list[int],
+        train: CSR,
+        by_item: CSR,
+        titles: CSR | None = None,
+    ) -> None:
         self.config = config
+        nodes = _column(symbols.first_item + np.arange(symbols.items))
+        shown = [truncated(titles, config.title_tokens, keep="first")] if config.title_tokens else []
+        self.items = join_rows([nodes, *shown])
         self.symbols = symbols
         self.opening = opening
         self.train = train
         self.sampler = NeighbourSampler(train, by_item, config.neighbours)
         self.causal = True
+        self.tables = np.zeros(len(train), dtype=np.int64)
         # Every user's training target, not only those of a batch: prompts must not depend on their batch.
         users = np.flatnonzero(train.lengths)
         self.hidden = (users, np.asarray(train.indices)[train.indptr[users + 1] - 1])
@@ -159,7 +195,9 @@ class HopPrompts:
         history = CSR.from_pairs(rows.rows[~last], rows.indices[~last], len(users))
         target = CSR.from_pairs(rows.rows[last], rows.indices[last], len(users))
         items = self._lent_items(users, history, draws) if self._contrasts("item") else np.zeros(0, dtype=np.int64)
-        batch = self._assemble(users, history, target, items, draws, self._contrasts("user"))
+        contrasted = draws.uniform(users, CONTRASTED) < self.config.contrast.users
+        two_hops = contrasted & self._contrasts("user") | (self.config.readout == "hop2")
+        batch = self._assemble(users, history, target, items, draws, two_hops)
         nodes = np.concatenate([users, items + len(self.train)])
         keys = (draws.uniform(nodes, np.arange(len(nodes)) >= len(users), DROPOUT) * 2**53).astype(np.int64)
         return replace(batch, dropout_keys=torch.from_numpy(keys))
@@ -170,11 +208,17 @@ class HopPrompts:
         """Prompts that show `histories` and answer at the read-out position. `stage`, `slots`: as in GLTA, unused."""
         nothing = CSR(np.zeros(len(users) + 1, dtype=np.int64), np.zeros(0, dtype=np.int32))
         none = np.zeros(0, dtype=np.int64)
-        two_hops = self.config.readout == "hop2"
+        two_hops = np.full(len(users), self.config.readout == "hop2")
         return self._assemble(users, histories, nothing, none, Draws(0), two_hops)
 
+    def describing(self, users: np.ndarray, histories: CSR, draws: Draws) -> HopBatch:
+        """Prompts that show `histories` and have all hops, for `GALRec.representations`."""
+        nothing = CSR(np.zeros(len(users) + 1, dtype=np.int64), np.zeros(0, dtype=np.int32))
+        none = np.zeros(0, dtype=np.int64)
+        return self._assemble(users, histories, nothing, none, draws, np.ones(len(users), dtype=bool))
+
     def _contrasts(self, side: str) -> bool:
-        return bool(self.config.contrast.active(side)) or (side == "user" and self.config.readout == "hop2")
+        return bool(self.config.contrast.active(side))
 
     def _lent_items(self, users: np.ndarray, history: CSR, draws: Draws) -> np.ndarray:
         lends = (draws.uniform(users, ITEM, 0) < self.config.contrast.items) & (history.lengths > 0)
@@ -188,16 +232,19 @@ class HopPrompts:
         target: CSR,
         items: np.ndarray,
         draws: Draws,
-        two_hops: bool,
+        two_hops: np.ndarray,
     ) -> HopBatch:
         base, top = self.symbols, self.config.max_history + 1
         shown = truncated(history, self.config.max_history)
         count = len(users) + len(items)
-        own = np.concatenate([base.first_user + users, base.first_item + items])[:, None]
+        own = _stacked([_column(base.first_user + users), self.items.take(items)])
         place = np.arange(len(shown.indices)) - shown.indptr[shown.rows]
-        one = [CSR(shown.indptr, base.first_item + shown.indices.astype(np.int64))]
-        one_levels = [CSR(shown.indptr, place + 1)]
-        two = [self._users_two_hops_away(users, history, draws) if two_hops else repeated([], len(users))]
+        one = [expand(shown, self.items)]
+        symbols_of = self.items.lengths[shown.indices]
+        one_levels = [CSR(one[0].indptr, np.repeat(place + 1, symbols_of))]
+        # Where the last symbol of each shown item stands in its segment.
+        item_ends = np.cumsum(symbols_of) - one[0].indptr[shown.rows] - 1
+        two = [self._users_two_hops_away(users, history, draws, two_hops)]
         if len(items):
             near, far = self.sampler.of_items(items, draws, self.hidden)
             one.append(CSR(near.indptr, base.first_user + near.indices.astype(np.int64)))
@@ -205,12 +252,12 @@ class HopPrompts:
             two.append(CSR(far.indptr, base.first_item + far.indices.astype(np.int64)))
         one, one_levels, two = _stacked(one), _stacked(one_levels), _stacked(two)
         tokens = [repeated([base.first_slot + hop], count) for hop in range(HOPS)]
-        has_two = np.concatenate([np.full(len(users), two_hops), np.full(len(items), True)])
+        has_two = np.concatenate([two_hops, np.full(len(items), True)])
         tokens[2] = CSR(np.concatenate([[0], np.cumsum(has_two)]), np.full(has_two.sum(), base.first_slot + 2))
         own_level = 0 if self.config.history_sees_user else top
         parts = [
             (repeated(self.opening, count), 0),
-            (_column(own), own_level),
+            (own, own_level),
             (tokens[0], own_level),
             (one, one_levels),
             (tokens[1], top),
@@ -221,13 +268,13 @@ class HopPrompts:
         levels = padded(join_rows([_like(part, level) for part, level in parts]))
         width, first = symbols.shape[1], len(self.opening)
         starts = np.arange(count, dtype=np.int64) * width
-        hop0 = starts + first + 1
+        hop0 = starts + first + own.lengths
         hop1 = hop0 + one.lengths + 1
         hop2 = np.where(has_two, hop1 + two.lengths + 1, -1)
         columns = np.arange(width)
-        own_places = np.broadcast_to((columns == first) | (columns == first + 1), symbols.shape)
+        own_places = (columns >= first) & (columns <= first + own.lengths[:, None])
         readout = {"history": hop1 - 1, "hop1": hop1, "hop2": hop2}[self.config.readout][: len(users)]
-        answers, targets = _targets(history, shown, target, (hop0 + 1)[: len(users)], readout)
+        answers, targets = _targets(history, shown, target, hop0[shown.rows] + 1 + item_ends, readout)
         return HopBatch(
             symbols=torch.from_numpy(symbols),
             segments=torch.from_numpy(levels),
@@ -236,34 +283,39 @@ class HopPrompts:
             targets=targets,
             history_indptr=torch.from_numpy(history.indptr),
             history=torch.from_numpy(history.indices.astype(np.int64)),
+            tables=torch.from_numpy(np.concatenate([self.tables[users], np.zeros(len(items), dtype=np.int64)])),
             user_kept=torch.ones(len(users), dtype=torch.bool),
             hops=torch.from_numpy(np.stack([hop0, hop1, hop2], axis=1)),
-            own=torch.from_numpy(own_places.copy()),
+            own=torch.from_numpy(own_places),
             nodes=torch.from_numpy(np.concatenate([users, items]).astype(np.int64)),
             num_users=len(users),
-            anchors=self._anchors(len(users), len(items)),
+            anchors=self._anchors(int(two_hops.sum()), len(items)),
         )
 
     def _anchors(self, users: int, items: int) -> tuple[int, int, int]:
         sides = {pair.weight: users if pair.side == "user" else items for pair in self.config.contrast.pairs}
         return tuple(sides.get(weight, 0) for weight in ("l1", "l2", "l3"))
 
-    def _users_two_hops_away(self, users: np.ndarray, history: CSR, draws: Draws) -> CSR:
-        near = self.sampler.of_users(users, history, draws)
-        return CSR(near.indptr, self.symbols.first_user + near.indices.astype(np.int64))
+    def _users_two_hops_away(self, users: np.ndarray, history: CSR, draws: Draws, asked: np.ndarray) -> CSR:
+        """[B] rows of symbols, empty but for the users that are `asked` for."""
+        rows = np.flatnonzero(asked)
+        near = self.sampler.of_users(users[rows], history.take(rows), draws)
+        return CSR.from_pairs(rows[near.rows], self.symbols.first_user + near.indices.astype(np.int64), len(users))
 
 
 def _targets(
-    history: CSR, shown: CSR, target: CSR, first_node: np.ndarray, readout: np.ndarray
+    history: CSR, shown: CSR, target: CSR, item_ends: np.ndarray, readout: np.ndarray
 ) -> tuple[np.ndarray, Targets]:
-    """Every history position predicts its next item, and so does the read-out; an item that came before is none."""
+    """The position in `item_ends` of every shown item predicts the next, and so does the read-out; an item that came
+    before is none."""
     whole = join_rows([history, target])
     first_shown = whole.indptr[:-1] + history.lengths - shown.lengths
     offset = np.arange(len(whole.indices)) - first_shown[whole.rows]
     new = first_occurrences(whole.rows, whole.indices)
     following = (offset > 0) & new
     final = (offset == shown.lengths[whole.rows]) & new
-    positions = [(first_node[whole.rows] + offset - 1)[following], readout[whole.rows[final]]]
+    before = shown.indptr[whole.rows[following]] + offset[following] - 1
+    positions = [item_ends[before], readout[whole.rows[final]]]
     items = [whole.indices[following], whole.indices[final]]
     answers, rows = np.unique(np.concatenate(positions), return_inverse=True)
     return answers, as_targets(rows, np.concatenate(items), len(answers))
@@ -285,11 +337,29 @@ def _stacked(parts: list[CSR]) -> CSR:
     return CSR(indptr, np.concatenate([part.indices for part in parts]))
 
 
+def tuned(backbone: Backbone, config: GALRecConfig) -> Backbone:
+    """The backbone with gradients where `config.tuning` wants them, and with adapters where it asks for these."""
+    if config.tuning == "lora":
+        return backbone.adapt(config.lora)
+    return backbone.tune() if config.tuning == "full" else backbone.freeze()
+
+
+class _Hidden(nn.Module):
+    """`GALRec.hidden` as a module's forward, as `functional_call` wants it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: HopBatch) -> torch.Tensor:
+        return self.model.hidden(batch)
+
+
 class GALRec(nn.Module):
     """The language model, projectors of external embeddings, task tokens, head, and the queues of negatives.
 
-    item_nodes [I, d], item_shares [I, d] and user_nodes [U, d] come from graph pretraining, item_texts [I, t] from
-    the language model before it is tuned; all stay fixed.
+    The node vectors come from graph pretraining, item_texts [I, t] from the language model before it is tuned; all
+    stay fixed.
     """
 
     def __init__(
@@ -297,24 +367,19 @@ class GALRec(nn.Module):
         config: GALRecConfig,
         backbone: Backbone,
         symbols: Symbols,
-        item_nodes: torch.Tensor,
+        nodes: NodeEmbeddings,
         item_texts: torch.Tensor | None,
-        user_nodes: torch.Tensor,
-        item_shares: torch.Tensor,
         token_scale: float,
     ) -> None:
         super().__init__()
         self.config, self.symbols = config, symbols
         contrast = config.contrast
         self.terms = {"cross_entropy": 1.0, "l1": contrast.l1, "l2": contrast.l2, "l3": contrast.l3}
-        self.lr_shares = {"backbone.": config.backbone_lr}
-        self.backbone = backbone.freeze() if config.tuning == "frozen" else backbone.tune()
-        graph = float(config.graph_vectors)
-        self.register_buffer("item_nodes", graph * item_nodes / item_nodes.std(), persistent=False)
-        self.register_buffer("user_nodes", graph * user_nodes / user_nodes.std(), persistent=False)
-        self.register_buffer("item_shares", graph * item_shares / user_nodes.std(), persistent=False)
+        self.lr_shares = {"backbone.": config.lora.lr if config.tuning == "lora" else config.backbone_lr}
+        self.backbone = tuned(backbone, config)
+        self.nodes = NodeTables(nodes, NODE_SCALE * config.graph_vectors)
         self.register_buffer("item_texts", None if item_texts is None else scaled_texts(item_texts), persistent=False)
-        node_width, text_width = item_nodes.shape[1], 0 if item_texts is None else item_texts.shape[1]
+        node_width, text_width = self.nodes.width, 0 if item_texts is None else item_texts.shape[1]
         self.item_projector = projector(node_width + text_width, backbone.width, token_scale)
         self.user_projector = projector(node_width, backbone.width, token_scale)
         self.item_offsets = nn.Embedding(symbols.items, node_width)
@@ -324,6 +389,12 @@ class GALRec(nn.Module):
         self.head = CatalogueHead(
             backbone.width, symbols.items, node_width, text_width or None, free=config.head == "linear"
         )
+        self.slow = None
+        if contrast.momentum is not None:
+            trained = {
+                name: p for name, p in self.named_parameters() if p.requires_grad and not name.startswith("head.")
+            }
+            self.slow = MomentumCopy(trained, contrast.momentum)
         self.queues = {side: NegativeQueue(contrast.queue, backbone.width) for side in ("user", "item")}
         self._fresh: list[tuple[str, torch.Tensor, torch.Tensor]] = []
 
@@ -344,30 +415,48 @@ class GALRec(nn.Module):
 
     def _contrast(self, flat_ND: torch.Tensor, batch: HopBatch) -> list[torch.Tensor]:
         config = self.config.contrast
+        positive_ND = flat_ND if self.slow is None else self._slow_hidden(batch).flatten(0, 1)
         sums = {name: flat_ND.new_zeros((), dtype=torch.float32) for name in ("l1", "l2", "l3")}
-        for side, rows in (("user", slice(0, batch.num_users)), ("item", slice(batch.num_users, None))):
+        is_user = torch.arange(len(batch.nodes), device=batch.nodes.device) < batch.num_users
+        contrasted = batch.hops[:, HOPS - 1] >= 0
+        for side, rows in (("user", is_user & contrasted), ("item", ~is_user)):
             for number, pair in enumerate(config.active(side)):
-                anchors, positives = (flat_ND[batch.hops[rows, hop]] for hop in (pair.anchor, pair.positive))
-                nodes, queue = batch.nodes[rows], self.queues[side]
+                hops, nodes, queue = batch.hops[rows], batch.nodes[rows], self.queues[side]
+                anchors, positives = flat_ND[hops[:, pair.anchor]], positive_ND[hops[:, pair.positive]]
                 contrast = contrast_terms(anchors, positives, nodes, queue, config.temperature)
                 sums[pair.weight] = sums[pair.weight] + contrast.share
                 if number == 0:
                     self._fresh.append((side, contrast.positives_ND, contrast.ids_N))
         return list(sums.values())
 
+    @torch.no_grad()
+    def _slow_hidden(self, batch: HopBatch) -> torch.Tensor:
+        """`hidden` by the momentum copy."""
+        values = {f"model.{name}": value for name, value in self.slow.values().items()}
+        return functional_call(_Hidden(self), values, (batch,))
+
     def after_update(self) -> None:
-        """Lets the positives of the update's passes, of all ranks, into the queues."""
+        """Lets the positives of the update's passes, of all ranks, into the queues; the momentum copy follows."""
+        if self.slow is not None:
+            self.slow.update()
         for side, rows_ND, nodes_N in self._fresh:
             self.queues[side].enqueue(rows_ND, nodes_N)
         self._fresh = []
 
     def carried_state(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint needs besides parameters: the queues."""
-        return {f"{side}/{name}": value for side, queue in self.queues.items() for name, value in queue.state().items()}
+        """What a checkpoint needs besides parameters: the queues and the momentum copy."""
+        states = {side: queue.state() for side, queue in self.queues.items()}
+        if self.slow is not None:
+            states["momentum"] = self.slow.state()
+        return {f"{part}/{name}": value for part, state in states.items() for name, value in state.items()}
 
     def load_carried_state(self, tensors: dict[str, torch.Tensor]) -> None:
         for side, queue in self.queues.items():
             queue.load_state({name: tensors[f"{side}/{name}"] for name in ("rows", "ids")})
+        if self.slow is not None:
+            prefix = "momentum/"
+            found = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+            self.slow.load_state(found)
         self._fresh = []
 
     def slot_logits(self, batch: HopBatch, slots: int | None = None) -> torch.Tensor:
@@ -376,8 +465,26 @@ class GALRec(nn.Module):
         return self.head(hidden, self._rows())[:, None]
 
     def hidden(self, batch: HopBatch) -> torch.Tensor:
-        """Last hidden states [R, T, D]."""
-        return self.backbone(self.embed(batch), batch.attention)
+        """Last hidden states [R, T, D]; what stands in padding means nothing.
+
+        Prompts with two hops and without go through the language model apart: they are of different lengths. There are
+        always two passes where a batch is trained on, since under ZeRO-3 every rank must make as many.
+        """
+        embeds_RTD, attention_RTT = self.embed(batch), batch.attention
+        if batch.dropout_keys is None:
+            return self.backbone(embeds_RTD, attention_RTT)
+        lengths_R = (batch.symbols != PAD).sum(1)
+        long = batch.hops[:, HOPS - 1] >= 0
+        hidden_RTD = torch.zeros_like(embeds_RTD)
+        for rows in (~long, long):
+            rows = rows.nonzero()[:, 0]
+            some = rows if len(rows) else torch.zeros_like(lengths_R[:1])
+            width = int(lengths_R[some].max())
+            part = self.backbone(embeds_RTD[some, :width], attention_RTT[some, :width, :width])
+            # A pass on no prompt of its own (`some` is the first) takes part with no weight.
+            part = part if len(rows) else 0 * part
+            hidden_RTD = hidden_RTD.index_add(0, some, functional.pad(part, (0, 0, 0, hidden_RTD.shape[1] - width)))
+        return hidden_RTD
 
     def representations(self, batch: HopBatch) -> torch.Tensor:
         """Hidden states [R, 3, D] of the task tokens; every hop must be in the prompts."""
@@ -387,16 +494,16 @@ class GALRec(nn.Module):
         """Embeddings [R, T, D] of the symbols."""
 
         def items(numbers: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-            nodes = self.item_nodes[numbers] + self.item_offsets(numbers)
+            nodes = self.nodes.items(numbers, batch.tables[rows]) + self.item_offsets(numbers)
             if self.item_texts is not None:
                 nodes = torch.cat([nodes, self.item_texts[numbers]], dim=1)
             return self._dropped(self.item_projector(nodes), batch, rows, columns)
 
         def users(numbers: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
             # A user's own token is rebuilt from the history that the prompt shows, which holds no target.
-            shown = users_of_items(self.item_shares, batch.history, batch.history_indptr.diff())
+            shown = self.nodes.users(batch)
             mine = batch.own[rows, columns]
-            nodes = self.user_nodes[numbers]
+            nodes = self.nodes.users_Ud[numbers]
             nodes = torch.where(mine[:, None], shown[rows.clamp(max=len(shown) - 1)], nodes)
             return self._dropped(self.user_projector(nodes), batch, rows, columns)
 
@@ -413,4 +520,4 @@ class GALRec(nn.Module):
         return keyed_dropout(tokens, self.config.dropout / 2, batch.dropout_keys[rows], columns, use=2)
 
     def _rows(self) -> torch.Tensor:
-        return self.head.rows(self.item_nodes, self.item_texts)
+        return self.head.rows(self.nodes.items_Id, self.item_texts)

@@ -15,10 +15,11 @@ from raygrec.config import StrictConfig
 from raygrec.data.arrays import CSR
 from raygrec.data.filters import first_occurrences
 from raygrec.draws import Draws
+from raygrec.graph.lightgcn import NodeEmbeddings
 from raygrec.model.backbone import Backbone
 from raygrec.model.dropout import keyed_dropout
 from raygrec.model.head import CatalogueHead, Targets, catalogue_cross_entropy
-from raygrec.model.nodes import projector, scaled_texts, sum_rows, users_of_items
+from raygrec.model.nodes import NodeTables, projector, scaled_texts, sum_rows
 from raygrec.model.profiles import telling_terms
 from raygrec.model.prompts import (
     PromptBatch,
@@ -59,8 +60,8 @@ class GLTAConfig(StrictConfig):
     head: Literal["linear", "tied"] = "linear"
     """`linear` is the paper's; in `tied`, an item's row is a function of its node and text alone: with `tune_items`
     off, nothing that is trained grows with the catalogue but its biases."""
-    head_texts: bool = True
-    """[ours] The head's rows start from the items' text vectors too, not from their nodes alone."""
+    text_vectors: bool = True
+    """[ours] Item tokens and the head's rows start from the items' text vectors too, not from their nodes alone."""
     item_alignment: bool = True
     """Stage 2; without it both projectors are trained in stage 3."""
     tune_items: bool = True
@@ -68,10 +69,9 @@ class GLTAConfig(StrictConfig):
     item's node before it; the paper freezes both projector and nodes."""
     user_token: Literal["aligned", "id", "none"] = "aligned"
     """`id` writes the user's number as plain text (the paper's ablation)."""
-    user_vector: Literal["full", "leave_out", "cross_fit"] = "leave_out"
+    user_vector: Literal["full", "leave_out"] = "leave_out"
     """[ours] Against node embeddings that know the training targets: `full` reads E_u as it is; `leave_out`
-    propagates from the shown history only; `cross_fit` fits LightGCN on the first part of each user's edges
-    and takes targets from the rest."""
+    propagates from the shown history only. `graph.folds` does the same for the item nodes."""
     user_dropout: float = Field(0.0, ge=0, le=1)
     """Probability that a training prompt's user token is dropped out."""
     dropout: float = Field(0.4, ge=0, lt=1)
@@ -134,7 +134,8 @@ class PromptBuilder:
     train: CSR of each user's training items. item_tokens / term_tokens: CSR of token ids. item_terms: CSR of
     term numbers. `written` holds generated texts, (profile, prediction) CSRs of token ids per user, for each
     of train, valid and test. shown_at_least: [U], how many of a user's first training items a training prompt
-    must show: those that generated texts, or cross-fitted embeddings, were made from.
+    must show: those that generated texts were made from. tables: [U], which fit of the item nodes a user's prompts
+    read.
     """
 
     def __init__(
@@ -160,6 +161,7 @@ class PromptBuilder:
         self.term_weight = term_weight
         self.written: dict[str, tuple[CSR, CSR]] = {}
         self.shown_at_least: np.ndarray | None = None
+        self.tables = np.zeros(len(train), dtype=np.int64)
 
     @property
     def causal(self) -> bool:
@@ -224,6 +226,7 @@ class PromptBuilder:
             targets=as_targets(np.arange(batch * count), asked.ravel(), batch * count),
             history_indptr=nothing,
             history=torch.zeros(0, dtype=torch.int64),
+            tables=torch.zeros(batch, dtype=torch.int64),
             user_kept=torch.ones(batch, dtype=torch.bool),
         )
 
@@ -273,6 +276,7 @@ class PromptBuilder:
             targets=targets,
             history_indptr=torch.from_numpy(history.indptr),
             history=torch.from_numpy(history.indices.astype(np.int64)),
+            tables=torch.from_numpy(self.tables[users]),
             user_kept=torch.from_numpy(kept),
         )
 
@@ -339,7 +343,7 @@ class PromptBuilder:
 class GLTA(nn.Module):
     """The trained parts (two projectors, answer slots, head) around a frozen backbone.
 
-    item_nodes [I, d], item_shares [I, d] and user_nodes [U, d] come from graph pretraining and stay fixed.
+    The node vectors come from graph pretraining and stay fixed.
     """
 
     def __init__(
@@ -347,10 +351,8 @@ class GLTA(nn.Module):
         config: GLTAConfig,
         backbone: Backbone,
         symbols: Symbols,
-        item_nodes: torch.Tensor,
+        nodes: NodeEmbeddings,
         item_texts: torch.Tensor | None,
-        user_nodes: torch.Tensor,
-        item_shares: torch.Tensor,
         token_scale: float,
         ordered: bool = True,
     ) -> None:
@@ -360,21 +362,20 @@ class GLTA(nn.Module):
         self.slot_seed = {"auto": "newest" if ordered else "sum"}.get(config.slot_seed, config.slot_seed)
         self.symbols = symbols
         self.backbone = backbone.freeze()
-        node_width = item_nodes.shape[1]
-        self.register_buffer("item_nodes", item_nodes / item_nodes.std(), persistent=False)
+        self.nodes = NodeTables(nodes)
         texts = None if item_texts is None else scaled_texts(item_texts)
         self.register_buffer("item_texts", texts, persistent=False)
-        self.register_buffer("user_nodes", user_nodes / user_nodes.std(), persistent=False)
-        self.register_buffer("item_shares", item_shares / user_nodes.std(), persistent=False)
-        self.item_projector = projector(node_width, backbone.width, token_scale)
-        self.user_projector = projector(node_width, backbone.width, token_scale)
+        text_width = 0 if texts is None else texts.shape[1]
+        self.item_projector = projector(self.nodes.width + text_width, backbone.width, token_scale)
+        self.user_projector = projector(self.nodes.width, backbone.width, token_scale)
         self.answer_slots = nn.Embedding(symbols.slots, backbone.width)
         nn.init.normal_(self.answer_slots.weight, std=token_scale)
-        self.item_offsets = nn.Embedding(symbols.items, node_width) if config.tune_items else None
+        self.item_offsets = nn.Embedding(symbols.items, self.nodes.width) if config.tune_items else None
         if self.item_offsets is not None:
             nn.init.zeros_(self.item_offsets.weight)
-        text_width = None if texts is None else texts.shape[1]
-        self.head = CatalogueHead(backbone.width, symbols.items, node_width, text_width, free=config.head == "linear")
+        self.head = CatalogueHead(
+            backbone.width, symbols.items, self.nodes.width, text_width or None, free=config.head == "linear"
+        )
 
     def forward(self, batch: PromptBatch, chunks: int = 1) -> torch.Tensor:
         """Cross-entropy summed over the batch's answer positions; divide by their global count."""
@@ -399,7 +400,7 @@ class GLTA(nn.Module):
         """Embeddings [B, T, D] of the symbols: tokens, and in between projected nodes and answer slots."""
 
         def items(numbers: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-            tokens = self._item_tokens(numbers)
+            tokens = self._item_tokens(numbers, batch.tables[rows])
             if batch.dropout_keys is None:
                 return tokens
             return keyed_dropout(tokens, self.config.dropout / 2, batch.dropout_keys[rows], columns, use=2)
@@ -420,16 +421,18 @@ class GLTA(nn.Module):
         return embed_symbols(batch.symbols, self.symbols, self.backbone.embed, items, users, slots)
 
     def _rows(self) -> torch.Tensor:
-        return self.head.rows(self.item_nodes, self.item_texts)
+        return self.head.rows(self.nodes.items_Id, self.item_texts)
 
-    def _nodes(self, items: torch.Tensor) -> torch.Tensor:
-        """Node vectors [n, d] of items [n], with their offsets."""
-        nodes = self.item_nodes[items]
-        return nodes if self.item_offsets is None else nodes + self.item_offsets(items)
+    def _vectors(self, items: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
+        """[E_i + δ_i; t_i] [n, d + t] of items [n], each node from the given fit."""
+        vectors = self.nodes.items(items, tables)
+        if self.item_offsets is not None:
+            vectors = vectors + self.item_offsets(items)
+        return vectors if self.item_texts is None else torch.cat([vectors, self.item_texts[items]], dim=1)
 
-    def _item_tokens(self, items: torch.Tensor) -> torch.Tensor:
-        """V_i = W_i (E_i + δ_i) + b_i: items [n] to embeddings [n, D]."""
-        return self.item_projector(self._nodes(items))
+    def _item_tokens(self, items: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
+        """V_i = W_i [E_i + δ_i; t_i] + b_i: items [n] to embeddings [n, D]."""
+        return self.item_projector(self._vectors(items, tables))
 
     def start_slots(self) -> None:
         """Stage 3's answer slots start from their seed alone, where they have one: not from noise, and not from what
@@ -443,17 +446,18 @@ class GLTA(nn.Module):
         counts = batch.history_indptr.diff()
         if self.slot_seed == "newest":
             shown = torch.cat([batch.history, batch.history.new_zeros(1)])  # prompts may show nothing
-            vectors = self._nodes(shown[(batch.history_indptr[1:] - 1).clamp(min=0)])
+            vectors = self._vectors(shown[(batch.history_indptr[1:] - 1).clamp(min=0)], batch.tables)
         else:
-            vectors = sum_rows(self._nodes(batch.history), counts) / counts.clamp(min=1).sqrt()[:, None]
+            entries = self._vectors(batch.history, batch.tables.repeat_interleave(counts))
+            vectors = sum_rows(entries, counts) / counts.clamp(min=1).sqrt()[:, None]
         return self.item_projector(vectors) * (counts > 0)[:, None]
 
     def _user_tokens(self, batch: PromptBatch, users: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """V_u = W_u E_u + b_u [n, D] of the prompts' users; E_u zero where dropped out."""
         if self.config.user_vector == "leave_out":
-            vectors = users_of_items(self.item_shares, batch.history, batch.history_indptr.diff())[rows]
+            vectors = self.nodes.users(batch)[rows]
         else:
-            vectors = self.user_nodes[users]
+            vectors = self.nodes.users_Ud[users]
         return self.user_projector(vectors * batch.user_kept[rows, None])
 
 

@@ -3,7 +3,12 @@
 import torch
 from torch import nn
 
-TEXT_SCALE = 0.3  # of the text vectors beside nodes of scale 1: an update of Adam moves all their columns at once
+from raygrec.graph.lightgcn import NodeEmbeddings
+from raygrec.model.prompts import PromptBatch
+
+# Standard deviations of what a projector reads. Adam moves an item's trained offset as fast whatever stands beside it:
+# small nodes leave it the room to correct what they remember of the very edges that are to be predicted.
+NODE_SCALE, TEXT_SCALE = 0.1, 0.3
 
 
 def scaled_texts(texts_It: torch.Tensor) -> torch.Tensor:
@@ -18,9 +23,9 @@ def token_scale(token_embeddings: torch.Tensor) -> float:
 
 
 def projector(source: int, width: int, scale: float) -> nn.Linear:
-    """The linear map from node vectors into the token space; its outputs start with `scale`."""
+    """The linear map from vectors of about `TEXT_SCALE` into the token space; its outputs start with `scale`."""
     layer = nn.Linear(source, width)
-    nn.init.normal_(layer.weight, std=scale / source**0.5)
+    nn.init.normal_(layer.weight, std=scale / (TEXT_SCALE * source**0.5))
     nn.init.zeros_(layer.bias)
     return layer
 
@@ -29,6 +34,38 @@ def sum_rows(vectors: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """[B, d]: the first counts[0] of `vectors` [n, d] added up, then the next counts[1], …"""
     row_of = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
     return vectors.new_zeros(len(counts), vectors.shape[1]).index_add(0, row_of, vectors)
+
+
+class NodeTables(nn.Module):
+    """Node vectors of graph pretraining, with the standard deviation `scale`; fixed, and no part of a checkpoint.
+
+    Items and the shares that users are rebuilt from are there once per fit of the graph: [K + 1, I, d]. Fit 0 knows
+    every edge; a prompt about a user reads the one that knows none of the user's (`PromptBatch.tables`).
+    """
+
+    def __init__(self, nodes: NodeEmbeddings, scale: float = NODE_SCALE) -> None:
+        super().__init__()
+        self.width = nodes.items.shape[1]
+        of_items, of_users = scale / nodes.items.std(), scale / nodes.users.std()
+        self.register_buffer("items_KId", nodes.item_tables * of_items, persistent=False)
+        self.register_buffer("shares_KId", nodes.share_tables * of_users, persistent=False)
+        self.register_buffer("users_Ud", nodes.users * of_users, persistent=False)
+
+    @property
+    def items_Id(self) -> torch.Tensor:
+        """Of the fit that knows every edge."""
+        return self.items_KId[0]
+
+    def items(self, items_n: torch.Tensor, tables_n: torch.Tensor) -> torch.Tensor:
+        """Vectors [n, d] of items, each from the given fit."""
+        return self.items_KId[tables_n, items_n]
+
+    def users(self, batch: PromptBatch) -> torch.Tensor:
+        """Vectors [B, d] of the prompts' users by their histories alone, |H|^-1/2 Σ shares (`propagate_users`)."""
+        counts_B = batch.history_indptr.diff()
+        tables_n = torch.repeat_interleave(batch.tables[: len(counts_B)], counts_B)
+        rows_n = tables_n * self.shares_KId.shape[1] + batch.history
+        return users_of_items(self.shares_KId.flatten(0, 1), rows_n, counts_B)
 
 
 def users_of_items(item_shares_Id: torch.Tensor, items_n: torch.Tensor, counts_B: torch.Tensor) -> torch.Tensor:

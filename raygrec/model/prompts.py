@@ -45,7 +45,8 @@ class PromptBatch:
     symbols: [B, T] int64, PAD where a prompt has ended. segments: [B, T] int64; a position attends to the
     segments up to its own. answers: [P] int64, flat positions (row · T + column) that carry a target.
     slots: [B, k] int64, flat positions of the answer slots. history_indptr / history: the items each prompt is
-    about, as CSR; its symbols may show fewer. user_kept: [B] bool, False where the user token is dropped out.
+    about, as CSR; its symbols may show fewer. tables: [B] int64, which fit of the item nodes each prompt reads, 0 for
+    the one on all edges. user_kept: [B] bool, False where the user token is dropped out.
     dropout_keys: [B] int64 that the masks of dropout follow from; None where nothing is dropped.
     """
 
@@ -56,6 +57,7 @@ class PromptBatch:
     targets: Targets
     history_indptr: torch.Tensor
     history: torch.Tensor
+    tables: torch.Tensor
     user_kept: torch.Tensor
     dropout_keys: torch.Tensor | None = None
 

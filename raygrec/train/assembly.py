@@ -10,23 +10,26 @@ from safetensors.torch import load_file, save_file
 from raygrec.data.arrays import CSR
 from raygrec.data.store import Store
 from raygrec.errors import InputError
+from raygrec.evaluate.baselines import GraphModel, GraphPrompts
+from raygrec.evaluate.sequential import SequencePrompts, Sequential
 from raygrec.graph.cache import load_or_pretrain
 from raygrec.graph.lightgcn import NodeEmbeddings
-from raygrec.model.backbone import Backbone, generate, load_tokenizer, resolve
-from raygrec.model.galrec import HOPS, GALRec, HopPrompts
+from raygrec.model.backbone import Backbone, BackboneConfig, generate, load_tokenizer, peft_library, positions, resolve
+from raygrec.model.galrec import HOPS, GALRec, HopPrompts, tuned
 from raygrec.model.glta import GLTA, Phrases, PromptBuilder, opening_tokens
-from raygrec.model.nodes import token_scale
+from raygrec.model.nodes import scaled_texts, token_scale
 from raygrec.model.profiles import inverse_frequency
 from raygrec.model.prompts import Symbols, expand, join_rows, repeated, truncated
 from raygrec.model.text_vectors import load_or_read_texts
 from raygrec.train.engine import device, full_tensor, loading
 from raygrec.train.folder import RunFolder
-from raygrec.train.settings import GALRecRun, GLTARun, RunConfig
+from raygrec.train.settings import GALRecRun, GLTARun, GraphRun, RunConfig, SequentialRun
 
-Model = GLTA | GALRec
-Prompts = PromptBuilder | HopPrompts
+Model = GLTA | GALRec | Sequential | GraphModel
+Prompts = PromptBuilder | HopPrompts | SequencePrompts | GraphPrompts
 
 TEXT_LENGTH = 64  # tokens of an item's text that the store keeps
+BACKBONE = "backbone."  # what the names of the language model's parameters begin with
 GENERATION_HISTORY = 8  # newest items whose descriptions a causal LM reads
 GENERATION_TOKENS = 16  # of each description
 
@@ -47,18 +50,6 @@ def histories(store: Store, split: str) -> Histories:
     return Histories(join_rows([train, store.interactions("valid")]), store.interactions("test"))
 
 
-def fitted_items(store: Store, config: RunConfig) -> tuple[CSR, np.ndarray | None]:
-    """The edges LightGCN is fitted on, and how many of each user's items that is where it is not all.
-
-    `cross_fit` leaves out the last min(k, half) training items of each user: only they become targets.
-    """
-    train = store.interactions("train")
-    if isinstance(config, GALRecRun) or config.model.user_vector != "cross_fit":
-        return train, None
-    held_out = np.minimum(config.model.slots, train.lengths // 2)
-    return truncated_to(train, train.lengths - held_out), train.lengths - held_out
-
-
 def truncated_to(rows: CSR, lengths: np.ndarray) -> CSR:
     """The first `lengths[r]` entries of each row r."""
     place = np.arange(len(rows.indices)) - rows.indptr[rows.rows]
@@ -69,43 +60,71 @@ def truncated_to(rows: CSR, lengths: np.ndarray) -> CSR:
 def prepare_run(config: RunConfig, folder: RunFolder) -> None:
     """What must exist before workers start: token ids, node embeddings, generated texts. Each is made once."""
     store = Store.open(config.store)
-    if isinstance(config, GALRecRun) and not store.ordered:
-        raise InputError(f"{store.path}: GAL-Rec reads histories in time order; prepare with split=leave-one-out")
-    store.tokens(resolve(config.backbone.name), TEXT_LENGTH)
+    if config.needs_order and not store.ordered:
+        raise InputError(f"{store.path}: {config.name} reads histories in time order; prepare with split=leave-one-out")
+    if config.reads_backbone:
+        store.tokens(resolve(config.backbone.name), TEXT_LENGTH)
+    if isinstance(config, GALRecRun):
+        _check_galrec(config)
     item_texts(config, store)
-    if not folder.nodes_file.exists():
-        edges, _ = fitted_items(store, config)
+    if config.reads_graph and not folder.nodes_file.exists():
         place = "cuda" if torch.cuda.is_available() else "cpu"
         nodes = load_or_pretrain(
-            edges,
+            store.interactions("train"),
             store.interactions("valid"),
             store.num_items,
             config.graph,
             config.seed,
             store.path / "graph",
             place,
+            scaled_texts(_text_vectors(config, store)) if config.graph.text_weight else None,
         )
         nodes.save(folder.nodes_file, {"source": "LightGCN", "seed": config.seed})
     if isinstance(config, GLTARun) and config.model.texts.source == "generated" and not folder.texts_file.exists():
         _write_texts(config, store, folder.texts_file)
 
 
+def _check_galrec(config: GALRecRun) -> None:
+    """What is known to fail in the workers fails here."""
+    if config.model.tuning == "lora":
+        peft_library()
+    needed, known = config.model.longest_prompt, positions(config.backbone.name)
+    if known is not None and needed > known:
+        raise InputError(
+            f"model.max_history={config.model.max_history} with title_tokens={config.model.title_tokens} makes "
+            f"prompts of up to {needed} tokens; backbone '{config.backbone.name}' reads {known}"
+        )
+
+
 def item_texts(config: RunConfig, store: Store) -> torch.Tensor | None:
     """Text vectors [I, D] of the items, where the model reads them."""
-    wanted = config.model.text_vectors if isinstance(config, GALRecRun) else config.model.head_texts
-    if not wanted:
-        return None
+    return _text_vectors(config, store) if config.reads_texts else None
+
+
+def _text_vectors(config: RunConfig, store: Store) -> torch.Tensor:
     tokens = store.tokens(resolve(config.backbone.name), TEXT_LENGTH).items
     return load_or_read_texts(config.backbone, tokens, store.path / "text_vectors")
 
 
 def build_prompts(config: RunConfig, store: Store, folder: RunFolder) -> Prompts:
-    """The prompt builder of a run, from the store's arrays."""
+    """The prompt builder of a run, from the store's arrays and the users' folds."""
+    builder = _builder(config, store, folder)
+    if config.reads_graph and config.graph.folds:
+        builder.tables = NodeEmbeddings.load(folder.nodes_file).fold_of.numpy()
+    return builder
+
+
+def _builder(config: RunConfig, store: Store, folder: RunFolder) -> Prompts:
+    if isinstance(config, SequentialRun):
+        return SequencePrompts(config.model, store.num_items, store.interactions("train"))
+    if isinstance(config, GraphRun):
+        return GraphPrompts(store.num_items, store.interactions("train"))
     tokenizer = load_tokenizer(config.backbone.name)
     if isinstance(config, GALRecRun):
         symbols = Symbols(len(tokenizer), store.num_items, store.num_users, HOPS)
         edges = (store.interactions("train"), store.interactions("train", by="item"))
-        return HopPrompts(config.model, symbols, opening_tokens(tokenizer), *edges)
+        titles = store.tokens(resolve(config.backbone.name), TEXT_LENGTH).items
+        return HopPrompts(config.model, symbols, opening_tokens(tokenizer), *edges, titles)
     table = store.tokens(resolve(config.backbone.name), TEXT_LENGTH)
     symbols = Symbols(len(tokenizer), store.num_items, store.num_users, config.model.slots)
     builder = PromptBuilder(
@@ -119,36 +138,63 @@ def build_prompts(config: RunConfig, store: Store, folder: RunFolder) -> Prompts
         table.terms,
         inverse_frequency(store.terms, len(store.term_names)),
     )
-    builder.shown_at_least = fitted_items(store, config)[1]
     if config.model.texts.source == "generated":
         builder.written = _read_texts(folder.texts_file)
-        read = builder.train.lengths - builder.train.lengths // 2
-        known = builder.shown_at_least
-        builder.shown_at_least = read if known is None else np.maximum(read, known)
+        builder.shown_at_least = builder.train.lengths - builder.train.lengths // 2
     return builder
 
 
-def build_model(config: RunConfig, store: Store, builder: Prompts, folder: RunFolder, distributed: bool) -> Model:
-    """The recipe's model with its own initial weights (a function of the seed), on the CPU or partitioned."""
+def build_model(
+    config: RunConfig, store: Store, builder: Prompts, folder: RunFolder, distributed: bool, finished: bool = False
+) -> Model:
+    """The recipe's model with its own initial weights (a function of the seed), on the CPU or partitioned.
+
+    finished: GAL-Rec's language model is the one that the run has tuned, and stays as it is.
+    """
     texts = item_texts(config, store)
+    if isinstance(config, SequentialRun):
+        torch.manual_seed(config.seed)
+        return Sequential(config.model, builder.symbols, texts)
+    if finished and isinstance(config, GALRecRun):
+        backbone = BackboneConfig(name=str(folder.backbone_folder), attention=config.backbone.attention)
+        model = config.model.model_copy(update={"tuning": "frozen"})
+        config = config.model_copy(update={"backbone": backbone, "model": model})
     nodes = NodeEmbeddings.load(folder.nodes_file)
+    if isinstance(config, GraphRun):
+        return GraphModel(builder.symbols, nodes)
     torch.manual_seed(config.seed)
     with loading(config.engine, distributed):
         backbone = Backbone(config.backbone)
         scale = token_scale(full_tensor(backbone.model.get_input_embeddings().weight))
     torch.manual_seed(config.seed)
-    tensors = (nodes.items, texts, nodes.users, nodes.items_inductive)
     if isinstance(config, GALRecRun):
-        return GALRec(config.model, backbone, builder.symbols, *tensors, scale)
-    return GLTA(config.model, backbone, builder.symbols, *tensors, scale, builder.ordered)
+        return GALRec(config.model, backbone, builder.symbols, nodes, texts, scale)
+    return GLTA(config.model, backbone, builder.symbols, nodes, texts, scale, builder.ordered)
+
+
+def save_model(config: RunConfig, folder: RunFolder, parts: dict[str, torch.Tensor]) -> None:
+    """Writes a finished run's model/: the trained parts, and of GAL-Rec the language model by itself.
+
+    model/backbone is what `transformers` loads, tokenizer included, with adapters merged; all in fp32.
+    """
+    parts = dict(parts)
+    with folder.drafted(folder.model_folder) as draft:
+        if isinstance(config, GALRecRun):
+            torch.manual_seed(config.seed)  # of weights that are neither pretrained nor trained
+            backbone = tuned(Backbone(config.backbone), config.model)
+            inside = {name.removeprefix(BACKBONE): parts.pop(name) for name in list(parts) if name.startswith(BACKBONE)}
+            backbone.load_state_dict({**backbone.state_dict(), **inside})
+            backbone.save(draft / folder.backbone_folder.name)
+            load_tokenizer(config.backbone.name).save_pretrained(draft / folder.backbone_folder.name)
+        folder.save_parts(draft / folder.model_file.name, parts)
 
 
 def load_model(config: RunConfig, folder: RunFolder, store: Store) -> tuple[Model, Prompts]:
     """A finished run's model, ready to recommend, and its prompts."""
     builder = build_prompts(config, store, folder)
-    model = build_model(config, store, builder, folder, distributed=False)
+    model = build_model(config, store, builder, folder, distributed=False, finished=True)
     loaded = model.load_state_dict(folder.load_parts(folder.model_file), strict=False)
-    reads_users = isinstance(config, GALRecRun) or config.model.user_token == "aligned"
+    reads_users = not isinstance(config, GLTARun) or config.model.user_token == "aligned"
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not reads_users:
         trained = {name for name in trained if not name.startswith("user_projector.")}

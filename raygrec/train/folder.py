@@ -57,7 +57,9 @@ class RunFolder:
         self.history_file = path / "history.jsonl"
         self.nodes_file = path / "nodes.safetensors"
         self.texts_file = path / "texts.safetensors"
-        self.model_file = path / "model" / "model.safetensors"
+        self.model_folder = path / "model"
+        self.model_file = self.model_folder / "model.safetensors"
+        self.backbone_folder = self.model_folder / "backbone"
 
     @contextmanager
     def claimed(self, config: RunConfig, resume: bool) -> Iterator[None]:
@@ -128,17 +130,21 @@ class RunFolder:
 
     def save_checkpoint(self, state: LoopState, tensors: dict[str, torch.Tensor]) -> None:
         """Writes checkpoints/<stage>-<step>, then drops all but the newest `KEEP` of the stage."""
-        name = f"{state.stage}-{state.step:08d}"
-        draft = self.checkpoints / f".{name}.draft"
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        save_file(tensors, draft / "state.safetensors")
-        (draft / "loop.json").write_text(json.dumps(asdict(state)) + "\n", encoding="utf-8")
-        place = self.checkpoints / name
-        shutil.rmtree(place, ignore_errors=True)
-        draft.rename(place)
+        with self.drafted(self.checkpoints / f"{state.stage}-{state.step:08d}") as draft:
+            save_file(tensors, draft / "state.safetensors")
+            (draft / "loop.json").write_text(json.dumps(asdict(state)) + "\n", encoding="utf-8")
         for old in self._checkpoints(state.stage)[:-KEEP]:
             shutil.rmtree(old, ignore_errors=True)
+
+    @contextmanager
+    def drafted(self, place: Path) -> Iterator[Path]:
+        """An empty folder to fill, which takes the place of `place` once the block has ended well."""
+        draft = place.with_name(f".{place.name}.draft")
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        yield draft
+        shutil.rmtree(place, ignore_errors=True)
+        draft.rename(place)
 
     def last_checkpoint(self, stage: str) -> tuple[LoopState, dict[str, torch.Tensor]] | None:
         """The newest complete checkpoint of a stage, or None; `InputError` where its files are damaged."""

@@ -16,16 +16,23 @@ from raygrec.evaluate.metrics import MetricSums
 from raygrec.evaluate.ranking import top_k
 from raygrec.graph.lightgcn import NodeEmbeddings
 from raygrec.model.glta import GLTA, PromptBuilder
-from raygrec.train.assembly import Histories, Model, Prompts, build_model, build_prompts, fitted_items, histories
-from raygrec.train.engine import Engine, make_engine, peak_memory_mib, sum_over_ranks, world
+from raygrec.train.assembly import (
+    Histories,
+    Model,
+    Prompts,
+    build_model,
+    build_prompts,
+    histories,
+    save_model,
+)
+from raygrec.train.engine import Engine, LocalEngine, make_engine, peak_memory_mib, sum_over_ranks, world
 from raygrec.train.folder import RunFolder
 from raygrec.train.loop import Reporter, Stage, portions, run_stage
-from raygrec.train.settings import GLTARun, RunConfig, StageConfig
+from raygrec.train.settings import GLTARun, GraphRun, RunConfig, StageConfig
 
 POSITIONS_PER_CHUNK = 4096  # answer positions whose logits stand in memory at once
 ALIGNMENT, TRAINING, HISTORIES = 1, 2, 3  # stage numbers, part of every draw's key
 
-NAMES = {"glta": "GLTA", "galrec": "GAL-Rec"}
 Parts = dict[str, torch.Tensor]  # trained parameters by name
 # Users [B], their histories -> lists [B, k]
 Ranker = Callable[[np.ndarray, CSR], torch.Tensor]
@@ -52,11 +59,14 @@ def run(config: RunConfig, folder: RunFolder, reporter: Reporter, distributed: b
         engine = _train(config, folder, reporter, distributed, store, builder, model, "user-item alignment")
     else:
         model = build_model(config, store, builder, folder, distributed)
-        engine = _train(config, folder, reporter, distributed, store, builder, model, "fine-tuning")
+        if isinstance(config, GraphRun):
+            engine = _as_trained(config, folder, model)
+        else:
+            engine = _train(config, folder, reporter, distributed, store, builder, model, "training")
     metrics = _final(config, folder, reporter, store, builder, engine)
     if world()[0] == 0:
         best = folder.load_parts(folder.parts_file("train"))
-        folder.save_parts(folder.model_file, {**parts, **best})
+        save_model(config, folder, {**parts, **best})
         folder.write_metrics(metrics)
     return metrics
 
@@ -153,6 +163,13 @@ def _train(
     return engine
 
 
+def _as_trained(config: GraphRun, folder: RunFolder, model: Model) -> Engine:
+    """What the pretraining has made, in the place of what `_train` leaves behind."""
+    if world()[0] == 0:
+        folder.save_parts(folder.parts_file("train"), {name: value.data for name, value in model.named_parameters()})
+    return LocalEngine(model, config.engine)
+
+
 def _stage_3_model(
     config: GLTARun, folder: RunFolder, distributed: bool, store: Store, builder: PromptBuilder, parts: Parts
 ) -> GLTA:
@@ -193,14 +210,14 @@ def _final(
     def model(stage: str) -> Ranker:
         return model_ranker(config, engine, builder, config.evaluate.decoding, stage)
 
-    metrics: dict[str, Any] = both(model("valid"), model("test"), NAMES[config.recipe])
+    metrics: dict[str, Any] = both(model("valid"), model("test"), config.name)
     train = store.interactions("train")
     popularity = _score_ranker(popularity_scores(train, store.num_items), config)
     metrics["baselines"] = {"Popularity": both(popularity, popularity, "Popularity")}
-    if fitted_items(store, config)[1] is None:  # else LightGCN has not seen all the edges it is entitled to
+    if config.reads_graph and not isinstance(config, GraphRun):
         nodes = NodeEmbeddings.load(folder.nodes_file)
         rankers = [_score_ranker(lightgcn_scores(nodes, split.shown), config) for split in (valid, test)]
-        metrics["baselines"]["LightGCN"] = both(*rankers, "LightGCN")
+        metrics["baselines"][config.graph.name] = both(*rankers, config.graph.name)
     metrics["decoding"] = config.evaluate.decoding
     if isinstance(config, GLTARun):
         metrics["texts"] = config.model.texts.source

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from raygrec.config import StrictConfig, validate
 from raygrec.errors import InputError
+from raygrec.evaluate.sequential import SequentialConfig
 from raygrec.graph.lightgcn import LightGCNConfig
 from raygrec.model.backbone import BackboneConfig
 from raygrec.model.galrec import GALRecConfig
@@ -71,6 +72,43 @@ class RunConfig(StrictConfig):
     evaluate: EvaluateConfig = EvaluateConfig()
     cluster: ClusterConfig = ClusterConfig()
 
+    @property
+    def name(self) -> str:
+        """The method, as tables name it."""
+        return self.recipe
+
+    @property
+    def needs_order(self) -> bool:
+        """Whether histories must be in time order."""
+        return True
+
+    @property
+    def reads_graph(self) -> bool:
+        """Whether node embeddings are pretrained."""
+        return True
+
+    @property
+    def reads_backbone(self) -> bool:
+        """Whether there is a language model at all."""
+        return True
+
+    @property
+    def reads_texts(self) -> bool:
+        """Whether the model reads the items' text vectors."""
+        return True
+
+
+class OnePositionRun(RunConfig):
+    """A recipe whose prompts have no answer slots."""
+
+    @model_validator(mode="after")
+    def _has_no_slots(self) -> Self:
+        if self.evaluate.decoding == "slots":
+            raise ValueError(
+                f"evaluate.decoding=slots: {self.name} answers at one position; use first or autoregressive"
+            )
+        return self
+
 
 class GLTARun(RunConfig):
     """Item-text alignment, then user-item alignment, around a frozen language model."""
@@ -82,6 +120,18 @@ class GLTARun(RunConfig):
     histories: StageConfig = StageConfig(epochs=4)
     """The first part of stage 3, on the histories alone, where `model.history_loss` applies; `train` is the rest."""
 
+    @property
+    def name(self) -> str:
+        return "GLTA"
+
+    @property
+    def needs_order(self) -> bool:
+        return False
+
+    @property
+    def reads_texts(self) -> bool:
+        return self.model.text_vectors
+
     @model_validator(mode="after")
     def _lists_fit_slots(self) -> Self:
         if self.evaluate.decoding == "slots" and self.model.slots < max(self.evaluate.ks):
@@ -92,29 +142,89 @@ class GLTARun(RunConfig):
         return self
 
 
-class GALRecRun(RunConfig):
+class GALRecRun(OnePositionRun):
     """Fine-tuning of the language model on hop prompts."""
 
     recipe: Literal["galrec"] = "galrec"
     model: GALRecConfig = GALRecConfig()
 
-    @model_validator(mode="after")
-    def _has_no_slots(self) -> Self:
-        if self.evaluate.decoding == "slots":
-            raise ValueError("evaluate.decoding=slots: GAL-Rec answers at one position; use first or autoregressive")
-        return self
+    @property
+    def name(self) -> str:
+        return "GAL-Rec"
+
+    @property
+    def reads_texts(self) -> bool:
+        return self.model.text_vectors
 
     @model_validator(mode="after")
     def _deepspeed_can(self) -> Self:
         if self.engine.zero_stage == 3 and self.engine.precision == "bf16" and self.model.tuning == "full":
             raise ValueError(
                 "engine.zero_stage=3 with precision=bf16 cannot train all of the language model (DeepSpeed refuses "
-                "parameters of two types); use zero_stage=2, precision=fp32 or model.tuning=frozen"
+                "parameters of two types); use zero_stage=2, precision=fp32, model.tuning=lora or frozen"
+            )
+        if self.engine.zero_stage == 3 and self.model.contrast.momentum is not None:
+            raise ValueError(
+                "engine.zero_stage=3 spreads every parameter over the workers, and model.contrast.momentum averages "
+                "whole ones; use zero_stage=2 or momentum=null"
             )
         return self
 
 
-RECIPES: dict[str, type[RunConfig]] = {"glta": GLTARun, "galrec": GALRecRun}
+class SequentialRun(OnePositionRun):
+    """A baseline that reads histories alone: SASRec, with text vectors or BSARec's filter where asked."""
+
+    recipe: Literal["sequential"] = "sequential"
+    model: SequentialConfig = SequentialConfig()
+
+    @property
+    def name(self) -> str:
+        return self.model.name
+
+    @property
+    def reads_graph(self) -> bool:
+        return False
+
+    @property
+    def reads_backbone(self) -> bool:
+        return self.model.text_vectors
+
+    @property
+    def reads_texts(self) -> bool:
+        return self.model.text_vectors
+
+
+class GraphRun(OnePositionRun):
+    """A baseline that ranks by node embeddings: LightGCN, or RLMRec-Con with `graph.text_weight`.
+
+    All that is trained is trained by the pretraining, in one process.
+    """
+
+    recipe: Literal["graph"] = "graph"
+
+    @property
+    def name(self) -> str:
+        return self.graph.name
+
+    @property
+    def needs_order(self) -> bool:
+        return False
+
+    @property
+    def reads_backbone(self) -> bool:
+        return self.graph.text_weight > 0
+
+    @property
+    def reads_texts(self) -> bool:
+        return False
+
+
+RECIPES: dict[str, type[RunConfig]] = {
+    "glta": GLTARun,
+    "galrec": GALRecRun,
+    "sequential": SequentialRun,
+    "graph": GraphRun,
+}
 
 
 def run_config(content: dict[str, Any], source: str) -> RunConfig:

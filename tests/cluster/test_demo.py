@@ -12,7 +12,7 @@ def test_the_demo_shows_a_table_and_examples(local_ray, tiny_backbone, tmp_path,
     out = tmp_path / "demo"
     settings = {
         "backbone": {"name": str(tiny_backbone)},
-        "graph": {"epochs": 4, "evaluate_every": 2, "dim": 8},
+        "graph": {"epochs": 4, "evaluate_every": 2, "dim": 8, "folds": 2},
         "alignment": {"epochs": 0},
         "histories": {"epochs": 1, "batch": 16, "micro_batch": 16},
         "train": {"epochs": 1, "batch": 16, "micro_batch": 16},

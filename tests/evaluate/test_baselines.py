@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from raygrec.data.arrays import CSR
-from raygrec.evaluate.baselines import lightgcn_scores, popularity_scores
+from raygrec.evaluate.baselines import GraphModel, GraphPrompts, lightgcn_scores, popularity_scores
 from raygrec.evaluate.ranking import evaluate_scores
 from raygrec.graph.lightgcn import node_embeddings, normalized_adjacency
 
@@ -28,6 +28,16 @@ def test_lightgcn_scores_with_and_without_histories():
     changed = lightgcn_scores(embeddings, longer)(users)
     torch.testing.assert_close(changed[0], expected[0])
     assert not torch.allclose(changed[1], expected[1])
+
+
+def test_the_graph_model_is_lightgcn_on_what_its_prompts_show():
+    train, longer = CSR.from_lists([[0, 1], [1, 2], [3], []]), CSR.from_lists([[0, 1, 3], [1, 2], [3, 0], []])
+    ego = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
+    embeddings = node_embeddings(normalized_adjacency(train, 4), ego, 2, 4)
+    prompter = GraphPrompts(4, train)
+    users = np.array([2, 0, 3, 1])
+    found = GraphModel(prompter.symbols, embeddings).slot_logits(prompter.recommending(users, longer.take(users)))
+    torch.testing.assert_close(found[:, 0], lightgcn_scores(embeddings, longer)(users))
 
 
 @pytest.mark.data

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy.linalg import orthogonal_procrustes
 from torch_geometric.nn import LightGCN
 
 from raygrec.data.arrays import CSR
@@ -13,6 +14,7 @@ from raygrec.graph.lightgcn import (
     node_embeddings,
     normalized_adjacency,
     pretrain,
+    pretrain_folds,
     propagate,
     propagate_users,
 )
@@ -128,6 +130,50 @@ def test_early_stopping_returns_the_best_epoch(blocks):
     until_best = config.model_copy(update={"epochs": int(history["epoch"][best])})
     expected, _ = pretrain(train, ITEMS, until_best, seed=0)
     torch.testing.assert_close(embeddings.users, expected.users, rtol=0, atol=0)
+
+
+def folded(train: CSR, folds: int = 3) -> NodeEmbeddings:
+    config = LightGCNConfig(dim=8, layers=2, batch_size=64, folds=folds)
+    whole, _ = pretrain(train, ITEMS, config.model_copy(update={"epochs": 4}), seed=0)
+    return pretrain_folds(train, ITEMS, config, 0, whole, epochs=4)
+
+
+def test_a_fold_of_users_leaves_no_trace_in_its_own_tables(blocks):
+    """Give one user other items: distances between the items of that user's fit stay, those of the others change."""
+    train, _ = blocks
+    before = folded(train)
+    assert torch.bincount(before.fold_of).tolist() == [0, 10, 10, 10]
+    user = 7
+    rows = [train[row] if row != user else (train[row] + 1) % ITEMS for row in range(USERS)]
+    after = folded(CSR.from_lists(rows))
+    own = int(before.fold_of[user]) - 1
+    for name in ("fold_items", "fold_shares"):
+        # Each fit is turned towards the fit on all edges, which knows the user: compare what turning leaves as it is.
+        same = [
+            torch.allclose(a @ a.T, b @ b.T, atol=1e-5)
+            for a, b in zip(getattr(before, name), getattr(after, name), strict=True)
+        ]
+        assert same == [fold == own for fold in range(3)]
+
+
+def test_folds_are_turned_into_the_space_of_the_whole_fit(blocks):
+    """By scipy's own solution of the orthogonal Procrustes problem."""
+    train, _ = blocks
+    nodes = folded(train)
+    for fold in range(3):
+        kept = (nodes.fold_of != fold + 1).numpy()[train.rows]
+        edges = CSR.from_pairs(train.rows[kept], train.indices[kept], USERS)
+        fit, _ = pretrain(edges, ITEMS, LightGCNConfig(dim=8, layers=2, batch_size=64, epochs=4), seed=0)
+        rotation = torch.from_numpy(orthogonal_procrustes(fit.items.numpy(), nodes.items.numpy())[0])
+        torch.testing.assert_close(nodes.fold_items[fold], fit.items @ rotation, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(nodes.fold_shares[fold], fit.items_inductive @ rotation, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(nodes.item_tables[1:], nodes.fold_items)
+    assert torch.equal(nodes.item_tables[0], nodes.items) and torch.equal(nodes.share_tables[0], nodes.items_inductive)
+
+
+def test_one_fold_is_refused():
+    with pytest.raises(ValueError, match="one fold would be fitted on no edge"):
+        LightGCNConfig(folds=1)
 
 
 def test_pretrain_refuses_a_graph_without_negatives():

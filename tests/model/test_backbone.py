@@ -2,10 +2,12 @@ import importlib.util
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, ElectraConfig, T5EncoderModel
 
 from raygrec.errors import InputError
@@ -13,6 +15,7 @@ from raygrec.model.backbone import (
     MINILM_PACKAGE,
     Backbone,
     BackboneConfig,
+    LoRAConfig,
     generate,
     load_tokenizer,
 )
@@ -162,6 +165,78 @@ def test_gradients_reach_the_embeddings_and_not_a_frozen_backbone(kind, backbone
     assert all(p.grad is None and not p.requires_grad for p in backbone.parameters())
 
 
+def adapted(folder: str, config: LoRAConfig, **more: object) -> Backbone:
+    """A backbone whose adapters are far from their start."""
+    torch.manual_seed(5)
+    backbone = Backbone(BackboneConfig(name=folder, **more)).adapt(config)
+    for name, parameter in backbone.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    return backbone
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_add_a_low_rank_product_to_every_linear_layer(kind, backbone_folder):
+    folder = backbone_folder(kind)
+    plain = Backbone(BackboneConfig(name=folder, layers=2))
+    embeds, mask = torch.randn(2, len(SEGMENTS), 16), block_causal(SEGMENTS, 2)
+    with torch.no_grad():
+        before = plain(embeds, mask)
+        fresh = Backbone(BackboneConfig(name=folder, layers=2)).adapt(LoRAConfig(rank=3, alpha=6.0))
+        assert torch.equal(fresh.train()(embeds, mask), before)  # an adapter starts as nothing
+        backbone = adapted(folder, LoRAConfig(rank=3, alpha=6.0), layers=2)
+        linear = [name for name, module in plain.model.named_modules() if isinstance(module, torch.nn.Linear)]
+        for name in linear:
+            module = backbone.model.get_submodule(name)
+            a, b = (getattr(module, part)["default"].weight for part in ("lora_A", "lora_B"))
+            assert (len(a), b.shape[1]) == (3, 3)
+            plain.model.get_submodule(name).weight += 6.0 / 3 * b @ a
+        after = backbone.train()(embeds, mask)
+        torch.testing.assert_close(after, plain(embeds, mask), atol=1e-4, rtol=1e-4)
+    assert (after - before).abs().max() > 0.1
+    trained = {name for name, parameter in backbone.named_parameters() if parameter.requires_grad}
+    assert trained == {f"model.{name}.lora_{part}.default.weight" for name in linear for part in "AB"}
+
+
+def test_adapters_of_the_named_layers_only(backbone_folder):
+    backbone = adapted(backbone_folder("bert"), LoRAConfig(target_modules=("query", "value")))
+    trained = [name for name, parameter in backbone.named_parameters() if parameter.requires_grad]
+    assert len(trained) == 3 * 2 * 2
+    assert all(".query." in name or ".value." in name for name in trained)
+    with pytest.raises(InputError, match=r"^key 'model.lora.target_modules': .*nope.* not found in the base model"):
+        adapted(backbone_folder("bert"), LoRAConfig(target_modules=("nope",)))
+
+
+def test_adapters_of_untrained_weights_all_have_something_to_do(backbone_folder):
+    """A pooling layer, which nothing reads, would have adapters that get no gradient."""
+    backbone = adapted(backbone_folder("bert"), LoRAConfig(), pretrained=False)
+    backbone(torch.randn(1, 4, 16), everything(1, 4)).square().sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in backbone.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["plain", "adapters"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_saved_is_a_plain_model_of_the_kept_layers(kind, adapters, backbone_folder, tmp_path):
+    folder = backbone_folder(kind)
+    config = BackboneConfig(name=folder, layers=2)
+    backbone = adapted(folder, LoRAConfig(rank=3), layers=2) if adapters else Backbone(config)
+    embeds, mask = torch.randn(2, len(SEGMENTS), 16), block_causal(SEGMENTS, 2)
+    with torch.no_grad():
+        expected = backbone(embeds, mask)
+        backbone.save(tmp_path)
+        torch.testing.assert_close(backbone(embeds, mask), expected, atol=1e-5, rtol=1e-5)  # merged, and still of use
+        again = Backbone(BackboneConfig(name=str(tmp_path)))
+        torch.testing.assert_close(again(embeds, mask), expected, atol=1e-5, rtol=1e-5)
+    assert again.model.config.num_hidden_layers == 2
+    assert again.state_dict().keys() == Backbone(config).state_dict().keys()
+
+
+def test_adapters_without_peft(backbone_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)  # importing it raises ImportError
+    with pytest.raises(InputError, match=r"needs the package peft: pip install 'raygrec\[lora\]'$"):
+        Backbone(BackboneConfig(name=backbone_folder("bert"))).adapt(LoRAConfig())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_mode_is_deterministic_and_checkpointing_changes_no_gradient(kind, backbone_folder):
     """The saved models have dropout 0.5, which must be off: `train()` is what turns checkpointing on."""
@@ -204,6 +279,17 @@ def test_weights_that_cannot_be_read(backbone_folder, tmp_path):
         damage(tmp_path / "model.safetensors")
         with pytest.raises(InputError, match=r"^backbone '.*' with attention 'sdpa' does not load: .+$"):
             Backbone(BackboneConfig(name=str(tmp_path)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_of_which_some_are_missing(kind, backbone_folder, tmp_path):
+    """`transformers` would fill them at random."""
+    shutil.copytree(backbone_folder(kind), tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in sorted(weights) if "layer" in name and "decoder" not in name)
+    save_file({n: w for n, w in weights.items() if n != name}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"does not load: its files lack '.*layer.*'$"):
+        Backbone(BackboneConfig(name=str(tmp_path)))
 
 
 def test_encoders_do_not_generate(backbone_folder):

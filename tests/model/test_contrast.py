@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from raygrec.model.contrast import (
+    MomentumCopy,
     NegativeQueue,
     alignment,
     contrast_terms,
@@ -225,6 +226,36 @@ def test_the_queue_refuses_what_does_not_fit():
         queue.enqueue(UNIT, torch.tensor([1, 2]))
     with pytest.raises(ValueError, match=r"\[5, 3\], this run's has \[4, 3\]"):
         queue.load_state(NegativeQueue(5, 3).state())
+
+
+def test_the_momentum_copy_by_hand():
+    """p_slow ← 0.75 p_slow + 0.25 p, in fp32 whatever the parameters are."""
+    parameter = nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.bfloat16))
+    copy = MomentumCopy({"w": parameter}, 0.75)
+    assert torch.equal(copy.values()["w"], parameter)
+    parameter.data = torch.tensor([2.0, 0.0], dtype=torch.bfloat16)
+    assert copy.state()["w"].tolist() == [1.0, 2.0]
+    copy.update()
+    assert copy.state()["w"].tolist() == [1.25, 1.5]
+    parameter.data = torch.tensor([1.0 + 2**-7, 0.0], dtype=torch.bfloat16)
+    copy.update()
+    assert copy.state()["w"].tolist() == [0.75 * 1.25 + 0.25 * (1 + 2**-7), 1.125]
+    assert (copy.state()["w"].dtype, copy.values()["w"].dtype) == (torch.float32, torch.bfloat16)
+    assert not copy.values()["w"].requires_grad
+
+
+def test_the_momentum_copy_goes_through_a_checkpoint():
+    parameter = nn.Parameter(torch.tensor([1.0, 2.0]))
+    copy = MomentumCopy({"w": parameter}, 0.5)
+    parameter.data = torch.tensor([3.0, 3.0])
+    copy.update()
+    state = copy.state()
+    other = MomentumCopy({"w": parameter}, 0.5)
+    other.load_state(state)
+    for each in (copy, other):
+        each.update()
+    assert copy.state()["w"].tolist() == other.state()["w"].tolist() == [2.5, 2.75]
+    assert state["w"].tolist() == [2.0, 2.5]
 
 
 def test_uniformity_by_hand():

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,18 +14,24 @@ from raygrec.model.contrast import info_nce
 from raygrec.model.galrec import HOPS, GALRec, GALRecConfig, HopBatch, HopPrompts
 from raygrec.model.nodes import token_scale
 from raygrec.model.prompts import PAD, Symbols
+from tests.model.random_nodes import random_nodes
 
 TEXT, ITEMS, BEGIN = 60, 20, 1
 EVERY_USER_LENDS = {"items": 1.0}
 
 Answers = dict[int, dict[int, float]]
+TITLES = CSR.from_lists([[20 + item, 40 + item] for item in range(ITEMS)])  # no token is of two items
 
 
-def hop_prompts(train: CSR | list[list[int]], **settings: object) -> HopPrompts:
-    """Without dropout; every user lends an item; `<hop1>` recommends."""
+def hop_prompts(train: CSR | list[list[int]], titles: CSR = TITLES, **settings: object) -> HopPrompts:
+    """Without dropout; every user is contrasted and lends an item; `<hop1>` recommends; no titles but where
+    `title_tokens` asks."""
     train = train if isinstance(train, CSR) else CSR.from_lists(train)
-    config = GALRecConfig(**{"dropout": 0.0, "contrast": EVERY_USER_LENDS, "readout": "hop1", **settings})
-    return HopPrompts(config, Symbols(TEXT, ITEMS, len(train), HOPS), [BEGIN], train, train.transposed(ITEMS))
+    settings = {"dropout": 0.0, "contrast": EVERY_USER_LENDS, "readout": "hop1", **settings}
+    settings["contrast"] = {"users": 1.0, **settings["contrast"]}
+    config = GALRecConfig(**settings)
+    symbols = Symbols(TEXT, ITEMS, len(train), HOPS)
+    return HopPrompts(config, symbols, [BEGIN], train, train.transposed(ITEMS), titles)
 
 
 def rows(batch: HopBatch, values: torch.Tensor | None = None) -> list[list[int]]:
@@ -105,6 +112,67 @@ def test_training_prompts_by_hand():
     assert (batch.num_users, histories(batch)) == (2, [[3, 5], [4]])
     assert answers(batch) == [{3: {5: 1.0}, 4: {7: 1.0}, 5: {7: 1.0}}, {3: {5: 1.0}, 4: {5: 1.0}}]
     assert batch.counts.tolist() == [5, 2, 2, 2]
+
+
+def test_prompts_with_titles_by_hand():
+    """Item 3 has three tokens of text, 5 has one and 4 none; two are asked for."""
+    titles = CSR.from_lists([{3: [13, 14, 15], 5: [16]}.get(number, []) for number in range(ITEMS)])
+    prompter = hop_prompts(TRAIN, titles, title_tokens=2, **RECENT)
+    batch = lending(prompter, [0, 2], [3, 4])
+    assert rows(batch) == [
+        [BEGIN, user(0), HOP0, item(3), 13, 14, item(5), 16, HOP1, user(2), user(1), HOP2],
+        [BEGIN, user(2), HOP0, item(4), HOP1, HOP2],
+        [BEGIN, item(3), 13, 14, HOP0, user(0), HOP1, item(5), HOP2],
+        [BEGIN, item(4), HOP0, user(2), HOP1, HOP2],
+    ]
+    assert rows(batch, batch.segments) == [
+        [0, 5, 5, 1, 1, 1, 2, 2, 5, 6, 6, 7],
+        [0, 5, 5, 1, 5, 7],
+        [0, 5, 5, 5, 5, 1, 5, 6, 7],
+        [0, 5, 5, 1, 5, 7],
+    ]
+    assert in_row(batch, batch.hops) == [[2, 8, 11], [2, 4, 5], [4, 6, 8], [2, 4, 5]]
+    own = [[1, 2], [1, 2], [1, 2, 3, 4], [1, 2]]
+    assert batch.own.nonzero().tolist() == [[row, column] for row in range(4) for column in own[row]]
+    assert answers(batch) == [{5: {5: 1.0}, 7: {7: 1.0}, 8: {7: 1.0}}, {3: {5: 1.0}, 4: {5: 1.0}}]
+    read_out = hop_prompts(TRAIN, titles, **{**RECENT, "title_tokens": 2, "readout": "history"})
+    asked = read_out.recommending(np.array([0, 2, 3]), CSR.from_lists([[4, 3], [3, 4], []]))
+    assert rows(asked)[:2] == [
+        [BEGIN, user(0), HOP0, item(4), item(3), 13, 14, HOP1],
+        [BEGIN, user(2), HOP0, item(3), 13, 14, item(4), HOP1],
+    ]
+    assert in_row(asked, asked.slots) == [[6], [6], [2]]
+    # Opening, an item's own prompt, a history of four with their titles, four nodes two hops away, task tokens.
+    assert prompter.config.longest_prompt == 1 + 3 + 4 * 3 + 4 + 3
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5", "llama"])
+@pytest.mark.parametrize("place", [1, 2])
+def test_the_title_of_a_later_item_changes_no_earlier_representation(place, kind, backbone_folder):
+    """Nor does its length; the item's own representation it does change, and all that follow."""
+    history, side = [3, 5, 9], {"title_tokens": 3, "readout": "history"}
+    other = history[place]
+
+    def states(text: list[int]) -> tuple[list[torch.Tensor], torch.Tensor]:
+        titles = CSR.from_lists([text if number == other else [20 + number, 40 + number] for number in range(ITEMS)])
+        prompter = hop_prompts([[*history, 7], [2, 4]], titles, **side)
+        model = model_of(prompter, Backbone(BackboneConfig(name=backbone_folder(kind))))
+        batch = prompter.training(np.array([0]), Draws(0))
+        row = rows(batch)[0]
+        with torch.no_grad():
+            hidden = model.hidden(batch)[0]
+        starts = [row.index(item(number)) for number in history] + [row.index(prompter.symbols.first_slot + 1)]
+        groups = [hidden[first:end] for first, end in pairwise(starts)]
+        return groups, hidden[starts[-1]]
+
+    before, hop1 = states([30, 31])
+    for text in ([30, 32], [30, 31, 33], []):
+        after, hop1_after = states(text)
+        for number in range(place):
+            torch.testing.assert_close(after[number], before[number], rtol=1e-5, atol=1e-5)
+        for number in range(place, 3):
+            assert (after[number][-1] - before[number][-1]).abs().max() > 1e-3
+        assert (hop1_after - hop1).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(("readout", "columns"), [("history", [4, 3]), ("hop1", [5, 4]), ("hop2", [8, 5])])
@@ -216,6 +284,7 @@ CHOICES = [
     {"readout": "hop2", "max_history": 3},
     {"readout": "history", "neighbours": {"choice": "uniform", "two_hop": 30, "one_hop": 30}},
     {"neighbours": {"choice": "recent", "two_hop": 30}, "max_history": 5},
+    {"title_tokens": 2, "readout": "history", "max_history": 5},
 ]
 
 
@@ -238,7 +307,7 @@ def test_no_answer_stands_where_its_position_can_see_it(settings, repeats):
                 asked += 1
                 assert sum(items.values()) == pytest.approx(1)
                 seen = set(batch.symbols[row][attention[row, column]].tolist())
-                assert not seen & {base.first_item + item for item in items}
+                assert not seen & {token for item in items for token in (base.first_item + item, *TITLES[item])}
                 if max(seen) >= base.first_user:
                     # It sees the user's vector, made of the whole history, and perhaps users two hops away.
                     assert not set(items) & set(history)
@@ -375,7 +444,7 @@ def test_logits_are_those_of_the_read_out(readout, head, backbone):
             expected = model.head(hidden[row, column][None], rows_of(model))
             torch.testing.assert_close(logits[row], expected)
         # Only the history speaks for a user: the vector that has seen its training targets is not read.
-        model.user_nodes[:4] += 1.0
+        model.nodes.users_Ud[:4] += 1.0
         changed = (model.slot_logits(batch) - logits).abs().amax((1, 2)) > 1e-5
     assert changed.tolist() == [readout == "hop2" and bool(row) for row in ([3, 5], [5], [], [2, 7, 9])]
 
@@ -392,52 +461,55 @@ def model_of(prompter: HopPrompts, backbone: Backbone, with_texts: bool = True) 
     """A model none of whose parameters around the backbone is zero."""
     torch.manual_seed(5)
     symbols = prompter.symbols
-    items, users, shares, texts = (torch.randn(n, 4) for n in (ITEMS, symbols.users, ITEMS, ITEMS))
+    texts, nodes = torch.randn(ITEMS, 4), random_nodes(symbols.users, ITEMS)
     texts = 5 + 2 * torch.cat([texts, texts**2], dim=1) if with_texts else None
     scale = token_scale(backbone.model.get_input_embeddings().weight)
-    model = GALRec(prompter.config, backbone, symbols, items, texts, users * 3, shares, scale)
+    model = GALRec(prompter.config, backbone, symbols, nodes, texts, scale)
+    prompter.tables = nodes.fold_of.numpy()
     for parameter in (p for p in model.parameters() if p.requires_grad and not p.any()):
         torch.nn.init.normal_(parameter)
     return model
 
 
 def rows_of(model: GALRec) -> torch.Tensor:
-    return model.head.rows(model.item_nodes, model.item_texts)
+    return model.head.rows(model.nodes.items_Id, model.item_texts)
 
 
 @pytest.mark.parametrize("with_texts", [True, False], ids=["texts", "no texts"])
 @pytest.mark.parametrize("graph", [True, False], ids=["graph", "no graph"])
 def test_every_symbol_is_embedded_as_its_kind(graph, with_texts, backbone):
-    prompter = hop_prompts(random_rows(1, fewest=1), graph_vectors=graph, max_history=3)
+    prompter = hop_prompts(random_rows(1, fewest=1), graph_vectors=graph, max_history=3, title_tokens=1)
     model = model_of(prompter, backbone, with_texts)
     assert model.item_offsets.weight.abs().min() > 1e-4
-    item_nodes = model.item_nodes + model.item_offsets.weight
+    tables = model.nodes.items_KId + model.item_offsets.weight
     if with_texts:
-        item_nodes = torch.cat([item_nodes, model.item_texts], dim=1)
+        tables = torch.cat([tables, model.item_texts.expand(3, -1, -1)], dim=2)
     batch = prompter.training(np.arange(14), Draws(0))
     history = CSR(batch.history_indptr.numpy(), batch.history.numpy())
     assert history.lengths.max() > prompter.config.max_history
-    mine = propagate_users(model.item_shares, history)
+    mine = torch.stack([propagate_users(shares, history) for shares in model.nodes.shares_KId])
     base = prompter.symbols
     kinds = set()
     with torch.no_grad():
         embeds = model.embed(batch)
         for row, symbols in enumerate(rows(batch)):
+            # Users read the fit without them, items the fit on all edges.
+            fit = 1 + row % 2 if row < 14 else 0
             for column, symbol in enumerate(symbols):
                 if symbol < base.first_item:
                     kind, expected = "text", backbone.embed(torch.tensor(symbol))
                 elif symbol < base.first_user:
-                    kind, expected = "item", model.item_projector(item_nodes[symbol - base.first_item])
+                    kind, expected = "item", model.item_projector(tables[fit, symbol - base.first_item])
                 elif symbol >= base.first_slot:
                     kind, expected = "hop", model.hop_tokens.weight[symbol - base.first_slot]
                 elif column == 1:
-                    kind, expected = "own", model.user_projector(mine[row])
+                    kind, expected = "own", model.user_projector(mine[fit, row])
                 else:
-                    kind, expected = "other", model.user_projector(model.user_nodes[symbol - base.first_user])
+                    kind, expected = "other", model.user_projector(model.nodes.users_Ud[symbol - base.first_user])
                 kinds.add(kind)
                 torch.testing.assert_close(embeds[row, column], expected)
     assert kinds == {"text", "item", "hop", "own", "other"}
-    assert bool(model.item_nodes.any()) == bool(model.user_nodes.any()) == bool(mine.any()) == graph
+    assert {bool(table.any()) for table in (*model.nodes.items_KId, model.nodes.users_Ud, *mine)} == {graph}
 
 
 PAIRS = [
@@ -531,6 +603,88 @@ def test_queues_take_the_positives_of_a_sides_first_pair_after_the_update(backbo
         assert model.queues["user"].ids().tolist() == [-1, -1, 0, 2, 1]  # nothing enters twice
 
 
+def with_momentum(backbone_folder, **settings: object) -> tuple[HopPrompts, GALRec, GALRec]:
+    """A model whose momentum copy is a model of other parameters, which comes third."""
+    contrast = {"items": 1.0, "queue": 9, "momentum": 0.75, "temperature": 0.2}
+    prompter = hop_prompts(random_rows(2, fewest=2), contrast=contrast, max_history=3, **settings)
+    model, other = (
+        model_of(prompter, Backbone(BackboneConfig(name=backbone_folder("bert"), layers=2))) for _ in range(2)
+    )
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+                if name in model.slow.state():
+                    model.slow._slow[name] = parameter.clone()
+    other.head = model.head
+    return prompter, model, other
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_positives_and_the_queue_are_the_momentum_copys(tuning, backbone_folder):
+    prompter, model, other = with_momentum(backbone_folder, tuning=tuning)
+    batch = prompter.training(np.arange(14), Draws(1))
+    places = torch.tensor(in_row(batch, batch.hops))
+    with torch.no_grad():
+        for side in ("user", "item"):
+            model.queues[side].enqueue(torch.randn(5, 16), torch.arange(5))
+    before = {side: (queue.rows(), queue.ids()) for side, queue in model.queues.items()}
+
+    def hops(one: GALRec) -> torch.Tensor:
+        hidden = plain_hidden(one, batch)
+        return torch.stack([states[columns] for states, columns in zip(hidden, places, strict=True)])
+
+    anchors, keys = hops(model), hops(other).detach()
+    expected = []
+    for rows, side, hop in (
+        (slice(14), "user", 0),
+        (slice(14), "user", 1),
+        (slice(14, None), "item", 0),
+        (slice(14, None), "item", 1),
+    ):
+        expected.append(info_nce(anchors[rows, hop], keys[rows, 2], batch.nodes[rows], *before[side], temperature=0.2))
+    expected = torch.stack([expected[0], expected[1], expected[2] + expected[3]])
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    def gradients(terms: torch.Tensor) -> dict[str, torch.Tensor | None]:
+        found = torch.autograd.grad(terms.sum(), list(trained.values()), retain_graph=True, allow_unused=True)
+        return dict(zip(trained, found, strict=True))
+
+    terms = model(batch)[1:]
+    torch.testing.assert_close(terms, expected, rtol=1e-4, atol=1e-3)
+    # Gradient comes by the anchors alone.
+    found = gradients(terms)
+    for name, wanted in gradients(expected).items():
+        if wanted is not None:
+            torch.testing.assert_close(found[name], wanted, rtol=1e-3, atol=1e-3, msg=name)
+    model.after_update()
+    for side, rows in (("user", slice(14)), ("item", slice(14, None))):
+        newest = functional.normalize(keys[rows, 2])[-9:]
+        torch.testing.assert_close(model.queues[side].rows()[-len(newest) :], newest, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora", "frozen"])
+def test_the_momentum_copy_holds_what_is_trained_before_the_head_and_follows_it(tuning, backbone_folder):
+    prompter, model, _ = with_momentum(backbone_folder, tuning=tuning)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("head.")}
+    assert any(name.startswith("backbone.") for name in trained) == (tuning != "frozen")
+    state = model.carried_state()
+    slow = {name.removeprefix("momentum/"): value for name, value in state.items() if name.startswith("momentum/")}
+    assert slow.keys() == trained.keys()
+    model.after_update()
+    for name, parameter in trained.items():
+        followed = model.carried_state()[f"momentum/{name}"]
+        torch.testing.assert_close(followed, 0.75 * slow[name] + 0.25 * parameter.detach())
+    model.load_carried_state(state)
+    assert all(torch.equal(value, state[name]) for name, value in model.carried_state().items())
+    assert not any("slow" in name or "momentum" in name for name in model.state_dict())
+    # Nothing else is read from the copy: recommending is the model's own.
+    asked = prompter.recommending(np.arange(2), CSR.from_lists([[3, 5], [2]]))
+    plain = GALRec.slot_logits(model, asked)
+    model.slow._slow = {name: value + 1 for name, value in model.slow._slow.items()}
+    assert torch.equal(model.slot_logits(asked), plain)
+
+
 def test_queues_go_through_a_checkpoint(backbone):
     prompter = hop_prompts(TRAIN, contrast={"items": 1.0, "queue": 4})
     model, other = model_of(prompter, backbone), model_of(prompter, backbone)
@@ -555,9 +709,9 @@ def test_queues_go_through_a_checkpoint(backbone):
 
 
 @pytest.mark.parametrize("kind", ["bert", "t5", "llama"])
-@pytest.mark.parametrize("tuning", ["full", "frozen"])
+@pytest.mark.parametrize("tuning", ["full", "lora", "frozen"])
 def test_gradients_reach_the_trained_parts_only(tuning, kind, backbone_folder):
-    prompter = hop_prompts(TRAIN, tuning=tuning, backbone_lr=0.25)
+    prompter = hop_prompts(TRAIN, tuning=tuning, backbone_lr=0.25, lora={"lr": 0.5})
     model = model_of(prompter, Backbone(BackboneConfig(name=backbone_folder(kind), layers=2)))
     terms = model(prompter.training(np.arange(3), Draws(0)), chunks=2)
     terms.sum().backward()
@@ -570,12 +724,14 @@ def test_gradients_reach_the_trained_parts_only(tuning, kind, backbone_folder):
     table = {name for name in inside if "word_embeddings" in name or "embed_tokens" in name or "shared" in name}
     assert len(table) == 1
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trained == around | (inside - table if tuning == "full" else set())
+    adapters = {name for name in inside if "lora_" in name}
+    assert bool(adapters) == (tuning == "lora")
+    assert trained == around | {"full": inside - table, "lora": adapters, "frozen": set()}[tuning]
     reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 1e-9}
     # A key's bias moves all scores of a query alike, so its gradient is zero but for rounding.
     biases = {name for name in trained if name.endswith("key.bias")}
     assert reached | biases == trained
-    assert model.lr_shares == {"backbone.": 0.25}
+    assert model.lr_shares == {"backbone.": 0.5 if tuning == "lora" else 0.25}
 
 
 # ---- dropout
@@ -594,7 +750,9 @@ def test_dropout_falls_on_training_prompts_and_does_not_depend_on_the_batch(back
         assert abs(together - model(replace(batch, dropout_keys=batch.dropout_keys + 1))[0]) > 1e-2
         histories = CSR.from_lists([[3, 5], [2]])
         asked = prompter.recommending(users[:2], histories)
-        plain = hop_prompts(random_rows(2, fewest=2)).recommending(users[:2], histories)
+        undropped = hop_prompts(random_rows(2, fewest=2))
+        undropped.tables = prompter.tables
+        plain = undropped.recommending(users[:2], histories)
         assert torch.equal(model.slot_logits(asked), model.slot_logits(plain))
 
 
@@ -629,9 +787,48 @@ def test_prompts_without_targets_have_a_loss_that_can_be_stepped(backbone):
 def test_node_embeddings_are_scaled_and_stay_out_of_the_saved_weights(backbone):
     model = model_of(hop_prompts([[3, 5]] * 50), backbone)
     assert torch.allclose(model.item_texts.mean(0), torch.zeros(8), atol=1e-5)
-    assert float(model.item_nodes.std()) == pytest.approx(1)
-    assert float(model.user_nodes.std()) == pytest.approx(1)
-    assert not {"item_nodes", "item_texts", "user_nodes", "item_shares"} & set(model.state_dict())
+    assert not any("nodes" in name or name == "item_texts" for name in model.state_dict())
+
+
+def test_a_share_of_the_users_is_contrasted_and_does_not_depend_on_the_batch():
+    train = random_rows(3, fewest=2)
+    prompter = hop_prompts(train, contrast={"users": 0.4, "items": 0.3})
+    users = np.arange(14)
+    batch = prompter.training(users, Draws(6))
+    contrasted = batch.hops[:14, 2] >= 0
+    assert 0 < contrasted.sum() < 14
+    assert batch.anchors == (int(contrasted.sum()), int(contrasted.sum()), len(batch.nodes) - 14)
+    parts = [prompter.training(users[part], Draws(6)) for part in (slice(5), slice(5, 14))]
+    assert torch.cat([part.hops[: part.num_users, 2] >= 0 for part in parts]).equal(contrasted)
+    others = prompter.training(users, Draws(7)).hops[:14, 2] >= 0
+    assert not others.equal(contrasted)
+    every = rows(hop_prompts(train, contrast={"users": 1.0, "items": 0.3}).training(users, Draws(6)))
+    for row, symbols in enumerate(rows(batch)[:14]):
+        # Without the two-hop segment a prompt is the same up to there.
+        assert symbols == every[row][: len(symbols)]
+        assert (len(symbols) == len(every[row])) == bool(contrasted[row])
+
+
+@pytest.mark.parametrize("share", [1e-9, 0.5, 1.0], ids=["no long prompts", "both", "no short prompts"])
+def test_prompts_of_two_lengths_go_through_the_model_apart_with_the_same_result(share, backbone):
+    prompter = hop_prompts(random_rows(3, fewest=2), contrast={"users": share, "items": 0.0})
+    model = model_of(prompter, backbone)
+    batch = prompter.training(np.arange(14), Draws(6))
+    assert len((batch.hops[:, 2] >= 0).unique()) == (2 if share == 0.5 else 1)
+    passes = []
+    handle = model.backbone.register_forward_hook(lambda *_: passes.append(1))
+    apart = model.hidden(batch)
+    assert len(passes) == 2
+    together = model.hidden(replace(batch, dropout_keys=None))
+    assert len(passes) == 3
+    handle.remove()
+    real = batch.symbols != PAD
+    torch.testing.assert_close(apart[real], together[real], rtol=1e-4, atol=1e-5)
+    weights = torch.randn_like(apart) * real[..., None]
+    gradients = [
+        torch.autograd.grad((hidden * weights).sum(), model.item_projector.weight) for hidden in (apart, together)
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
 
 
 def test_representations_are_the_hidden_states_of_the_task_tokens(backbone):

@@ -33,6 +33,7 @@ def batch_of(symbols: list[list[int]], segments: list[list[int]]) -> PromptBatch
         targets=Targets(torch.zeros(1, dtype=torch.int64), nothing, torch.zeros(0)),
         history_indptr=torch.zeros(len(symbols) + 1, dtype=torch.int64),
         history=nothing,
+        tables=torch.zeros(len(symbols), dtype=torch.int64),
         user_kept=torch.ones(len(symbols), dtype=torch.bool),
     )
 

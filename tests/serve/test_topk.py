@@ -1,4 +1,5 @@
 import json
+import sys
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -10,7 +11,7 @@ from raygrec.serve.topk import FinishedRun, evaluate_run, recommend_all
 from raygrec.train.assembly import histories
 from raygrec.train.folder import RunFolder
 from raygrec.train.local import train_here
-from tests.train.workers import tiny_config
+from tests.train.workers import tiny_config, tiny_galrec_config
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +30,19 @@ def new_items(store, user: int) -> list[int]:
 def test_evaluating_repeats_the_runs_figures(run):
     written = json.loads((run / "metrics.json").read_text())
     assert evaluate_run(run) == {"valid": written["valid"], "test": written["test"]}
+
+
+def test_a_run_with_adapters_needs_its_folder_only(tiny_store, tiny_backbone, tmp_path, monkeypatch):
+    config = tiny_galrec_config(tiny_store.path, tiny_backbone, tmp_path / "run", model={"tuning": "lora"})
+    train_here(config)
+    monkeypatch.setitem(sys.modules, "peft", None)  # adapters are merged
+    written = json.loads((config.out / "metrics.json").read_text())
+    found = evaluate_run(config.out)
+    assert {split: pytest.approx(figures) for split, figures in found.items()} == {
+        "valid": written["valid"],
+        "test": written["test"],
+    }
+    assert recommend_all(config.out, 3, tmp_path / "top.parquet") == 3 * tiny_store.num_users
 
 
 def test_evaluating_with_another_decoding(run):

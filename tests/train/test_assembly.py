@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,17 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from raygrec.data.arrays import CSR
 from raygrec.errors import InputError
 from raygrec.model import text_vectors
 from raygrec.model.backbone import Backbone, BackboneConfig
+from raygrec.model.galrec import HOPS
 from raygrec.model.glta import GLTA
 from raygrec.train.assembly import (
     TEXT_LENGTH,
     build_model,
     build_prompts,
-    fitted_items,
     histories,
     load_model,
     prepare_run,
@@ -25,7 +27,7 @@ from raygrec.train.assembly import (
 )
 from raygrec.train.folder import RunFolder
 from raygrec.train.local import train_here
-from tests.train.workers import tiny_config, tiny_galrec_config
+from tests.train.workers import tiny_config, tiny_galrec_config, tiny_sequential_config
 
 real_data = pytest.mark.skipif("RAYGREC_DATA" not in os.environ, reason="RAYGREC_DATA is not set")
 
@@ -51,30 +53,6 @@ def test_the_first_entries_of_rows():
     assert rows(found) == [[5, 6], [], []]
 
 
-def test_cross_fitting_leaves_out_the_last_items(tiny_store):
-    config = tiny_config(tiny_store.path, Path("b"), Path("r"), model={"user_vector": "cross_fit", "slots": 2})
-    edges, counts = fitted_items(tiny_store, config)
-    train = rows(tiny_store.interactions("train"))
-    # min(k, half of them) are held out: 1 of 2, 1 of 3, 2 of 4.
-    assert {len(items): int(count) for items, count in zip(train, counts, strict=True)} == {2: 1, 3: 2, 4: 2}
-    assert rows(edges) == [items[:count] for items, count in zip(train, counts, strict=True)]
-
-
-def test_other_user_vectors_are_fitted_on_all_training_items(tiny_store):
-    edges, counts = fitted_items(tiny_store, tiny_config(tiny_store.path, Path("b"), Path("r")))
-    assert rows(edges) == rows(tiny_store.interactions("train"))
-    assert counts is None
-
-
-def test_cross_fitted_prompts_show_what_the_embeddings_were_fitted_on(tiny_store, tiny_backbone, tmp_path):
-    model = {"user_vector": "cross_fit"}
-    config = tiny_config(tiny_store.path, tiny_backbone, tmp_path / "run", model=model, train={"epochs": 1})
-    train_here(config)
-    _, counts = fitted_items(tiny_store, config)
-    assert np.array_equal(build_prompts(config, tiny_store, RunFolder(config.out)).shown_at_least, counts)
-    assert "LightGCN" not in RunFolder(config.out).metrics()["baselines"]
-
-
 def test_the_heads_texts_are_read_before_workers_start_and_only_where_they_are_asked_for(
     tiny_store, tiny_backbone, tmp_path, monkeypatch
 ):
@@ -93,7 +71,7 @@ def test_the_heads_texts_are_read_before_workers_start_and_only_where_they_are_a
         assert len(loads) == read
         return model
 
-    without = model_of("without", head_texts=False)
+    without = model_of("without", text_vectors=False)
     assert (without.item_texts, without.head.rows.from_text, loads) == (None, None, [])
     found = model_of("with").item_texts
     assert len(loads) == 1
@@ -137,7 +115,9 @@ def encoder_decoder(tiny_backbone, tmp_path_factory) -> Path:
 
 def assert_trained(config) -> None:
     folder = RunFolder(config.out)
-    losses = [record["loss"] for record in folder.history() if record["stage"] == "train"]
+    # Not the whole loss: contrastive terms grow while their queues fill.
+    records = [record for record in folder.history() if record["stage"] == "train"]
+    losses = [record.get("terms", {}).get("cross_entropy", record["loss"]) for record in records]
     assert losses[-1] < losses[0]
     assert np.isfinite(folder.metrics()["test"]["ndcg@3"])
 
@@ -167,44 +147,184 @@ def test_galrec_of_families_end_to_end(tiny_store, tmp_path, family, request):
     assert_trained(config)
     model, _ = load_model(config, RunFolder(config.out), tiny_store)
     # The tuned language model is what a finished run loads, not the one it began with.
-    tuned = RunFolder(config.out).load_parts(RunFolder(config.out).model_file)
+    tuned = RunFolder(config.out).load_parts(RunFolder(config.out).parts_file("train"))
     inside = [name for name in tuned if name.startswith("backbone.")]
     before = Backbone(config.backbone).state_dict()
     assert inside
     for name in inside:
-        torch.testing.assert_close(model.state_dict()[name], tuned[name])
+        assert torch.equal(model.state_dict()[name], tuned[name])
     assert any(not torch.equal(tuned[name], before[name.removeprefix("backbone.")]) for name in inside)
 
 
-@pytest.mark.parametrize("tuning", ["full", "frozen"])
-def test_a_galrec_model_file_must_be_whole(tiny_store, tiny_backbone, tmp_path, tuning):
-    """A part of the tuned language model that is missing would otherwise be the pretrained one's."""
+@pytest.mark.parametrize("tuning", ["full", "lora", "frozen"])
+def test_a_galrec_model_folder_must_be_whole(tiny_store, tiny_backbone, tmp_path, tuning):
+    """A part of the tuned language model that is missing would otherwise be a random one."""
     model = {"tuning": tuning}
     config = tiny_galrec_config(tiny_store.path, tiny_backbone, tmp_path / "run", model=model, train={"epochs": 1})
     train_here(config)
     folder = RunFolder(config.out)
+    assert sorted(path.name for path in folder.model_folder.iterdir()) == ["backbone", "model.safetensors"]
     load_model(config, folder, tiny_store)
     whole = folder.load_parts(folder.model_file)
-    inside = {name for name in whole if name.startswith("backbone.")}
-    assert bool(inside) == (tuning == "full")
-    for name in ("head.bias", "user_projector.weight", "hop_tokens.weight", *sorted(inside)[:1]):
+    assert not any(name.startswith("backbone.") for name in whole)
+    for name in ("head.bias", "user_projector.weight", "hop_tokens.weight"):
         folder.save_parts(folder.model_file, {part: value for part, value in whole.items() if part != name})
         with pytest.raises(InputError, match=rf"'{name}' is missing or unknown; expected the parts of a galrec"):
             load_model(config, folder, tiny_store)
     folder.save_parts(folder.model_file, {**whole, "answer_slots.weight": torch.zeros(2)})
     with pytest.raises(InputError, match=r"'answer_slots\.weight' is missing or unknown"):
         load_model(config, folder, tiny_store)
+    folder.save_parts(folder.model_file, whole)
+    weights = folder.backbone_folder / "model.safetensors"
+    inside = folder.load_parts(weights)
+    first = min(inside)
+    folder.save_parts(weights, {name: value for name, value in inside.items() if name != first})
+    with pytest.raises(InputError, match=rf"model/backbone' .* does not load: its files lack '{first}'$"):
+        load_model(config, folder, tiny_store)
+    weights.unlink()
+    with pytest.raises(InputError, match=r"model/backbone' .* does not load: "):
+        load_model(config, folder, tiny_store)
 
 
-def test_galrec_refuses_an_unordered_store(tiny_unordered_store, tiny_backbone, tmp_path):
-    config = tiny_galrec_config(tiny_unordered_store.path, tiny_backbone, tmp_path / "run")
+# ---- the exported language model, by itself
+
+WITHOUT_RAYGREC = """
+import sys
+for name in ("deepspeed", "ray", "peft", "raygrec"):
+    sys.modules[name] = None  # importing it raises ImportError
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForTextEncoding, AutoTokenizer
+run, example, answer = sys.argv[1:4]
+given, parts = load_file(example), load_file(run + "/model/model.safetensors")
+loader = AutoModelForTextEncoding if sys.argv[4] == "encoder_decoder" else AutoModel
+model = loader.from_pretrained(run + "/model/backbone").eval()
+assert model.config.num_hidden_layers == 1
+assert AutoTokenizer.from_pretrained(run + "/model/backbone")("cats")["input_ids"]
+with torch.no_grad():
+    hidden = model(inputs_embeds=given["embeds"], attention_mask=given["mask"][:, None]).last_hidden_state
+    rows = given["nodes"] @ parts["head.rows.from_node.weight"].T + parts["head.rows.free"]
+    rows = rows + given["texts"] @ parts["head.rows.from_text.weight"].T
+    query = hidden.flatten(0, 1)[given["slots"]] @ parts["head.query.weight"].T + parts["head.query.bias"]
+    save_file({"logits": query @ rows.T + parts["head.bias"]}, answer)
+"""
+
+
+@pytest.mark.parametrize(
+    ("family", "tuning"),
+    [("tiny_backbone", "full"), ("tiny_backbone", "lora"), ("encoder_decoder", "lora"), ("decoder", "full")],
+)
+def test_the_exported_language_model_and_parts_give_the_runs_logits(tiny_store, tmp_path, family, tuning, request):
+    """With nothing but torch, safetensors and transformers."""
+    backbone = request.getfixturevalue(family)
+    # A rate at which what was trained is far from where it began.
+    model = {"tuning": tuning, "backbone_lr": 1.0}
+    config = tiny_galrec_config(tiny_store.path, backbone, tmp_path / "run", model=model, backbone={"layers": 1})
+    train_here(config)
+    folder = RunFolder(config.out)
+    builder = build_prompts(config, tiny_store, folder)
+    model = build_model(config, tiny_store, builder, folder, distributed=False)
+    users, shown = np.arange(8), histories(tiny_store, "test").shown.take(np.arange(8))
+    batch = builder.recommending(users, shown)
+    with torch.no_grad():
+        before = model.slot_logits(batch)[:, 0]
+        model.load_state_dict(folder.load_parts(folder.parts_file("train")), strict=False)
+        expected = model.slot_logits(batch)[:, 0]
+        example = {
+            "embeds": model.embed(batch),
+            "mask": batch.attention & torch.ones_like(batch.attention[0]).tril()
+            if family == "decoder"
+            else batch.attention,
+            "slots": batch.slots[:, 0],
+            "nodes": model.nodes.items_Id,
+            "texts": model.item_texts,
+        }
+    save_file({name: value.contiguous() for name, value in example.items()}, tmp_path / "example.safetensors")
+    answer = tmp_path / "answer.safetensors"
+    arguments = [str(config.out), str(tmp_path / "example.safetensors"), str(answer), family]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_RAYGREC, *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(load_file(answer)["logits"], expected, rtol=1e-5, atol=1e-5)
+    assert (expected - before).abs().max() > 0.1
+
+
+def test_galrec_with_titles_end_to_end(tiny_store, tiny_backbone, tmp_path):
+    evaluate = {"decoding": "autoregressive"}
+    model = {"title_tokens": 3}
+    config = tiny_galrec_config(tiny_store.path, tiny_backbone, tmp_path / "run", model=model, evaluate=evaluate)
+    train_here(config)
+    assert_trained(config)
+    _, builder = load_model(config, RunFolder(config.out), tiny_store)
+    table = tiny_store.tokens(str(tiny_backbone), TEXT_LENGTH).items
+    symbols = builder.recommending(np.arange(1), CSR.from_lists([[5, 2]])).symbols[0].tolist()
+    first = builder.symbols.first_item
+    assert symbols[3:11] == [first + 5, *table[5][:3], first + 2, *table[2][:3]]
+
+
+@pytest.mark.parametrize(("title_tokens", "known"), [(4, 512), (0, 50)])
+def test_galrec_refuses_prompts_longer_than_the_language_model_reads(
+    tiny_store, tiny_backbone, tmp_path, title_tokens, known
+):
+    place = tmp_path / "backbone"
+    shutil.copytree(tiny_backbone, place)
+    settings = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps({**settings, "max_position_embeddings": known}))
+    model = {"title_tokens": title_tokens, "max_history": 101, "neighbours": {"two_hop": 2}}
+    config = tiny_galrec_config(tiny_store.path, place, tmp_path / "run", model=model)
+    needed = 1 + (1 + title_tokens) * 102 + 2 + HOPS
+    with pytest.raises(InputError) as caught:
+        train_here(config)
+    assert str(caught.value) == (
+        f"model.max_history=101 with title_tokens={title_tokens} makes prompts of up to {needed} tokens; "
+        f"backbone '{place}' reads {known}"
+    )
+    assert not config.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "name"), [(tiny_galrec_config, "GAL-Rec"), (tiny_sequential_config, "BSARec-like + text")]
+)
+def test_an_unordered_store_is_refused(tiny_unordered_store, tiny_backbone, tmp_path, make, name):
+    config = make(tiny_unordered_store.path, tiny_backbone, tmp_path / "run")
     folder = RunFolder(config.out)
     with pytest.raises(InputError) as caught, folder.claimed(config, resume=False):
         prepare_run(config, folder)
     assert str(caught.value) == (
-        f"{tiny_unordered_store.path}: GAL-Rec reads histories in time order; prepare with split=leave-one-out"
+        f"{tiny_unordered_store.path}: {name} reads histories in time order; prepare with split=leave-one-out"
     )
     assert not config.out.exists()
+
+
+def test_a_sequential_baseline_without_texts_needs_no_language_model(tiny_store, tmp_path):
+    """And it finds the rule of the tiny store, by which four items lie between one item and the next."""
+    config = tiny_sequential_config(
+        tiny_store.path,
+        Path("nowhere"),
+        tmp_path / "run",
+        model={"text_vectors": False, "filter": "none", "dropout": 0.1},
+        train={"epochs": 25},
+    )
+    train_here(config)
+    assert_trained(config)
+    assert RunFolder(config.out).metrics()["test"]["hit@3"] > 0.9
+    assert sorted(path.name for path in config.out.iterdir() if path.is_file()) == [
+        "config.yaml",
+        "history.jsonl",
+        "metrics.json",
+    ]
+
+
+def test_a_sequential_model_file_must_be_whole(tiny_store, tiny_backbone, tmp_path):
+    config = tiny_sequential_config(tiny_store.path, tiny_backbone, tmp_path / "run", train={"epochs": 1})
+    train_here(config)
+    folder = RunFolder(config.out)
+    whole = folder.load_parts(folder.model_file)
+    for name in ("table.free", "layers.0.filter.root_beta"):
+        folder.save_parts(folder.model_file, {part: value for part, value in whole.items() if part != name})
+        with pytest.raises(InputError, match=rf"'{name}' is missing or unknown; expected the parts of a sequential"):
+            load_model(config, folder, tiny_store)
 
 
 @pytest.mark.data

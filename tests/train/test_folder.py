@@ -168,3 +168,17 @@ def test_metrics_are_the_sign_of_a_finished_run(folder):
     assert folder.metrics() is None
     folder.write_metrics({"test": {"ndcg@10": 0.5}})
     assert folder.metrics() == {"test": {"ndcg@10": 0.5}} == json.loads((folder.path / "metrics.json").read_text())
+
+
+def test_a_folder_takes_its_place_only_when_it_is_filled(folder):
+    with folder.drafted(folder.model_folder) as draft:
+        (draft / "first").write_text("1")
+    with pytest.raises(OSError, match="full"), folder.drafted(folder.model_folder) as draft:
+        (draft / "second").write_text("2")
+        raise OSError("full")
+    assert [path.name for path in folder.model_folder.iterdir()] == ["first"]
+    with folder.drafted(folder.model_folder) as draft:
+        assert not list(draft.iterdir())
+        (draft / "third").write_text("3")
+    assert [path.name for path in folder.model_folder.iterdir()] == ["third"]
+    assert not hidden(folder)

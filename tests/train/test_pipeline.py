@@ -2,6 +2,7 @@
 
 import functools
 import json
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -9,10 +10,12 @@ import pytest
 import torch
 
 from raygrec.errors import InputError
+from raygrec.serve.topk import evaluate_run, recommend_all
+from raygrec.train import loop
 from raygrec.train.assembly import load_model
 from raygrec.train.folder import RunFolder
 from raygrec.train.local import train_here
-from tests.train.workers import run_workers, tiny_config, tiny_galrec_config
+from tests.train.workers import run_workers, tiny_config, tiny_galrec_config, tiny_graph_config, tiny_sequential_config
 
 STAGES = ("alignment", "histories", "train")
 
@@ -22,7 +25,12 @@ def curve(folder: RunFolder) -> list[float]:
 
 
 def final(folder: RunFolder) -> dict[str, torch.Tensor]:
-    return folder.load_parts(folder.model_file)
+    """All that the finished run's model folder holds."""
+    parts = folder.load_parts(folder.model_file)
+    assert not any(name.startswith("backbone.") for name in parts)
+    weights = folder.backbone_folder / "model.safetensors"
+    inside = folder.load_parts(weights) if weights.exists() else {}
+    return parts | {f"backbone.{name}": value for name, value in inside.items()}
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +143,6 @@ def test_galrec_learns_and_reports_its_terms(galrec_alone, tiny_store):
     assert found["carried/user/rows"].shape == (20, 16)
     assert found["carried/user/ids"].min() >= 0
     assert found["carried/user/ids"].max() > 24 > found["carried/item/ids"].max()
-    assert any(name.startswith("backbone.") for name in final(galrec_alone))
     load_model(galrec_alone.config(), galrec_alone, tiny_store)
 
 
@@ -153,11 +160,59 @@ def test_workers_and_zero_stages_do_not_change_galrec(galrec_alone, galrec_finis
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-3, msg=name)
 
 
-def test_galrec_in_bf16_under_deepspeed(galrec_alone, tiny_store, tiny_backbone, tmp_path):
-    engine = {"zero_stage": 2, "precision": "bf16"}
-    config = tiny_galrec_config(tiny_store.path, tiny_backbone, tmp_path / "run", engine=engine)
+LORA = {"tuning": "lora", "lora": {"rank": 2}}
+
+
+@pytest.fixture(scope="module")
+def lora_alone(tiny_store, tiny_backbone, tmp_path_factory) -> RunFolder:
+    """GAL-Rec with adapters, in one process."""
+    config = tiny_galrec_config(tiny_store.path, tiny_backbone, tmp_path_factory.mktemp("lora") / "run", model=LORA)
+    train_here(config)
+    return RunFolder(config.out)
+
+
+def test_adapters_are_all_that_is_trained_and_kept_of_the_language_model(lora_alone):
+    tuned = lora_alone.load_parts(lora_alone.parts_file("train"))
+    _, tensors = lora_alone.last_checkpoint("train")
+    for names in (set(tuned), {name.partition("/")[2] for name in tensors if not name.startswith("carried/")}):
+        inside = {name for name in names if name.startswith("backbone.")}
+        assert len(inside) == 2 * 6 * 2  # two layers of six linear ones
+        assert all(".lora_A." in name or ".lora_B." in name for name in inside)
+    assert all(value.abs().max() > 1e-3 for name, value in tuned.items() if ".lora_B." in name)
+
+
+@pytest.mark.parametrize(("workers", "zero_stage"), [(1, 2), (2, 0), (2, 2), (2, 3)])
+def test_workers_and_zero_stages_do_not_change_adapters(
+    lora_alone, tiny_store, tiny_backbone, tmp_path, workers, zero_stage
+):
+    config = tiny_galrec_config(
+        tiny_store.path, tiny_backbone, tmp_path / "run", model=LORA, engine={"zero_stage": zero_stage}
+    )
+    folder = run_workers(config, workers)
+    np.testing.assert_allclose(curve(folder), curve(lora_alone), rtol=2e-4)
+    assert folder.metrics()["test"] == pytest.approx(lora_alone.metrics()["test"], abs=1e-6)
+    expected = final(lora_alone)
+    for name, value in final(folder).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-2, atol=1e-3, msg=name)
+
+
+def test_adapters_without_peft_leave_no_run(tiny_store, tiny_backbone, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    config = tiny_galrec_config(tiny_store.path, tiny_backbone, tmp_path / "run", model=LORA)
+    with pytest.raises(InputError, match=r"pip install 'raygrec\[lora\]'$"):
+        train_here(config)
+    assert not config.out.exists()
+
+
+@pytest.mark.parametrize(("model", "zero_stage"), [({}, 2), (LORA, 3)], ids=["full", "adapters"])
+def test_galrec_in_bf16_under_deepspeed(
+    galrec_alone, lora_alone, tiny_store, tiny_backbone, tmp_path, model, zero_stage
+):
+    engine = {"zero_stage": zero_stage, "precision": "bf16"}
+    config = tiny_galrec_config(tiny_store.path, tiny_backbone, tmp_path / "run", model=model, engine=engine)
     folder = run_workers(config, 1)
-    assert folder.history()[0]["terms"] == pytest.approx(galrec_alone.history()[0]["terms"], rel=0.02)
+    expected = (lora_alone if model else galrec_alone).history()[0]["terms"]
+    assert folder.history()[0]["terms"] == pytest.approx(expected, rel=0.02)
     _, tensors = folder.last_checkpoint("train")
     assert {value.dtype for name, value in tensors.items() if not name.endswith("/ids")} == {torch.float32}
 
@@ -178,6 +233,146 @@ def test_galrec_that_was_cut_off_ends_with_the_same_parameters_and_queues(
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=0, atol=0, msg=name)
+
+
+SLOW = {"contrast": {"queue": 20, "users": 0.6, "items": 0.5, "momentum": 0.6}}
+
+
+def carried(folder: RunFolder) -> dict[str, torch.Tensor]:
+    """Queues and momentum copies in the last checkpoint."""
+    _, tensors = folder.last_checkpoint("train")
+    return {name: value for name, value in tensors.items() if name.startswith("carried/")}
+
+
+@pytest.fixture(scope="module")
+def slow_alone(tiny_store, tiny_backbone, tmp_path_factory) -> RunFolder:
+    """GAL-Rec with a momentum encoder, in one process."""
+    config = tiny_galrec_config(tiny_store.path, tiny_backbone, tmp_path_factory.mktemp("slow") / "run", model=SLOW)
+    train_here(config)
+    return RunFolder(config.out)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_the_momentum_encoder_is_the_same_on_workers(
+    slow_alone, galrec_alone, tiny_store, tiny_backbone, tmp_path, zero_stage
+):
+    assert curve(slow_alone)[1] != pytest.approx(curve(galrec_alone)[1], rel=1e-3)
+    engine = {"zero_stage": zero_stage}
+    config = tiny_galrec_config(tiny_store.path, tiny_backbone, tmp_path / "run", model=SLOW, engine=engine)
+    folder = run_workers(config, 2)
+    np.testing.assert_allclose(curve(folder), curve(slow_alone), rtol=2e-4)
+    found = carried(folder)
+    for name, value in carried(slow_alone).items():
+        torch.testing.assert_close(found[name], value, rtol=1e-2, atol=2e-3, msg=name)
+
+
+def test_a_momentum_encoder_that_was_cut_off_goes_on(tiny_store, tiny_backbone, tmp_path):
+    """With adapters, of which alone it has copies; in bf16, where these stay in fp32."""
+    whole, part = (
+        tiny_galrec_config(
+            tiny_store.path,
+            tiny_backbone,
+            tmp_path / name,
+            model={**SLOW, **LORA},
+            engine={"zero_stage": 2, "precision": "bf16"},
+        )
+        for name in ("whole", "part")
+    )
+    expected = run_workers(whole, 1)
+    slow = {name for name in carried(expected) if name.startswith("carried/momentum/")}
+    trained = expected.load_parts(expected.parts_file("train"))
+    assert slow == {f"carried/momentum/{name}" for name in trained if not name.startswith("head.")}
+    run_workers(part, 1, stop_after=7)
+    found = run_workers(part, 1)
+    assert curve(found) == curve(expected)
+    for one, other in ((carried(found), carried(expected)), (final(found), final(expected))):
+        for name, value in other.items():
+            torch.testing.assert_close(one[name], value, rtol=0, atol=0, msg=name)
+
+
+# ---- sequential baselines
+
+
+@pytest.fixture(scope="module")
+def sequential_alone(tiny_store, tiny_backbone, tmp_path_factory) -> RunFolder:
+    config = tiny_sequential_config(tiny_store.path, tiny_backbone, tmp_path_factory.mktemp("sequential") / "run")
+    train_here(config)
+    return RunFolder(config.out)
+
+
+def test_a_sequential_baseline_is_a_run_like_the_others(sequential_alone, tiny_store, tmp_path):
+    records = sequential_alone.history()
+    assert [(record["stage"], record["step"]) for record in records] == [("train", 4 * epoch) for epoch in (1, 2, 3, 4)]
+    assert curve(sequential_alone)[-1] < curve(sequential_alone)[0] < 1.1 * np.log(24)
+    metrics = sequential_alone.metrics()
+    assert set(metrics["baselines"]) == {"Popularity"}
+    assert not sequential_alone.nodes_file.exists()
+    assert evaluate_run(sequential_alone.path) == {"valid": metrics["valid"], "test": metrics["test"]}
+    assert recommend_all(sequential_alone.path, 3, tmp_path / "top.parquet") == 3 * tiny_store.num_users
+    whole = final(sequential_alone)
+    assert {"table.free", "table.from_text.weight", "layers.1.filter.root_beta", "head.bias"} < whole.keys()
+
+
+@pytest.mark.parametrize(("zero_stage", "model"), [(2, {}), (3, {"text_vectors": False, "filter": "none"})])
+def test_workers_do_not_change_a_sequential_baseline(tiny_store, tiny_backbone, tmp_path, zero_stage, model):
+    changes = {"engine": {"zero_stage": zero_stage}, "model": model}
+    one, two = (
+        tiny_sequential_config(tiny_store.path, tiny_backbone, tmp_path / name, **changes) for name in ("one", "two")
+    )
+    alone, folder = train_here(one), run_workers(two, 2)
+    np.testing.assert_allclose(curve(folder), curve(RunFolder(one.out)), rtol=2e-4)
+    for split in ("valid", "test"):
+        assert folder.metrics()[split] == pytest.approx(alone[split], abs=1e-6)
+
+
+def test_a_sequential_baseline_that_was_cut_off_ends_with_the_same_parameters(
+    sequential_alone, tiny_store, tiny_backbone, tmp_path, monkeypatch
+):
+    config = tiny_sequential_config(tiny_store.path, tiny_backbone, tmp_path / "part")
+    step, seen = loop._step, []
+
+    def cut(*arguments: object) -> object:
+        seen.append(1)
+        if len(seen) > 7:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    monkeypatch.setattr(loop, "_step", cut)
+    with pytest.raises(KeyboardInterrupt):
+        train_here(config)
+    monkeypatch.setattr(loop, "_step", step)
+    folder = RunFolder(config.out)
+    assert folder.last_checkpoint("train")[0].step == 6
+    train_here(config, resume=True)
+    assert curve(folder) == curve(sequential_alone)
+    for name, value in final(sequential_alone).items():
+        torch.testing.assert_close(final(folder)[name], value, rtol=0, atol=0, msg=name)
+
+
+# ---- graph baselines
+
+
+def test_a_graph_baseline_is_a_run_like_the_others(alone, tiny_store, tiny_backbone, tmp_path):
+    figures = {}
+    for weight in (0.0, 5.0):
+        graph = {"text_weight": weight}
+        config = tiny_graph_config(tiny_store.path, tiny_backbone, tmp_path / str(weight), graph=graph)
+        metrics = figures[weight] = train_here(config)
+        assert set(metrics["baselines"]) == {"Popularity"}
+        assert evaluate_run(config.out) == {"valid": metrics["valid"], "test": metrics["test"]}
+        assert recommend_all(config.out, 3, tmp_path / f"{weight}.parquet") == 3 * tiny_store.num_users
+    plain, texts = figures.values()
+    # The very figures that other recipes report of LightGCN, and with texts others.
+    assert {split: plain[split] for split in ("valid", "test")} == alone.metrics()["baselines"]["LightGCN"]
+    assert texts["test"] != plain["test"]
+
+
+def test_workers_share_the_ranking_of_a_graph_baseline(tiny_store, tiny_backbone, tmp_path):
+    one, two = (tiny_graph_config(tiny_store.path, tiny_backbone, tmp_path / name) for name in ("one", "two"))
+    alone, folder = train_here(one), run_workers(two, 2)
+    for split in ("valid", "test"):
+        assert folder.metrics()[split] == pytest.approx(alone[split], abs=1e-9)
+    assert final(folder).keys() == {"items", "users_ego", "items_inductive"}
 
 
 # ---- what each stage trains
@@ -214,7 +409,7 @@ def test_each_stage_trains_its_parts_and_no_others(alone):
     [
         # The paper's: what stage 2 has trained of the items is fixed from there on.
         (
-            {"model": {"tune_items": False, "user_token": "id", "head": "tied", "head_texts": False}},
+            {"model": {"tune_items": False, "user_token": "id", "head": "tied", "text_vectors": False}},
             {
                 "alignment": ITEM | SLOTS | HEAD - {"head.rows.from_text.weight", "head.rows.free"},
                 "histories": HEAD - {"head.rows.from_text.weight", "head.rows.free"},

@@ -1,9 +1,10 @@
 import pytest
 
 from raygrec.errors import InputError
-from raygrec.train.settings import GALRecRun, GLTARun, run_config
+from raygrec.train.settings import GALRecRun, GLTARun, GraphRun, SequentialRun, run_config
 
 PLACES = {"store": "s", "out": "o"}
+KNOWN = "glta, galrec, sequential, graph"
 
 
 def refused(content: dict[str, object]) -> str:
@@ -17,7 +18,14 @@ def refused(content: dict[str, object]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("content", "expected"), [({}, GLTARun), ({"recipe": "glta"}, GLTARun), ({"recipe": "galrec"}, GALRecRun)]
+    ("content", "expected"),
+    [
+        ({}, GLTARun),
+        ({"recipe": "glta"}, GLTARun),
+        ({"recipe": "galrec"}, GALRecRun),
+        ({"recipe": "sequential"}, SequentialRun),
+        ({"recipe": "graph"}, GraphRun),
+    ],
 )
 def test_the_recipe_picks_the_config(content, expected):
     config = run_config({**PLACES, **content}, "run.yaml")
@@ -27,7 +35,7 @@ def test_the_recipe_picks_the_config(content, expected):
 
 @pytest.mark.parametrize("recipe", ["GAL-Rec", "", None, 3, ["glta"], {"glta": 1}])
 def test_an_unknown_recipe_is_refused(recipe):
-    assert refused({"recipe": recipe}) == f"run.yaml: key 'recipe': expected one of glta, galrec (got {recipe!r})"
+    assert refused({"recipe": recipe}) == f"run.yaml: key 'recipe': expected one of {KNOWN} (got {recipe!r})"
 
 
 @pytest.mark.parametrize(
@@ -37,6 +45,9 @@ def test_an_unknown_recipe_is_refused(recipe):
         ("galrec", {"histories": {"epochs": 1}}, "histories"),
         ("galrec", {"model": {"slots": 3}}, "model.slots"),
         ("glta", {"model": {"neighbours": {}}}, "model.neighbours"),
+        ("sequential", {"model": {"contrast": {}}}, "model.contrast"),
+        ("sequential", {"histories": {"epochs": 1}}, "histories"),
+        ("graph", {"model": {"dim": 8}}, "model"),
     ],
 )
 def test_a_key_of_the_other_recipe_is_refused(recipe, content, key):
@@ -93,8 +104,49 @@ def test_glta_needs_a_slot_for_each_item_of_a_list():
     run_config({**PLACES, **content, "model": {"slots": 10}}, "x")
 
 
-def test_galrec_under_zero_3_in_bf16_trains_a_frozen_model_only():
+def test_galrec_under_zero_3_in_bf16_does_not_train_all_of_the_language_model():
     engine = {"zero_stage": 3, "precision": "bf16"}
     assert "engine.zero_stage=3 with precision=bf16" in refused({"recipe": "galrec", "engine": engine})
-    content = {**PLACES, "recipe": "galrec", "engine": engine, "model": {"tuning": "frozen"}}
-    assert run_config(content, "x").engine.zero_stage == 3
+    for tuning in ("lora", "frozen"):
+        content = {**PLACES, "recipe": "galrec", "engine": engine, "model": {"tuning": tuning}}
+        assert run_config(content, "x").engine.zero_stage == 3
+
+
+def test_galrec_under_zero_3_has_no_momentum_encoder():
+    model = {"contrast": {"momentum": 0.999}}
+    message = refused({"recipe": "galrec", "engine": {"zero_stage": 3}, "model": model})
+    assert "engine.zero_stage=3" in message
+    assert "use zero_stage=2 or momentum=null" in message
+    for stage in (0, 1, 2):
+        run_config({**PLACES, "recipe": "galrec", "engine": {"zero_stage": stage}, "model": model}, "x")
+    assert run_config({**PLACES, "recipe": "galrec"}, "x").model.contrast.momentum is None
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ({"model": {"width": 9}}, "key 'model': width 9 is not a multiple of heads 2"),
+        ({"model": {"filter": "fft"}}, "'model.filter'"),
+        ({"model": {"alpha": 1.5}}, "'model.alpha'"),
+        ({"model": {"cutoff": 0}}, "'model.cutoff'"),
+        ({"evaluate": {"decoding": "slots"}}, "evaluate.decoding=slots: SASRec-CE answers at one position"),
+    ],
+)
+def test_what_a_sequential_model_cannot_be(content, problem):
+    assert problem in refused({"recipe": "sequential", **content})
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        ({"recipe": "glta"}, "GLTA"),
+        ({"recipe": "galrec"}, "GAL-Rec"),
+        ({"recipe": "sequential"}, "SASRec-CE"),
+        ({"recipe": "sequential", "model": {"text_vectors": True}}, "SASRec-CE + text"),
+        ({"recipe": "sequential", "model": {"filter": "frequency"}}, "BSARec-like"),
+        ({"recipe": "graph"}, "LightGCN"),
+        ({"recipe": "graph", "graph": {"text_weight": 0.1}}, "RLMRec-Con"),
+    ],
+)
+def test_names_in_tables(content, name):
+    assert run_config({**PLACES, **content}, "x").name == name

@@ -85,7 +85,7 @@ def tiny_config(store: Path, backbone: Path, out: Path, **changes: object) -> Ru
     )
 
 
-def tiny_galrec_config(store: Path, backbone: Path, out: Path, **changes: object) -> RunConfig:
+def tiny_galrec_config(store: Path, backbone: Path, out: Path, /, **changes: object) -> RunConfig:
     """GAL-Rec, eight updates on the tiny store, each in one pass: in-batch negatives are those of a pass."""
     return _tiny(
         store,
@@ -96,17 +96,35 @@ def tiny_galrec_config(store: Path, backbone: Path, out: Path, **changes: object
         model={
             "max_history": 6,
             "neighbours": {"one_hop": 3, "two_hop": 2},
-            "contrast": {"queue": 20, "items": 0.5},
+            "contrast": {"queue": 20, "users": 0.6, "items": 0.5},
         },
         train={"epochs": 2, "batch": 12, "micro_batch": 12, "lr": 0.01, "checkpoint_every": 2},
     )
+
+
+def tiny_sequential_config(store: Path, backbone: Path, out: Path, **changes: object) -> RunConfig:
+    """A sequential baseline, sixteen updates on the tiny store."""
+    return _tiny(
+        store,
+        backbone,
+        out,
+        changes,
+        recipe="sequential",
+        model={"width": 16, "max_history": 6, "text_vectors": True, "filter": "frequency"},
+        train={"epochs": 4, "batch": 12, "micro_batch": 3, "lr": 0.01, "checkpoint_every": 2},
+    )
+
+
+def tiny_graph_config(store: Path, backbone: Path, out: Path, **changes: object) -> RunConfig:
+    """RLMRec-Con on the tiny store."""
+    return _tiny(store, backbone, out, {"graph": {"text_weight": 0.1}, **changes}, recipe="graph")
 
 
 def _tiny(store: Path, backbone: Path, out: Path, changes: dict[str, object], **recipe: object) -> RunConfig:
     content = {
         "store": store,
         "out": out,
-        "graph": {"epochs": 4, "evaluate_every": 2, "dim": 8, "batch_size": 64},
+        "graph": {"epochs": 4, "evaluate_every": 2, "dim": 8, "folds": 2, "batch_size": 64},
         "backbone": {"name": str(backbone)},
         "evaluate": {"ks": (2, 3), "batch": 7},
         **recipe,

@@ -1,0 +1,216 @@
+"""GAL-Rec's figures: what its hops look like, what its settings do, what its contrast costs.
+
+    python -m bench.galrec hops RUN          2-D distribution, uniformity and alignment of a finished run's hops
+    python -m bench.galrec sweep             effect of τ, queue length and neighbour counts, on the demo's store
+    python -m bench.galrec cost STORE        time of a training step with the contrast against L0 alone
+
+Figures go to docs/figures/, numbers to docs/results/. Needs the extra `figures`.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+RESULTS, FIGURES = ROOT / "docs" / "results", ROOT / "docs" / "figures"
+WORK = Path(os.environ.get("RAYGREC_WORK", ROOT / "runs" / "quality"))
+COLOURS = ("#0072b2", "#e69f00", "#009e73")
+NAMES = ("0-hop: the user's own node", "1-hop: its items", "2-hop: users who share items")
+SWEEP: dict[str, tuple[str, list[float]]] = {
+    "model.contrast.temperature": ("temperature τ", [0.02, 0.05, 0.1, 0.2, 0.5, 1.0]),
+    "model.contrast.queue": ("queue length K", [0, 256, 1024, 4096]),
+    "model.neighbours.two_hop": ("two-hop neighbours", [0, 1, 2, 4, 8]),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    seen = commands.add_parser("hops")
+    seen.add_argument("run", type=Path)
+    seen.add_argument("--users", type=int, default=3000)
+    swept = commands.add_parser("sweep")
+    swept.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    priced = commands.add_parser("cost")
+    priced.add_argument("store", type=Path)
+    priced.add_argument("--steps", type=int, default=30)
+    arguments = parser.parse_args()
+    FIGURES.mkdir(exist_ok=True)
+    if arguments.command == "hops":
+        hops(arguments.run, arguments.users)
+    elif arguments.command == "sweep":
+        sweep(arguments.seeds)
+    else:
+        cost(arguments.store, arguments.steps)
+
+
+def hops(run: Path, count: int) -> None:
+    """Representations on the circle: first two principal directions of all hops, each row scaled to length 1."""
+    import torch
+
+    from raygrec.draws import Draws
+    from raygrec.evaluate.hops import hop_figures, hop_representations
+    from raygrec.serve.topk import FinishedRun
+
+    finished = FinishedRun(run)
+    users = np.flatnonzero(finished.shown.lengths)
+    users = np.sort(users[Draws(0).permutation(len(users))[:count]])
+    train = finished.store.interactions("train")
+    found = hop_representations(finished.model, finished.builder, users, train)
+    figures = hop_figures(found)
+    write("galrec_hops.json", {"command": f"python -m bench.galrec hops {run}", "users": len(users), **figures})
+    units = torch.nn.functional.normalize(found, dim=2)
+    flat = units.flatten(0, 1)
+    _, _, directions = torch.pca_lowrank(flat, q=2, niter=8)
+    plane = torch.nn.functional.normalize((units - flat.mean(0)) @ directions, dim=2).numpy()
+    draw_hops(plane, figures)
+
+
+def draw_hops(plane: np.ndarray, figures: dict[str, float]) -> None:
+    import matplotlib.pyplot as plt
+    from scipy.stats import gaussian_kde
+
+    figure, rows = plt.subplots(2, 3, figsize=(11, 5.6), height_ratios=[3, 1], layout="constrained")
+    grid = np.linspace(-1.25, 1.25, 120)
+    mesh = np.stack(np.meshgrid(grid, grid)).reshape(2, -1)
+    angles = np.linspace(-np.pi, np.pi, 240)
+    for hop, (name, colour) in enumerate(zip(NAMES, COLOURS, strict=True)):
+        points = plane[:, hop].T
+        density = gaussian_kde(points, bw_method=0.15)(mesh).reshape(120, 120)
+        top, below = rows[:, hop]
+        top.contourf(grid, grid, density, levels=12, cmap="Greys")
+        top.set(title=name, aspect="equal", xticks=[-1, 0, 1], yticks=[-1, 0, 1])
+        top.title.set_color(colour)
+        own = np.arctan2(points[1], points[0])
+        around = np.concatenate([own - 2 * np.pi, own, own + 2 * np.pi])
+        below.fill_between(angles, 3 * gaussian_kde(around, bw_method=0.02)(angles), color=colour, alpha=0.8, lw=0)
+        below.set(xlim=(-np.pi, np.pi), xlabel=f"angle; uniformity {figures[f'uniformity {hop}-hop']:.2f}")
+        below.set_ylim(bottom=0)
+    pairs = ", ".join(f"{pair} {figures[f'alignment {pair}']:.2f}" for pair in ("0-hop 2-hop", "1-hop 2-hop"))
+    figure.suptitle(f"Users' hop representations, first two principal directions. Alignment: {pairs}", fontsize=11)
+    figure.savefig(FIGURES / "galrec_hops.png", dpi=130)
+    print(FIGURES / "galrec_hops.png")
+
+
+def sweep(seeds: list[int]) -> None:
+    """One run per value and seed; what has a run already is not made again."""
+    store = demo_store()
+    found: dict[str, list[dict[str, Any]]] = {}
+    for key, (_, values) in SWEEP.items():
+        found[key] = []
+        for value in values:
+            metrics = [trained(store, key, value, seed) for seed in seeds]
+            found[key].append({"value": value, **{s: [m[s]["ndcg@10"] for m in metrics] for s in ("valid", "test")}})
+    write("galrec_sweep.json", {"command": "python -m bench.galrec sweep", "seeds": seeds, "effects": found})
+    draw_sweep(found)
+
+
+def demo_store() -> Path:
+    """The store that `raygrec demo` makes."""
+    from raygrec.config import validate
+    from raygrec.data.options import PrepareOptions
+    from raygrec.data.prepare import prepare
+    from raygrec.data.synthetic import write_demo
+
+    store = WORK / "stores" / "demo"
+    if not store.exists():
+        source = write_demo(WORK / "stores" / "demo-source", 1500, 800)
+        prepare(validate(PrepareOptions, {"format": "table", "path": source, "out": store}, "demo"))
+    return store
+
+
+def trained(store: Path, key: str, value: float, seed: int) -> dict[str, Any]:
+    """metrics.json of the demo's GAL-Rec with one setting changed."""
+    from raygrec.cluster.demo import GALREC, SETTINGS, SHARED
+    from raygrec.config import apply_overrides
+
+    out = WORK / "galrec-sweep" / f"{key.rsplit('.', 1)[1]}-{value}-s{seed}"
+    if not (out / "metrics.json").exists():
+        content = {"recipe": "galrec", "store": str(store), "out": str(out), "seed": seed, **GALREC}
+        content |= {name: SETTINGS[name] for name in SHARED}
+        file = out.with_suffix(".yaml")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(apply_overrides(content, [f"{key}={value}"]), default=str))
+        more = ["--resume"] if out.exists() else []
+        command = [sys.executable, "-m", "raygrec.cli", "train", str(file), "--local", *more]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return json.loads((out / "metrics.json").read_text())
+
+
+def draw_sweep(found: dict[str, list[dict[str, Any]]]) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, len(found), figsize=(11, 3.4), sharey=True, layout="constrained")
+    for panel, (key, points) in zip(panels, found.items(), strict=True):
+        places = range(len(points))
+        for split, colour in (("valid", COLOURS[0]), ("test", COLOURS[1])):
+            means = [statistics.fmean(point[split]) for point in points]
+            spread = [statistics.stdev(point[split]) if len(point[split]) > 1 else 0.0 for point in points]
+            panel.errorbar(places, means, spread, color=colour, marker="o", capsize=3, label=split)
+        panel.set_xticks(places, [f"{point['value']:g}" for point in points])
+        panel.set_xlabel(SWEEP[key][0])
+        panel.grid(axis="y", alpha=0.3)
+    panels[0].set_ylabel("N@10")
+    panels[0].legend(frameon=False)
+    figure.suptitle("GAL-Rec on the demo's store: mean over seeds ± standard deviation", fontsize=11)
+    figure.savefig(FIGURES / "galrec_sweep.png", dpi=130)
+    print(FIGURES / "galrec_sweep.png")
+
+
+def cost(store_path: Path, steps: int) -> None:
+    """Forward and backward passes on the same users, with the contrast and without, taken in turns."""
+    import torch
+
+    from raygrec.config import apply_overrides, read_yaml
+    from raygrec.data.store import Store
+    from raygrec.draws import Draws
+    from raygrec.train.assembly import build_model, build_prompts, prepare_run
+    from raygrec.train.folder import RunFolder
+    from raygrec.train.settings import run_config
+
+    store = Store.open(store_path)
+    sides = {"L0 alone": [f"model.contrast.l{n}=0" for n in (1, 2, 3)], "with L1, L2, L3": []}
+    ready = {}
+    for name, settings in sides.items():
+        out = WORK / "galrec-cost" / name.replace(" ", "-")
+        out.mkdir(parents=True, exist_ok=True)
+        places = [f"store={store_path}", f"out={out}"]
+        config = run_config(apply_overrides(read_yaml(ROOT / "jobs" / "galrec.yaml"), [*places, *settings]), "cost")
+        prepare_run(config, RunFolder(out))
+        prompts = build_prompts(config, store, RunFolder(out))
+        ready[name] = (build_model(config, store, prompts, RunFolder(out), distributed=False), prompts)
+    trainable = np.flatnonzero(store.interactions("train").lengths >= 2)
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for step in range(steps + 2):
+        users = trainable[Draws(step).permutation(len(trainable))[:128]]
+        for name, (model, prompts) in ready.items():
+            started = time.perf_counter()
+            batch = prompts.training(users, Draws(0, step))
+            weights = torch.tensor(list(model.terms.values())) / batch.counts.clamp(min=1)
+            (model(batch) * weights).sum().backward()
+            model.after_update()
+            model.zero_grad()
+            seconds[name].append(time.perf_counter() - started)
+    ratios = [two / one for one, two in zip(*seconds.values(), strict=True)][2:]
+    low, middle, high = np.quantile(ratios, [0.1, 0.5, 0.9])
+    write(
+        "galrec_cost.json",
+        {"command": f"python -m bench.galrec cost {store_path}", "ratio": middle, "from": low, "to": high},
+    )
+
+
+def write(name: str, content: dict[str, Any]) -> None:
+    (RESULTS / name).write_text(json.dumps(content, indent=1) + "\n")
+    print(json.dumps(content, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""Sequential baselines without a language model: SASRec with full-softmax cross-entropy, and a BSARec-like filter.
+
+Papers: "Self-Attentive Sequential Recommendation" (Kang and McAuley, ICDM 2018) and "An Attentive Inductive Bias for
+Sequential Recommendation beyond the Self-Attention" (Shin et al., BSARec, AAAI 2024). Both were published with other
+losses or prompts; what differs here is marked [ours].
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal, Self
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import nn
+from torch.nn import functional
+
+from raygrec.config import StrictConfig
+from raygrec.data.arrays import CSR
+from raygrec.data.filters import first_occurrences
+from raygrec.draws import Draws
+from raygrec.model.dropout import keyed_dropout
+from raygrec.model.head import catalogue_cross_entropy
+from raygrec.model.nodes import scaled_texts
+from raygrec.model.prompts import PromptBatch, Symbols, as_targets, padded, truncated
+
+DROPOUT = 1  # what a draw is for: the last counter of every `Draws.uniform` here
+INITIAL_SCALE = 0.02
+USES = 4  # dropouts in a layer
+
+# (values [B, T, n], what they are) -> values with some entries dropped
+Drop = Callable[[torch.Tensor, int], torch.Tensor]
+
+
+class SequentialConfig(StrictConfig):
+    """A causal transformer over item embeddings, which its output shares."""
+
+    width: int = Field(64, ge=1)
+    layers: int = Field(2, ge=1)
+    heads: int = Field(2, ge=1)
+    dropout: float = Field(0.3, ge=0, lt=1)
+    """Of the embeddings, and of what attention, filter and feed-forward network add; attention weights keep all."""
+    max_history: int = Field(50, ge=1)
+    text_vectors: bool = False
+    """A linear map of the frozen language model's text vectors is added to the item embeddings."""
+    filter: Literal["none", "frequency"] = "none"
+    """`frequency`: BSARec's rescaler of low and high frequencies beside self-attention. [ours] It is causal."""
+    alpha: float = Field(0.7, ge=0, le=1)
+    """Share of the filter; self-attention has the rest."""
+    cutoff: int = Field(5, ge=1)
+    """c, how many of a window's frequencies, the lowest, are low; each but the constant counts twice."""
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        return self
+
+    @property
+    def name(self) -> str:
+        method = "SASRec-CE" if self.filter == "none" else "BSARec-like"
+        return f"{method} + text" if self.text_vectors else method
+
+
+class SequencePrompts:
+    """Makes prompts that are the items of a history and nothing else, oldest first, padded at the end.
+
+    train: CSR of each user's training items in time order.
+    """
+
+    causal = True
+
+    def __init__(self, config: SequentialConfig, num_items: int, train: CSR) -> None:
+        self.max_history = config.max_history
+        self.symbols = Symbols(text=0, items=num_items, users=0, slots=0)
+        self.train = train
+
+    def training(self, users: np.ndarray, draws: Draws) -> PromptBatch:
+        """Each user's training items but the last; every one predicts the next, unless that came before already."""
+        rows = self.train.take(users)
+        entries = np.arange(len(rows.indices))
+        later = rows.indptr[rows.rows + 1] - 1 - entries
+        shown = entries[(later >= 1) & (later <= self.max_history)]
+        history = CSR.from_pairs(rows.rows[shown], rows.indices[shown], len(users))
+        answered = first_occurrences(rows.rows, rows.indices)[shown + 1]
+        batch = self._assemble(history)
+        place = np.arange(len(shown)) - history.indptr[history.rows]
+        answers = (history.rows * batch.symbols.shape[1] + place)[answered]
+        targets = as_targets(np.arange(len(answers)), rows.indices[shown + 1][answered], len(answers))
+        keys = (draws.uniform(users, DROPOUT) * 2**53).astype(np.int64)
+        return replace(batch, answers=torch.from_numpy(answers), targets=targets, dropout_keys=torch.from_numpy(keys))
+
+    def recommending(
+        self, users: np.ndarray, histories: CSR, stage: str = "test", slots: int | None = None
+    ) -> PromptBatch:
+        """Prompts that show `histories` and answer at their newest item. `stage`, `slots`: as in GLTA, unused."""
+        return self._assemble(truncated(histories, self.max_history))
+
+    def _assemble(self, history: CSR) -> PromptBatch:
+        symbols = padded(history)
+        count, width = symbols.shape
+        newest = np.arange(count) * width + np.maximum(history.lengths - 1, 0)
+        none = np.zeros(0, dtype=np.int64)
+        return PromptBatch(
+            symbols=torch.from_numpy(symbols),
+            segments=torch.arange(width).expand(count, width),
+            slots=torch.from_numpy(newest[:, None]),
+            answers=torch.from_numpy(none),
+            targets=as_targets(none, none, 0),
+            history_indptr=torch.from_numpy(history.indptr),
+            history=torch.from_numpy(history.indices.astype(np.int64)),
+            tables=torch.zeros(count, dtype=torch.int64),
+            user_kept=torch.ones(count, dtype=torch.bool),
+        )
+
+
+class ItemTable(nn.Module):
+    """Item embeddings [I, d], in and out: free ones, plus a map of text vectors [I, t] where there are any."""
+
+    def __init__(self, num_items: int, width: int, texts_It: torch.Tensor | None) -> None:
+        super().__init__()
+        self.free = nn.Parameter(torch.randn(num_items, width) * INITIAL_SCALE)
+        self.register_buffer("texts", None if texts_It is None else scaled_texts(texts_It), persistent=False)
+        self.from_text = None if texts_It is None else nn.Linear(texts_It.shape[1], width, bias=False)
+
+    def forward(self) -> torch.Tensor:
+        return self.free if self.from_text is None else self.free + self.from_text(self.texts)
+
+
+class TiedHead(nn.Module):
+    """Logits [P, I]: inner products of hidden states with the item table, plus a bias per item."""
+
+    def __init__(self, num_items: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(num_items))
+
+    def forward(self, hidden_Pd: torch.Tensor, rows_Id: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(self.bias.to(hidden_Pd.dtype), hidden_Pd, rows_Id.T.to(hidden_Pd.dtype))
+
+
+class FrequencyFilter(nn.Module):
+    """BSARec's frequency rescaler: LN(x + dropout(low + β² high)), with high = x − low and one β per column.
+
+    The paper transforms the whole window of `max_history` positions, so every position mixes in those after it; it
+    can train the last position only. [ours] At each position, low is what the paper's low-pass gives the last
+    position of the window that ends there, zeros before the history's start: a causal filter with the same kernel.
+    """
+
+    def __init__(self, config: SequentialConfig) -> None:
+        super().__init__()
+        window = config.max_history
+        passed = torch.arange(window // 2 + 1) <= config.cutoff // 2
+        self.register_buffer("kernel", torch.fft.irfft(passed.to(torch.complex64), n=window), persistent=False)
+        self.root_beta = nn.Parameter(torch.randn(config.width))  # the authors' start
+        self.norm = nn.LayerNorm(config.width)
+
+    def forward(self, x_BTd: torch.Tensor, drop: Drop, use: int) -> torch.Tensor:
+        place = torch.arange(x_BTd.shape[1], device=x_BTd.device)
+        lag_TT = place[:, None] - place
+        low_BTd = (self.kernel[lag_TT.clamp(min=0)] * (lag_TT >= 0)) @ x_BTd
+        return self.norm(x_BTd + drop(low_BTd + self.root_beta.square() * (x_BTd - low_BTd), use))
+
+
+class Layer(nn.Module):
+    """Causal self-attention, mixed with the filter where there is one, then a feed-forward network; norms come last."""
+
+    def __init__(self, config: SequentialConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.heads, self.alpha = config.heads, config.alpha
+        self.attention_in = nn.Linear(width, 3 * width)
+        self.attention_out = nn.Linear(width, width)
+        self.attention_norm = nn.LayerNorm(width)
+        self.filter = FrequencyFilter(config) if config.filter == "frequency" else None
+        self.inner = nn.Linear(width, 4 * width)
+        self.outer = nn.Linear(4 * width, width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x_BTd: torch.Tensor, drop: Drop, use: int) -> torch.Tensor:
+        mixed_BTd = self.attention_norm(x_BTd + drop(self._attend(x_BTd), use))
+        if self.filter is not None:
+            mixed_BTd = self.alpha * self.filter(x_BTd, drop, use + 1) + (1 - self.alpha) * mixed_BTd
+        inner = drop(functional.gelu(self.inner(mixed_BTd)), use + 2)
+        return self.norm(mixed_BTd + drop(self.outer(inner), use + 3))
+
+    def _attend(self, x_BTd: torch.Tensor) -> torch.Tensor:
+        # Padding stands at the end, where the causal mask hides it.
+        parts = self.attention_in(x_BTd).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        heads_BHTe = functional.scaled_dot_product_attention(*parts, is_causal=True)
+        return self.attention_out(heads_BHTe.transpose(1, 2).flatten(2))
+
+
+class Sequential(nn.Module):
+    """SASRec or its BSARec-like sibling; item_texts [I, t] where the config reads text vectors."""
+
+    def __init__(self, config: SequentialConfig, symbols: Symbols, item_texts: torch.Tensor | None) -> None:
+        super().__init__()
+        self.config, self.symbols = config, symbols
+        self.terms = {"cross_entropy": 1.0}
+        self.table = ItemTable(symbols.items, config.width, item_texts)
+        self.places = nn.Embedding(config.max_history, config.width)
+        self.norm = nn.LayerNorm(config.width)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.head = TiedHead(symbols.items)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=INITIAL_SCALE)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def forward(self, batch: PromptBatch, chunks: int = 1) -> torch.Tensor:
+        """Cross-entropy summed over the batch's answer positions; divide by their global count."""
+        rows_Id = self.table()
+        answers_Pd = self.hidden(batch, rows_Id).flatten(0, 1)[batch.answers]
+        return catalogue_cross_entropy(self.head, answers_Pd, rows_Id, batch.targets, chunks)
+
+    def slot_logits(self, batch: PromptBatch, slots: int | None = None) -> torch.Tensor:
+        """Logits [B, 1, I] at the newest item."""
+        rows_Id = self.table()
+        return self.head(self.hidden(batch, rows_Id).flatten(0, 1)[batch.slots[:, 0]], rows_Id)[:, None]
+
+    def hidden(self, batch: PromptBatch, rows_Id: torch.Tensor) -> torch.Tensor:
+        """Last hidden states [B, T, d]; places count from the oldest item shown."""
+        shown_BT = batch.symbols >= 0
+        items_BTd = functional.embedding(batch.symbols.clamp(min=0), rows_Id) * shown_BT[..., None]
+        places_Td = self.places(torch.arange(shown_BT.shape[1], device=shown_BT.device))
+        drop = self._dropping(batch)
+        x_BTd = drop(self.norm(items_BTd + places_Td), 0)
+        for number, layer in enumerate(self.layers):
+            x_BTd = layer(x_BTd, drop, 1 + USES * number)
+        return x_BTd
+
+    def _dropping(self, batch: PromptBatch) -> Drop:
+        if batch.dropout_keys is None:
+            return lambda values, use: values
+        count, width = batch.symbols.shape
+        keys = batch.dropout_keys.repeat_interleave(width)
+        places = torch.arange(width, device=keys.device).repeat(count)
+
+        def drop(values_BTn: torch.Tensor, use: int) -> torch.Tensor:
+            dropped = keyed_dropout(values_BTn.flatten(0, 1), self.config.dropout, keys, places, use)
+            return dropped.view_as(values_BTn)
+
+        return drop
