@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from raygrec.train.folder import RunFolder
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
 WORK = Path(os.environ.get("RAYGREC_WORK", ROOT / "runs" / "quality"))
@@ -173,7 +175,7 @@ def one(suite_name: str, name: str, seed: int, threads: int, decodings: Sequence
         if mode not in metrics["decodings"]:
             found = call([*raygrec, "evaluate", str(out), "--decoding", mode, "--json"], environment)
             metrics["decodings"][mode] = json.loads(found)
-    history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    history = RunFolder(out).history()
     shown = [f"store=stores/{suite.store}", f"out=runs/{file.stem}", f"seed={seed}", *cell.settings, "--local"]
     result = {
         "suite": suite_name,
@@ -197,7 +199,7 @@ def start_after_early_stages(donor: Path, out: Path, job_file: str, settings: li
     A run from the start would train the very same: the stages are functions of seed, data and what they read.
     """
     from raygrec.config import apply_overrides, read_yaml
-    from raygrec.train.folder import RunFolder, with_absolute_paths
+    from raygrec.train.folder import with_absolute_paths
     from raygrec.train.settings import run_config
 
     source, folder = RunFolder(donor), RunFolder(out)
