@@ -203,7 +203,13 @@ def cost(store_path: Path, steps: int) -> None:
     low, middle, high = np.quantile(ratios, [0.1, 0.5, 0.9])
     write(
         "galrec_cost.json",
-        {"command": f"python -m bench.galrec cost {store_path}", "ratio": middle, "from": low, "to": high},
+        {
+            "command": f"python -m bench.galrec cost stores/{store_path.name}",
+            "steps": len(ratios),
+            "ratio": middle,
+            "from": low,
+            "to": high,
+        },
     )
 
 

@@ -17,6 +17,9 @@ def write_report(results: Path, out: Path, suites: dict[str, Any]) -> None:
         found = [json.loads(file.read_text()) for file in sorted((results / name).glob("*.json"))]
         if any(result["variant"] == suite.method for result in found):
             sections.append(_suite(suite, found))
+    cost = results / "galrec_cost.json"
+    if cost.exists():
+        sections.append(_cost(json.loads(cost.read_text())))
     zero = results / "zero.json"
     if zero.exists():
         sections.append(_zero(json.loads(zero.read_text())))
@@ -99,6 +102,15 @@ def _traps(rows: dict[str, list[dict[str, Any]]]) -> str:
         valid, test = (statistics.fmean(r["metrics"][split][METRIC] for r in found) for split in ("valid", "test"))
         lines.append(f"| {name} | {loss:.3f} | {valid:.4f} | {test:.4f} | {len(found)} |")
     return "\n".join(lines) + "\n"
+
+
+def _cost(found: dict[str, Any]) -> str:
+    return (
+        "## What GAL-Rec's contrast costs\n\n"
+        f"A training step (prompts, forward, backward) with L1, L2, L3 and queues against one with L0 alone, on the same "
+        f"users, taken in turns, {found['steps']} times: ×{found['ratio']:.2f} (10th to 90th percentile "
+        f"×{found['from']:.2f} to ×{found['to']:.2f}). `{found['command']}`.\n"
+    )
 
 
 def _zero(results: dict[str, Any]) -> str:
