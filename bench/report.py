@@ -107,8 +107,8 @@ def _traps(rows: dict[str, list[dict[str, Any]]]) -> str:
 def _cost(found: dict[str, Any]) -> str:
     return (
         "## What GAL-Rec's contrast costs\n\n"
-        f"A training step (prompts, forward, backward) with L1, L2, L3 and queues against one with L0 alone, on the same "
-        f"users, taken in turns, {found['steps']} times: ×{found['ratio']:.2f} (10th to 90th percentile "
+        f"A training step (prompts, forward, backward) with L1, L2, L3 and queues against one with L0 alone, on the "
+        f"same users, taken in turns, {found['steps']} times: ×{found['ratio']:.2f} (10th to 90th percentile "
         f"×{found['from']:.2f} to ×{found['to']:.2f}). `{found['command']}`.\n"
     )
 
