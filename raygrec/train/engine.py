@@ -12,11 +12,11 @@ import resource
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from raygrec.config import StrictConfig
@@ -36,6 +36,17 @@ class EngineConfig(StrictConfig):
     """Largest norm of the global gradient."""
     activation_checkpointing: bool = False
     offload_optimizer: bool = False
+    """Keeps the moments and fp32 weights in the CPU's memory, and updates there (ZeRO 1 to 3)."""
+    offload_parameters: bool = False
+    """Keeps the partitioned weights there too, between their uses (ZeRO-3)."""
+
+    @model_validator(mode="after")
+    def _offloads_what_is_partitioned(self) -> Self:
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer needs zero_stage=1, 2 or 3")
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError("offload_parameters needs zero_stage=3")
+        return self
 
 
 class NonFiniteError(RuntimeError):
@@ -333,6 +344,8 @@ def _deepspeed_settings(config: EngineConfig, accumulation: int) -> dict[str, ob
     zero: dict[str, object] = {"stage": config.zero_stage, "stage3_param_persistence_threshold": 0}
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
+    if config.offload_parameters:
+        zero["offload_param"] = {"device": "cpu"}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,

@@ -11,7 +11,7 @@ from torch import nn
 
 from raygrec.draws import Draws
 from raygrec.train.assembly import build_model, build_prompts, prepare_run
-from raygrec.train.engine import EngineConfig, LocalEngine, NonFiniteError, make_engine
+from raygrec.train.engine import EngineConfig, LocalEngine, NonFiniteError, _deepspeed_settings, make_engine
 from raygrec.train.folder import RunFolder
 from raygrec.train.loop import Stage, epoch_order, learning_rate, portions, run_stage, weighted_loss
 from raygrec.train.settings import RunConfig, StageConfig
@@ -162,6 +162,30 @@ def updated(config: EngineConfig, distributed: bool, slopes: list[float]) -> tup
 def test_parts_learn_at_their_share_of_the_rate():
     state, norm = updated(EngineConfig(weight_decay=DECAY, betas=BETAS, clip=100.0), False, [3.0, -1.0, 2.0])
     assert_moved_by_shares(state, norm)
+
+
+def test_what_deepspeed_is_told_to_offload():
+    def section(**config: object) -> dict[str, object]:
+        zero = _deepspeed_settings(EngineConfig(**config), 1)["zero_optimization"]
+        return {name: value for name, value in zero.items() if name.startswith("offload")}
+
+    cpu = {"device": "cpu"}
+    assert section(zero_stage=3) == {}
+    assert section(zero_stage=2, offload_optimizer=True) == {"offload_optimizer": cpu}
+    both = section(zero_stage=3, offload_optimizer=True, offload_parameters=True)
+    assert both == {"offload_optimizer": cpu, "offload_param": cpu}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"zero_stage": 0, "offload_optimizer": True}, "offload_optimizer needs zero_stage=1, 2 or 3"),
+        ({"zero_stage": 2, "offload_parameters": True}, "offload_parameters needs zero_stage=3"),
+    ],
+)
+def test_what_is_not_partitioned_is_not_offloaded(config, message):
+    with pytest.raises(ValueError, match=message):
+        EngineConfig(**config)
 
 
 def shares_worker(rank: int, folder: str) -> None:

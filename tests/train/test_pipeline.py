@@ -160,6 +160,20 @@ def test_workers_and_zero_stages_do_not_change_galrec(galrec_alone, galrec_finis
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-3, msg=name)
 
 
+@pytest.mark.parametrize(
+    ("workers", "engine"),
+    [
+        (1, {"zero_stage": 2, "offload_optimizer": True}),
+        (2, {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True}),
+    ],
+)
+def test_offloading_does_not_change_galrec(galrec_alone, tiny_store, tiny_backbone, tmp_path, workers, engine):
+    config = tiny_galrec_config(tiny_store.path, tiny_backbone, tmp_path / "run", engine=engine)
+    folder = run_workers(config, workers)
+    np.testing.assert_allclose(curve(folder), curve(galrec_alone), rtol=2e-4)
+    assert folder.metrics()["test"] == pytest.approx(galrec_alone.metrics()["test"], abs=1e-6)
+
+
 LORA = {"tuning": "lora", "lora": {"rank": 2}}
 
 
