@@ -250,6 +250,22 @@ def test_the_exported_language_model_and_parts_give_the_runs_logits(tiny_store, 
     assert (expected - before).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("tuning", ["full", "frozen"])
+def test_weights_that_are_neither_pretrained_nor_trained_are_exported_as_they_were(
+    tiny_store, tiny_backbone, tmp_path, tuning
+):
+    changes = {"model": {"tuning": tuning}, "backbone": {"pretrained": False}, "train": {"epochs": 1}}
+    config = tiny_galrec_config(tiny_store.path, tiny_backbone, tmp_path / "run", seed=3, **changes)
+    train_here(config)
+    folder = RunFolder(config.out)
+    builder = build_prompts(config, tiny_store, folder)
+    expected = build_model(config, tiny_store, builder, folder, distributed=False)
+    expected.load_state_dict(folder.load_parts(folder.parts_file("train")), strict=False)
+    found, _ = load_model(config, folder, tiny_store)
+    for name, value in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value), name
+
+
 def test_galrec_with_titles_end_to_end(tiny_store, tiny_backbone, tmp_path):
     evaluate = {"decoding": "autoregressive"}
     model = {"title_tokens": 3}
