@@ -195,7 +195,7 @@ def test_adapters_are_all_that_is_trained_and_kept_of_the_language_model(lora_al
     assert all(value.abs().max() > 1e-3 for name, value in tuned.items() if ".lora_B." in name)
 
 
-@pytest.mark.parametrize(("workers", "zero_stage"), [(1, 2), (2, 0), (2, 2), (2, 3)])
+@pytest.mark.parametrize(("workers", "zero_stage"), [(2, 2), (2, 3)])
 def test_workers_and_zero_stages_do_not_change_adapters(
     lora_alone, tiny_store, tiny_backbone, tmp_path, workers, zero_stage
 ):
@@ -266,7 +266,7 @@ def slow_alone(tiny_store, tiny_backbone, tmp_path_factory) -> RunFolder:
     return RunFolder(config.out)
 
 
-@pytest.mark.parametrize("zero_stage", [0, 2])
+@pytest.mark.parametrize("zero_stage", [2])
 def test_the_momentum_encoder_is_the_same_on_workers(
     slow_alone, galrec_alone, tiny_store, tiny_backbone, tmp_path, zero_stage
 ):

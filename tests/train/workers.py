@@ -36,7 +36,8 @@ class Silent:
 folder = RunFolder(Path(sys.argv[1]))
 pipeline.run(folder.config(), folder, Silent(), distributed=True)
 dist.barrier()
-dist.destroy_process_group()
+# Without the interpreter's own end, at which a thread of the process group may still run and abort the process.
+os._exit(0)
 """
 
 
