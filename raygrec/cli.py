@@ -118,11 +118,12 @@ def _show_metrics(metrics: dict[str, Any], run: Path, as_json: bool) -> None:
         from raygrec.evaluate.tables import Row, terminal_table
         from raygrec.train.folder import RunFolder
 
-        rows = [Row(name, [both["test"]]) for name, both in metrics.get("baselines", {}).items()]
-        rows.append(Row(RunFolder(run).config().name, [metrics["test"]]))
-        ks = sorted(int(name.partition("@")[2]) for name in metrics["test"] if name.startswith("ndcg@"))
+        split = "test" if "test" in metrics else "valid"
+        rows = [Row(name, [both[split]]) for name, both in metrics.get("baselines", {}).items()]
+        rows.append(Row(RunFolder(run).config().name, [metrics[split]]))
+        ks = sorted(int(name.partition("@")[2]) for name in metrics[split] if name.startswith("ndcg@"))
         shown = [f"{name}@{k}" for k in ks for name in ("precision", "ndcg", "hit")]
-        Console().print(terminal_table(rows, title="test, full ranking", metrics=shown))
+        Console().print(terminal_table(rows, title=f"{split}, full ranking", metrics=shown))
         print(f"run folder: {run}")
     _print(metrics, as_json)
 

@@ -15,7 +15,7 @@ from raygrec.train.assembly import prepare_run
 from raygrec.train.engine import NonFiniteError
 from raygrec.train.folder import RunFolder, with_absolute_paths
 from raygrec.train.local import BarReporter
-from raygrec.train.settings import RunConfig, run_config
+from raygrec.train.settings import ClusterConfig, RunConfig, run_config
 
 # Ray reads these when it is imported or started.
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
@@ -28,11 +28,19 @@ from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 STARTING = "starting workers"
+DRIVER = "train_driver"  # the resource that a sweep's trials sit on, so that they never take the workers' CPUs
 REDRAWN_EVERY = 0.3  # seconds
 
 
 class WorkerError(RuntimeError):
-    """A run that its workers could not finish; the message names the file with their tracebacks."""
+    """A run that its workers could not finish; the message names the file with their tracebacks.
+
+    recurs: whether it would end in the same way if it were started again.
+    """
+
+    def __init__(self, message: str, recurs: bool = False) -> None:
+        super().__init__(message)
+        self.recurs = recurs
 
 
 @dataclass(frozen=True)
@@ -96,7 +104,7 @@ def train_on_ray(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     started_here = False
     try:
         with folder.claimed(config, resume):
-            started_here = connect(config)
+            started_here = connect(config.cluster)
             prepare_run(config, folder)
         return _fit(config, folder)
     finally:
@@ -104,10 +112,13 @@ def train_on_ray(config: RunConfig, resume: bool = False) -> dict[str, Any]:
             ray.shutdown()
 
 
-def connect(config: RunConfig) -> bool:
-    """Joins the cluster that RAY_ADDRESS names, or starts one on this machine; True where it was started."""
+def connect(cluster: ClusterConfig, trials: int = 0) -> bool:
+    """Joins the cluster that RAY_ADDRESS names, or starts one on this machine; True where it was started.
+
+    trials: of a sweep, at once, where it is one; the machine's own cluster then has that many of `DRIVER`.
+    """
     if ray.is_initialized():
-        _check_resources(config)
+        check_resources(cluster, trials)
         return False
     address = os.environ.get("RAY_ADDRESS")
     settings = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
@@ -119,12 +130,13 @@ def connect(config: RunConfig) -> bool:
             _join(address, settings)
         else:
             # Logical CPUs may exceed the cores: two workers must fit a laptop. One more is the controller's.
-            cluster = config.cluster
-            cpus = max(os.cpu_count() or 1, int(cluster.workers * cluster.cpus_per_worker) + 1)
-            ray.init(num_cpus=cpus, include_dashboard=False, **settings)
+            cpus = max(os.cpu_count() or 1, int(max(trials, 1) * cluster.workers * cluster.cpus_per_worker) + 1)
+            resources = {DRIVER: trials} if trials else None
+            # Ray Train gives back the workers of a pruned trial only where the dashboard tells it of the trial's end.
+            ray.init(num_cpus=cpus, resources=resources, include_dashboard=bool(trials), **settings)
         bars.advance(task)
     try:
-        _check_resources(config)
+        check_resources(cluster, trials)
     except InputError:
         ray.shutdown()
         raise
@@ -143,54 +155,78 @@ def _join(address: str, settings: dict[str, Any]) -> None:
         raise InputError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({reason})") from None
 
 
-def _check_resources(config: RunConfig) -> None:
-    cluster, there = config.cluster, ray.cluster_resources()
+def check_resources(cluster: ClusterConfig, trials: int = 0) -> None:
+    """`InputError` with the arithmetic where the cluster, as it is, could never hold one run of these workers."""
+    if os.environ.get("RAYGREC_AUTOSCALING") == "1":
+        return
+    there = ray.cluster_resources()
     for kind, each in (("CPU", cluster.cpus_per_worker), ("GPU", cluster.gpus_per_worker)):
         wanted = cluster.workers * each
-        autoscales = os.environ.get("RAYGREC_AUTOSCALING") == "1"
-        if wanted > there.get(kind, 0) and not autoscales:
+        if wanted > there.get(kind, 0):
             raise InputError(
                 f"cluster.workers={cluster.workers} × {each:g} {kind} = {wanted:g} {kind}, the cluster has "
                 f"{there.get(kind, 0):g}; ask for fewer, or set RAYGREC_AUTOSCALING=1 where it can grow"
             )
+    if trials and there.get(DRIVER, 0) < 1:
+        raise InputError(
+            f"a sweep's trials sit on the resource '{DRIVER}', and the cluster has none; start its head with "
+            f"--resources='{{\"{DRIVER}\": {trials}}}'"
+        )
 
 
-def _fit(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
-    trainer = _trainer(config, folder, board)
-    raised: list[BaseException] = []
+class RunOnWorkers:
+    """A run on Ray Train workers, which goes on in the background until `finish` is called."""
 
-    def fit() -> None:
+    def __init__(self, config: RunConfig, folder: RunFolder, controller_failures: int = 3) -> None:
+        """controller_failures: how often the workers may find no place before the run is given up; −1: they wait."""
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        self.folder = folder
+        self.board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
+        self._raised: list[BaseException] = []
+        trainer = _trainer(config, folder, self.board, controller_failures)
+        # In the main thread, Ray would answer Ctrl-C itself, and slowly.
+        self._running = threading.Thread(target=self._fit, args=(trainer,), daemon=True)
+        self._running.start()
+
+    def _fit(self, trainer: TorchTrainer) -> None:
         try:
             trainer.fit()
         except BaseException as error:
-            raised.append(error)
+            self._raised.append(error)
 
-    # In the main thread, Ray would answer Ctrl-C itself, and slowly.
-    running = threading.Thread(target=fit, daemon=True)
-    running.start()
+    def goes_on(self, seconds: float) -> bool:
+        """Waits so long at most; whether the run is still going on."""
+        self._running.join(seconds)
+        return self._running.is_alive()
+
+    def finish(self) -> dict[str, Any]:
+        """The metrics, once the run has ended; `InputError` or `WorkerError` where it failed."""
+        self._running.join()
+        failure = ray.get(self.board.failed.remote())
+        if failure or self._raised:
+            raise _explained(failure, self._raised, self.folder)
+        metrics = self.folder.metrics()
+        if metrics is None:
+            raise WorkerError(f"{self.folder.path}: the workers ended without metrics; see {self.folder.path / 'ray'}")
+        return metrics
+
+
+def _fit(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
+    run = RunOnWorkers(config, folder)
     with progress_bar() as bars:
         reporter = BarReporter(bars)
         reporter.progress(STARTING, 0, config.cluster.workers)
         starts = 0
-        while running.is_alive():
-            running.join(REDRAWN_EVERY)
-            for line in _news(board):
+        while run.goes_on(REDRAWN_EVERY):
+            for line in _news(run.board):
                 starts += line[0] == STARTING
                 if line[0] == STARTING and starts > 1 and not quiet():
                     console.print("a worker was lost; the run goes on from its last checkpoint")
                 reporter.progress(*line)
-    failure = ray.get(board.failed.remote())
-    if failure or raised:
-        raise _explained(failure, raised, folder)
-    metrics = folder.metrics()
-    if metrics is None:
-        raise WorkerError(f"{folder.path}: the workers ended without metrics; see {folder.path / 'ray'}")
-    return metrics
+    return run.finish()
 
 
-def _trainer(config: RunConfig, folder: RunFolder, board: Any) -> TorchTrainer:
+def _trainer(config: RunConfig, folder: RunFolder, board: Any, controller_failures: int) -> TorchTrainer:
     cluster = config.cluster
     resources = {"CPU": cluster.cpus_per_worker}
     if cluster.gpus_per_worker:
@@ -204,7 +240,9 @@ def _trainer(config: RunConfig, folder: RunFolder, board: Any) -> TorchTrainer:
         run_config=train.RunConfig(
             name=f"{folder.path.name}-{time.time_ns()}",
             storage_path=str(folder.path / "ray"),
-            failure_config=train.FailureConfig(max_failures=cluster.max_failures, controller_failure_limit=3),
+            failure_config=train.FailureConfig(
+                max_failures=cluster.max_failures, controller_failure_limit=controller_failures
+            ),
         ),
     )
 
@@ -252,7 +290,7 @@ def _explained(failure: Failure | None, raised: list[BaseException], folder: Run
     file.write_text(f"{story.rstrip()}\n", encoding="utf-8")
     if failure and failure.wrong_input:
         return InputError(message)
-    return WorkerError(f"{' '.join(message.split())}; the worker's traceback is in {file}")
+    return WorkerError(f"{' '.join(message.split())}; the worker's traceback is in {file}", recurs=failure is not None)
 
 
 def _news(board: Any) -> list[tuple[str, int, int, str]]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 
 from raygrec.data.arrays import CSR
 from raygrec.graph.lightgcn import LightGCNConfig, NodeEmbeddings, pretrain, pretrain_folds
@@ -50,16 +51,32 @@ def load_or_pretrain(
     """Returns the embeddings in `folder` made from exactly these inputs; trains and saves them otherwise.
 
     The file is `lightgcn-<first 16 digits of the key>.safetensors`; its header holds config, seed and
-    history. The device is not part of the key. `config.folds` fits more are made where it asks for them.
+    history. The device is not part of the key. `config.folds` fits more are made where it asks for them. Of
+    several processes that want the same file at once, one makes it.
     """
     path = folder / f"lightgcn-{cache_key(train, valid, num_items, config, seed, texts)[:16]}.safetensors"
     if path.exists():
         return NodeEmbeddings.load(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            _make(path, train, valid, num_items, config, seed, device, texts)
+    return NodeEmbeddings.load(path)
+
+
+def _make(
+    path: Path,
+    train: CSR,
+    valid: CSR | None,
+    num_items: int,
+    config: LightGCNConfig,
+    seed: int,
+    device: str,
+    texts: torch.Tensor | None,
+) -> None:
     embeddings, history = pretrain(train, num_items, config, seed, valid, device=device, texts=texts)
     if config.folds:
         best = int(np.nanargmax(history["ndcg@10"])) if valid is not None else -1
         epochs = int(history["epoch"][best])
         embeddings = pretrain_folds(train, num_items, config, seed, embeddings, epochs, device, texts)
-    folder.mkdir(parents=True, exist_ok=True)
     embeddings.save(path, {"config": config.model_dump(), "seed": seed, "history": history})
-    return embeddings

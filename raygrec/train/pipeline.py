@@ -199,25 +199,28 @@ def _final(
     engine: Engine,
 ) -> dict[str, Any]:
     """Validation and test metrics of the chosen parameters and of the baselines that the run contains."""
-    valid, test = histories(store, "valid"), histories(store, "test")
+    read = ("valid", "test") if config.evaluate.test else ("valid",)
+    splits = {split: users_of(store, config, split) for split in read}
 
-    def both(rank_valid: Ranker, rank_test: Ranker, title: str) -> dict[str, dict[str, float]]:
+    def measured(ranker: Callable[[str], Ranker], title: str) -> dict[str, dict[str, float]]:
         return {
-            split: evaluate(config, reporter, f"{title}, {split}", ranker, *users_of(store, config, split))
-            for split, ranker in (("valid", rank_valid), ("test", rank_test))
+            split: evaluate(config, reporter, f"{title}, {split}", ranker(split), *users)
+            for split, users in splits.items()
         }
 
-    def model(stage: str) -> Ranker:
-        return model_ranker(config, engine, builder, config.evaluate.decoding, stage)
+    def model(split: str) -> Ranker:
+        return model_ranker(config, engine, builder, config.evaluate.decoding, split)
 
-    metrics: dict[str, Any] = both(model("valid"), model("test"), config.name)
-    train = store.interactions("train")
-    popularity = _score_ranker(popularity_scores(train, store.num_items), config)
-    metrics["baselines"] = {"Popularity": both(popularity, popularity, "Popularity")}
+    metrics: dict[str, Any] = measured(model, config.name)
+    popularity = _score_ranker(popularity_scores(store.interactions("train"), store.num_items), config)
+    metrics["baselines"] = {"Popularity": measured(lambda split: popularity, "Popularity")}
     if config.reads_graph and not isinstance(config, GraphRun):
         nodes = NodeEmbeddings.load(folder.nodes_file)
-        rankers = [_score_ranker(lightgcn_scores(nodes, split.shown), config) for split in (valid, test)]
-        metrics["baselines"][config.graph.name] = both(*rankers, config.graph.name)
+
+        def lightgcn(split: str) -> Ranker:
+            return _score_ranker(lightgcn_scores(nodes, splits[split][0].shown), config)
+
+        metrics["baselines"][config.graph.name] = measured(lightgcn, config.graph.name)
     metrics["decoding"] = config.evaluate.decoding
     if isinstance(config, GLTARun):
         metrics["texts"] = config.model.texts.source

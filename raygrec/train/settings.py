@@ -44,6 +44,8 @@ class EvaluateConfig(StrictConfig):
     """Users per worker and pass."""
     valid_users: int | None = Field(None, ge=1)
     """At most so many users, drawn once, in validations; the test set is always read whole."""
+    test: bool = True
+    """Whether the finished run reads the test set; trials of a sweep do not."""
 
 
 class ClusterConfig(StrictConfig):

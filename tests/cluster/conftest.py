@@ -12,6 +12,6 @@ def local_ray(tiny_store, tiny_backbone, tmp_path_factory):
     from raygrec.cluster.launcher import connect
 
     config = tiny_config(tiny_store.path, tiny_backbone, tmp_path_factory.mktemp("ray") / "run")
-    assert connect(config)
+    assert connect(config.cluster)
     yield
     ray.shutdown()
