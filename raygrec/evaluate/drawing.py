@@ -37,6 +37,8 @@ _SIDES = {
     "left": ("right", "center", -7, 0),
     "center": ("center", "center", 0, 0),
     "above": ("center", "bottom", 0, 8),
+    "above left": ("right", "bottom", -5, 4),
+    "below left": ("right", "top", -5, -4),
 }
 
 
@@ -83,7 +85,7 @@ class Label:
     y: float
     text: str
     colour: str = INK
-    side: Literal["left", "right", "center", "above"] = "right"
+    side: Literal["left", "right", "center", "above", "above left", "below left"] = "right"
     bold: bool = False
     size: int = 12
 
@@ -164,8 +166,10 @@ class Scale:
 
 
 def number(value: float) -> str:
-    """Four digits at most: `0.01234`, `65536`, `1e-5`."""
-    text = f"{value:.4g}" if abs(value) < 1e4 or value != int(value) else f"{value:.6g}"
+    """Four digits, whole numbers as they are: `0.01234`, `65536`, `1e-5`; a dash for what is not finite."""
+    if not math.isfinite(value):
+        return "–"
+    text = str(int(value)) if value == int(value) and abs(value) < 1e7 else f"{value:.4g}"
     return text.replace("e-0", "e-").replace("e+0", "e")
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Real
 
@@ -129,8 +129,19 @@ def make_key(column: str, name: str, series: pd.Series) -> Key:
     whole = all(value == int(value) for value in distinct)
     if len(distinct) <= FEW and (whole or len(there) >= 2 * len(distinct) or len(distinct) == 1):
         return Key(column, name, values, Scale.of_categories(sorted(distinct)))
-    log = min(distinct) > 0 and max(distinct) > LOG_FROM * min(distinct)
-    return Key(column, name, values, Scale.over(there, log))
+    return Key(column, name, values, Scale.over(there, _looks_logarithmic(there)))
+
+
+def _looks_logarithmic(values: Sequence[float]) -> bool:
+    """Whether they span a wide range, unless their median lies clearly nearer its middle by difference than by ratio.
+
+    A value drawn evenly from 0 to 1 also spans a wide range, and looks wrong on a logarithmic axis.
+    """
+    low, middle, high = min(values), float(np.median(values)), max(values)
+    if low <= 0 or high <= LOG_FROM * low:
+        return False
+    by_ratio = math.log(middle / low) / math.log(high / low)
+    return abs(by_ratio - 0.5) < abs((middle - low) / (high - low) - 0.5) + 0.1
 
 
 def _plain(value: object) -> float | str | None:
@@ -218,6 +229,14 @@ def _held(value: float, symbol: str, scale: Scale) -> tuple[str, float]:
     return ("above", scale.high) if value > scale.high else (symbol, value)
 
 
+def _edge_note(sweep: Sweep, scale: Scale) -> str:
+    """What the points on the axis' edge mean, where there are any."""
+    scores = sweep.trials["score"]
+    beyond = " Arrow heads = beyond the axis." if ((scores < scale.low) | (scores > scale.high)).any() else ""
+    silent = (scores.isna() & (sweep.trials["status"] == "failed")).any()
+    return beyond + (" Crosses on the edge = failed without a score." if silent else "")
+
+
 def trial_points(sweep: Sweep, places: Sequence[float], scores: Sequence[float], scale: Scale) -> list[Points]:
     """All trials as points: one mark a kind, the best last. places: NaN where a trial has none.
 
@@ -257,7 +276,7 @@ def effects(sweep: Sweep, order: Sequence[str] = ()) -> Drawing | str:
         f"Best {sweep.metric} of each trial by one key at a time. {marks_note(sweep)} Black line = median over trials "
         "with such a value, failed ones left out; grey = the middle half of them. "
         "Pruned trials count with what they had reached."
-    )
+    ) + _edge_note(sweep, scale)
     return Drawing("effects", "Effect of each key", note, panels, columns, 270)
 
 
@@ -345,11 +364,12 @@ def parallel_coordinates(sweep: Sweep, order: Sequence[str] = ()) -> Drawing | s
         marks += [Label(at, _share(axis, place), shortened(text, 12), INK, "left", size=11) for place, text in ticks]
         missing = at < at_score and None in keys[at].values
         marks += [Label(at, -0.09, "not set", SOFT, "left", size=11)] if missing else []
-    for at, name in enumerate([*(key.name for key in keys), sweep.metric]):
-        lift = 0.09 if at_score > 7 and at % 2 else 0  # neighbours' names on two heights
-        marks.append(Label(at, 1.02 + lift, shortened(name, 24), INK, "above", bold=True))
+    names = [shortened(name, 24) for name in [*(key.name for key in keys), sweep.metric]]
+    wide = max(map(len, names)) * 9 > 1200 / len(names)  # then neighbours' names stand on two heights
+    for at, name in enumerate(names):
+        marks.append(Label(at, 1.11 if wide and at % 2 else 1.02, name, INK, "above", bold=True))
     bottom = -0.16 if any(None in key.values for key in keys) else -0.05
-    panel = Panel(Axis(-0.55, at_score + 0.4), Axis(bottom, 1.24 if at_score > 7 else 1.14), marks)
+    panel = Panel(Axis(-0.55, at_score + 0.4), Axis(bottom, 1.22 if wide else 1.12), marks)
     note = f"A line a trial with a score, the darker the better; the last axis is {sweep.metric}. Orange = best."
     return Drawing("parallel_coordinates", "Parallel coordinates", note, [panel], height=440)
 
@@ -464,11 +484,12 @@ def cost(sweep: Sweep) -> Drawing | str:
         steps_y += [scores[at]] * 2
     marks = [Line(steps_x, steps_y, BEST, 2), *trial_points(sweep, places, scores, scale)]
     marks += _front_labels(sweep, [(places[at], scores[at], trials.iloc[at]) for at in front], x_scale, scale)
-    scale = Scale("even", scale.low, scale.high + 0.06 * (scale.high - scale.low))  # room for the best one's label
+    room = 0.06 * (scale.high - scale.low)  # for the best one's label
+    scale = replace(scale, **({"high": scale.high + room} if sweep.mode == "max" else {"low": scale.low - room}))
     note = (
         f"Device time (workers × seconds) against best {sweep.metric}. {marks_note(sweep)} "
         "Orange line = the best that trials no dearer reached."
-    )
+    ) + _edge_note(sweep, scale)
     axis = x_scale.axis(f"device {name}", 8)
     return Drawing("cost", "Cost against quality", note, [Panel(axis, scale.axis(sweep.metric), marks)])
 
@@ -485,6 +506,6 @@ def _front_labels(
             for other in labels
         ]
         if scale.low <= y <= scale.high and not any(near):
-            best = row["trial"] == sweep.best
-            labels.append(Label(x, y, f"trial {row['number']}", BEST if best else INK, "above", bold=best))
+            best, side = row["trial"] == sweep.best, "above left" if sweep.mode == "max" else "below left"
+            labels.append(Label(x, y, f"trial {row['number']}", BEST if best else INK, side, bold=best))
     return labels

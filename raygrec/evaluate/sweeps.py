@@ -23,13 +23,13 @@ TRIAL_COLUMNS = ("trial", "number", "status", "reason", "score", "spread", "epoc
 REPORT_COLUMNS = ("trial", "epoch", "score", "value", "seconds")
 STATUSES = ("finished", "pruned", "failed", "unfinished")
 TOP = 10
-REASONS = 20  # so many failed trials are listed
+REASONS = 20  # so many different ones are listed
 
 # Nothing is fetched even if a text got through: the page may only run and show what is in it.
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; color: #222; max-width: 1240px; margin: 32px auto;
+body { font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; color: #222; max-width: 1300px; margin: 32px auto;
        padding: 0 24px; background: white; }
 h1 { font-size: 27px; margin: 0 0 4px; } h2 { font-size: 20px; margin: 44px 0 2px; }
 p { margin: 4px 0; } p.note { color: #5f6670; max-width: 980px; margin-bottom: 10px; } .scroll { overflow-x: auto; }
@@ -168,8 +168,8 @@ def _page(sweep: Sweep, title: str, drawn: Iterable[tuple[str, Drawing | str]]) 
 <h1>{escape(title)}</h1>
 {_header(sweep)}
 {_top_table(sweep)}
-{_failures(sweep)}
 {sections}
+{_failures(sweep)}
 <script>{_SORTING}</script>
 </body></html>
 """
@@ -237,7 +237,9 @@ def _config(keys: Iterable[Key], at: int) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """`12.3 h`, `14 min` or `35 s`."""
+    """`12.3 h`, `14 min` or `35 s`; a dash where it is not known."""
+    if not math.isfinite(seconds):
+        return "–"
     if seconds >= 2 * 3600:
         return f"{seconds / 3600:.1f} h"
     return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
@@ -276,10 +278,11 @@ def _top_table(sweep: Sweep) -> str:
         body += f'<tr class="{"best" if row["trial"] == sweep.best else ""}">{cells}</tr>\n'
     fixed = _config([key for key in sweep.keys if not key.varied], top.index[0])
     same = " ".join(f"<code>{escape(text)}</code>" for text in fixed)
-    same = f'<p class="note">The same in every trial: {same}</p>' if fixed else ""
+    same = f'<p class="note">The same in every trial: {same}</p>' if fixed and len(sweep.trials) > 1 else ""
     heading = f"The best {len(top)} trials" if len(top) > 1 else "The trial"
+    how = '<p class="note">Those that finished come first; a click on a heading sorts.</p>' if len(top) > 1 else ""
     return (
-        f'<h2>{heading}</h2><p class="note">Those that finished come first; a click on a heading sorts.</p>'
+        f"<h2>{heading}</h2>{how}"
         f'<div class="scroll"><table class="sorted"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
         f"{same}"
     )
@@ -289,13 +292,14 @@ def _failures(sweep: Sweep) -> str:
     failed = sweep.trials[sweep.trials["status"] == "failed"]
     if failed.empty:
         return ""
+    reasons = failed.groupby("reason", sort=False)["number"].agg(lambda numbers: ", ".join(map(str, numbers)))
     rows = "".join(
-        f"<tr><td>{row['number']}</td>"
-        f'<td class="words long">{escape(shortened(row["reason"] or "no reason given", 300))}</td></tr>\n'
-        for row in failed.head(REASONS).to_dict("records")
+        f'<tr><td class="words">{escape(shortened(trials, 60))}</td>'
+        f'<td class="words long">{escape(shortened(reason or "no reason given", 300))}</td></tr>\n'
+        for reason, trials in reasons.head(REASONS).items()
     )
-    more = f'<p class="note">and {len(failed) - REASONS} more</p>' if len(failed) > REASONS else ""
+    more = f'<p class="note">and {len(reasons) - REASONS} more reasons</p>' if len(reasons) > REASONS else ""
     return (
-        f'<h2>Failed trials</h2><div class="scroll"><table><thead><tr><th>trial</th><th class="words">reason</th></tr>'
-        f"</thead><tbody>{rows}</tbody></table></div>{more}"
+        '<h2>Failed trials</h2><div class="scroll"><table><thead><tr><th class="words">trials</th>'
+        f'<th class="words">reason</th></tr></thead><tbody>{rows}</tbody></table></div>{more}'
     )
