@@ -212,18 +212,23 @@ def plotly_figure(drawing: Drawing) -> "go.Figure":
     figure = make_subplots(
         rows, columns, horizontal_spacing=0.045 if columns > 1 else 0, vertical_spacing=min(0.9 / rows, 85 / height)
     )
+    labels: list[dict] = []
     for place, panel in enumerate(drawing.panels):
         cell = {"row": place // columns + 1, "col": place % columns + 1}
         traces = [_trace(mark, go) for mark in panel.marks if not isinstance(mark, Label)]
         figure.add_traces(traces, rows=cell["row"], cols=cell["col"])
-        for mark in panel.marks:
-            if isinstance(mark, Label):
-                figure.add_annotation(_annotation(mark), **cell)
+        axes = str(place + 1) if place else ""  # plotly's names: x, x2, x3 … row by row
+        labels += [
+            {**_annotation(mark), "xref": f"x{axes}", "yref": f"y{axes}"}
+            for mark in panel.marks
+            if isinstance(mark, Label)
+        ]
         figure.update_xaxes(_plotly_axis(panel.x), tickangle=-35 if panel.x.slanted else 0, **cell)
         figure.update_yaxes(_plotly_axis(panel.y), **cell)
     figure.update_layout(
         template="none",
         height=height,
+        annotations=labels,
         showlegend=False,
         hovermode="closest",
         font={"family": "system-ui, 'DejaVu Sans', sans-serif", "size": 12, "color": INK},

@@ -32,6 +32,7 @@ WORDS = {"finished": "blue", "pruned": "grey ring", "failed": "black cross", "un
 
 LOG_FROM = 20  # an axis whose values span more than this factor is logarithmic
 FEW = 8  # so many distinct numbers are shown as categories
+MANY = 60  # with more trials than that their lines are drawn thinner
 ENOUGH_FOR_IMPORTANCE = 10  # trials; PED-ANOVA wants five of them among the good ones
 
 
@@ -192,7 +193,8 @@ def learning_curves(sweep: Sweep) -> Drawing | str:
     order = {"pruned": 0, "unfinished": 1, "failed": 2, "finished": 3}
     rows = [row for row in sweep.trials.to_dict("records") if row["trial"] in groups]
     rows.sort(key=lambda row: (row["trial"] == sweep.best, order[row["status"]]))
-    marks: list = []
+    thin = 0.8 if len(rows) > MANY else 1.4
+    lines, ends = [], []  # ends are drawn over all lines
     for row in rows:
         part, best = groups[row["trial"]], row["trial"] == sweep.best
         x, y = part["epoch"].tolist(), part["value"].tolist()
@@ -200,19 +202,22 @@ def learning_curves(sweep: Sweep) -> Drawing | str:
         light = colour if best or row["status"] != "finished" else _mixed(colour, 0.35)
         dashed = row["status"] == "pruned"
         hover = sweep.hover[row["trial"]]
-        marks.append(Line(x, y, light, 3.5 if best else 1.4, dashed, hover))
+        lines.append(Line(x, y, light, 3.5 if best else thin, dashed, hover))
         size = 9 if best or row["status"] != "finished" else 5
         symbol, end = _held(y[-1], SYMBOLS[row["status"]], scale)
-        marks.append(Points([x[-1]], [end], colour, symbol, size, [hover]))
+        ends.append(Points([x[-1]], [end], colour, symbol, size, [hover]))
         if best:
-            marks.append(Label(x[-1], end, f"trial {row['number']}", BEST, "right", bold=True))
+            ends.append(Label(x[-1], end, f"trial {row['number']}", BEST, "right", bold=True))
     low, high = min(0.0, reports["epoch"].min()), reports["epoch"].max()
     x_axis = Scale("even", low, high + 0.08 * ((high - low) or 1))
     silent = len(sweep.trials) - len(groups)
     note = f"Validated {sweep.metric} by epoch, a line a trial. {marks_note(sweep)} Pruned trials are dashed."
     note += f" {silent} of {len(sweep.trials)} trials reported nothing." if silent else ""
     return Drawing(
-        "learning_curves", "Learning curves", note, [Panel(x_axis.axis("epoch", 10), scale.axis(sweep.metric), marks)]
+        "learning_curves",
+        "Learning curves",
+        note,
+        [Panel(x_axis.axis("epoch", 10), scale.axis(sweep.metric), [*lines, *ends])],
     )
 
 
@@ -223,10 +228,16 @@ def _mixed(colour: str, white: float) -> str:
 
 
 def _held(value: float, symbol: str, scale: Scale) -> tuple[str, float]:
-    """Symbol and place of a score; one beyond the axis lies on its edge as an arrow head."""
+    """Symbol and place of a score; one beyond the axis lies at its end as an arrow head."""
     if value < scale.low:
-        return "below", scale.low
-    return ("above", scale.high) if value > scale.high else (symbol, value)
+        return "below", _end(scale, "max")
+    return ("above", _end(scale, "min")) if value > scale.high else (symbol, value)
+
+
+def _end(scale: Scale, mode: str) -> float:
+    """The bad end of an axis for scores, inside by half a symbol."""
+    inset = 0.025 * (scale.high - scale.low)
+    return scale.low + inset if mode == "max" else scale.high - inset
 
 
 def _edge_note(sweep: Sweep, scale: Scale) -> str:
@@ -242,7 +253,7 @@ def trial_points(sweep: Sweep, places: Sequence[float], scores: Sequence[float],
 
     A failed trial without a score lies on the axis' bad edge; others without one are not drawn.
     """
-    edge = scale.low if sweep.mode == "max" else scale.high
+    edge = _end(scale, sweep.mode)
     kinds: dict[tuple, list] = {}
     for row, x, score in zip(sweep.trials.to_dict("records"), places, scores, strict=True):
         if not math.isfinite(score) and row["status"] == "failed":
@@ -351,6 +362,7 @@ def parallel_coordinates(sweep: Sweep, order: Sequence[str] = ()) -> Drawing | s
     scores = sweep.trials["score"].tolist()
     scale = score_scale(scores, sweep.mode)
     at_score = len(keys)
+    thin = 0.8 if len(sweep.ranked) > MANY else 1.6
     marks: list = [Line([at, at], [0, 1], SOFT, 1) for at in range(at_score + 1)]
     for row in sweep.ranked.index[::-1]:
         trial, share = sweep.trials.at[row, "trial"], _share(scale, scores[row])
@@ -358,7 +370,9 @@ def parallel_coordinates(sweep: Sweep, order: Sequence[str] = ()) -> Drawing | s
         y = [_share(key.scale, key.scale.place(v)) if (v := key.values[row]) is not None else -0.09 for key in keys]
         best = trial == sweep.best
         colour = BEST if best else _ramp(good)
-        marks.append(Line(list(range(at_score + 1)), [*y, share], colour, 4 if best else 1.6, hover=sweep.hover[trial]))
+        marks.append(
+            Line(list(range(at_score + 1)), [*y, share], colour, 4 if best else thin, hover=sweep.hover[trial])
+        )
     for at, axis in enumerate([*(key.scale for key in keys), scale]):
         ticks = axis.ticks(5)
         marks += [Label(at, _share(axis, place), shortened(text, 12), INK, "left", size=11) for place, text in ticks]

@@ -320,8 +320,9 @@ def test_curves_mark_how_each_trial_ended():
     assert len(lines) == 12 and [line.dashed for line in lines].count(True) == (trials["status"] == "pruned").sum()
     symbols = [end.symbol for end in ends]
     assert (symbols.count("ring"), symbols.count("cross"), symbols.count("dot")) == (4, 1, 7)
-    assert lines[-1].width > lines[0].width  # the best comes last, over the others
-    assert len(lines[-1].x) == 4
+    best = best_trial(trials, "max")["score"]
+    assert lines[-1].width > lines[0].width and lines[-1].y[-1] == best  # the best comes last, over the others
+    assert (ends[-1].x, ends[-1].y) == ([4], [best])
 
 
 def test_effect_panels_hold_every_trial_with_the_key_set():
