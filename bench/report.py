@@ -20,6 +20,9 @@ def write_report(results: Path, out: Path, suites: dict[str, Any]) -> None:
     cost = results / "galrec_cost.json"
     if cost.exists():
         sections.append(_cost(json.loads(cost.read_text())))
+    sweeps = {file.stem: json.loads(file.read_text()) for file in (results / "sweep").glob("*.json")}
+    if sweeps:
+        sections.append(_sweep(sweeps))
     zero = results / "zero.json"
     if zero.exists():
         sections.append(_zero(json.loads(zero.read_text())))
@@ -111,6 +114,31 @@ def _cost(found: dict[str, Any]) -> str:
         f"same users, taken in turns, {found['steps']} times: ×{found['ratio']:.2f} (10th to 90th percentile "
         f"×{found['from']:.2f} to ×{found['to']:.2f}). `{found['command']}`.\n"
     )
+
+
+def _sweep(found: dict[str, dict[str, Any]]) -> str:
+    """What sweeps save: pruning, and sharing what trials have in common."""
+    lines = ["## What sweeps save\n"]
+    if "asha" in found:
+        one = found["asha"]
+        epochs, best = one["epochs"], one["best"]
+        statuses = ", ".join(f"{count} {status}" for status, count in one["statuses"].items())
+        lines.append(
+            f"GAL-Rec on the demo's store, {one['trials']} trials of two workers, the same points. ASHA, its driver "
+            f"killed (-9) after {one['ended_before_kill']} trials and resumed, ended with {statuses}, and "
+            f"{one['left_groups']} placement groups left: {epochs['pruned']:g} trial-epochs against "
+            f"{epochs['whole']:g} of all trials to their end (×{epochs['pruned'] / epochs['whole']:.2f}), best validation "
+            f"N@10 {best['pruned']:.4f} against {best['whole']:.4f} (×{best['pruned'] / best['whole']:.3f}). "
+            f"`{one['command']}`.\n"
+        )
+    if "cost" in found:
+        one = found["cost"]
+        lines.append(
+            f"From raw data, a sweep of {one['trials']} trials with ASHA took ×{one['ratio']:.2f} the time of as many "
+            f"`raygrec prepare` and `raygrec train` at the same points, on the same machine, one after the other "
+            f"({one['epochs']['sweep']:g} of {one['epochs']['apart']:g} epochs trained). `{one['command']}`.\n"
+        )
+    return "\n".join(lines)
 
 
 def _zero(results: dict[str, Any]) -> str:

@@ -16,11 +16,12 @@ from filelock import FileLock
 
 from raygrec.cluster.launcher import DRIVER, REDRAWN_EVERY, RunOnWorkers, WorkerError, connect, train_on_ray
 from raygrec.cluster.space import Point, SweepConfig, base_config, points, suggested, trial_config
-from raygrec.cluster.sweep_folder import Report, SweepFolder, best_trial
+from raygrec.cluster.sweep_folder import Report, SweepFolder
 from raygrec.cluster.sweep_view import SweepView
 from raygrec.config import read_yaml
 from raygrec.data.store import Store
 from raygrec.errors import InputError
+from raygrec.evaluate.sweeps import best_trial
 from raygrec.train.assembly import item_texts, prepare_run
 from raygrec.train.folder import RunFolder, with_absolute_paths
 from raygrec.train.settings import RunConfig, run_config

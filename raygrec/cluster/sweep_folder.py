@@ -15,6 +15,7 @@ import yaml
 from raygrec.cluster.space import Point, SweepConfig, base_config, trial_config
 from raygrec.config import read_yaml, validate
 from raygrec.errors import InputError
+from raygrec.evaluate.sweeps import best_trial
 from raygrec.train.settings import run_config
 
 Status = Literal["running", "finished", "pruned", "failed", "unfinished"]
@@ -200,17 +201,6 @@ class SweepFolder:
             config = trial_config(sweep, point, self.path / "best", test=True)
             _write(self.best_file, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         return trials
-
-
-def best_trial(trials: pd.DataFrame, mode: str) -> pd.Series | None:
-    """The finished trial of the best score; where none has finished, the best of the others."""
-    if "score" not in trials or trials["score"].isna().all():
-        return None
-    scored = trials[trials["score"].notna()]
-    finished = scored[scored["status"] == "finished"]
-    among = finished if len(finished) else scored
-    score = among["score"].astype(float)
-    return among.loc[score.idxmax() if mode == "max" else score.idxmin()]
 
 
 def _as_stored(table: pd.DataFrame) -> pd.DataFrame:

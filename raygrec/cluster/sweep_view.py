@@ -11,7 +11,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from raygrec.cluster.sweep_folder import Outcome, SweepFolder, best_trial
+from raygrec.cluster.sweep_folder import Outcome, SweepFolder
+from raygrec.evaluate.sweeps import best_trial
 from raygrec.progress import clock, console, is_drawn, quiet
 
 SHOWN_RUNNING = 8

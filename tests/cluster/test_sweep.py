@@ -57,7 +57,7 @@ def test_a_sweep_whose_driver_is_killed_goes_on_and_accounts_for_every_trial(spa
     folder = SweepFolder(space.parent / "sweep")
     process = started(space)
     # The first has ended well, the second has failed, the third is on its way.
-    wait_for(lambda: statuses(folder) == ["finished", "failed", "running"] or process.poll() is not None, 240)
+    wait_for(lambda: statuses(folder) == ["finished", "failed", "running"] or process.poll() is not None, 400)
     below = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -66,7 +66,7 @@ def test_a_sweep_whose_driver_is_killed_goes_on_and_accounts_for_every_trial(spa
     metrics_file = first.run(0) / "metrics.json"
     written = metrics_file.stat().st_mtime_ns
     process = started(space, "--resume", "--final-seeds", "1")
-    output, error = process.communicate(timeout=300)
+    output, error = process.communicate(timeout=400)
     assert process.returncode == 0, error
     result = json.loads(output)
     trials = pd.read_parquet(folder.path / "trials.parquet")
