@@ -127,9 +127,9 @@ def _sweep(found: dict[str, dict[str, Any]]) -> str:
             f"GAL-Rec on the demo's store, {one['trials']} trials of two workers, the same points. ASHA, its driver "
             f"killed (-9) after {one['ended_before_kill']} trials and resumed, ended with {statuses}, and "
             f"{one['left_groups']} placement groups left: {epochs['pruned']:g} trial-epochs against "
-            f"{epochs['whole']:g} of all trials to their end (×{epochs['pruned'] / epochs['whole']:.2f}), best validation "
-            f"N@10 {best['pruned']:.4f} against {best['whole']:.4f} (×{best['pruned'] / best['whole']:.3f}). "
-            f"`{one['command']}`.\n"
+            f"{epochs['whole']:g} of all trials to their end (×{epochs['pruned'] / epochs['whole']:.2f}), best "
+            f"validation N@10 {best['pruned']:.4f} against {best['whole']:.4f} "
+            f"(×{best['pruned'] / best['whole']:.3f}). `{one['command']}`.\n"
         )
     if "cost" in found:
         one = found["cost"]
