@@ -7,7 +7,7 @@ import threading
 import time
 import traceback
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from raygrec.errors import InputError
 from raygrec.progress import console, progress_bar, quiet
@@ -27,8 +27,11 @@ from ray import train
 from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+T = TypeVar("T")
+
 STARTING = "starting workers"
 DRIVER = "train_driver"  # the resource that a sweep's trials sit on, so that they never take the workers' CPUs
+JOBS_COPIES = "runtime_resources"  # Ray's folder for what jobs bring along
 REDRAWN_EVERY = 0.3  # seconds
 
 
@@ -100,6 +103,8 @@ def train_on_ray(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     where the workers failed.
     """
     config = with_absolute_paths(config)
+    if JOBS_COPIES in config.out.parts:
+        raise InputError(f"{config.out}: goes away with the job's copy of the code; name an absolute path in out")
     folder = RunFolder(config.out)
     started_here = False
     try:
