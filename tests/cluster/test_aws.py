@@ -119,7 +119,6 @@ def test_what_would_be_launched(aws, config):
     for name, kind in config["available_node_types"].items():
         [number] = provider.create_node(kind["node_config"], {"ray-user-node-type": name}, 1)
         launched[name] = aws.Instance(number)
-    provider.cleanup()
     assert {name: (node.instance_type, node.instance_lifecycle) for name, node in launched.items()} == {
         "head": ("m6i.2xlarge", None),
         "spot-1-gpu": ("g5.xlarge", "spot"),
