@@ -12,6 +12,7 @@ import typer
 from raygrec import __version__
 from raygrec.config import apply_overrides, read_yaml, validate
 from raygrec.errors import InputError
+from raygrec.remote import refuse_address
 
 if TYPE_CHECKING:
     from raygrec.train.settings import ClusterConfig
@@ -24,7 +25,7 @@ INTERRUPTED = 130  # what typer ends with after Ctrl-C
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings, as key.sub=value")]
 AsJson = Annotated[bool, typer.Option("--json", help="print the result as one JSON document on the last line")]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="a run folder, or the address of a finished run")]
 OnRay = Annotated[bool, typer.Option("--ray", help="as one task of the cluster that RAY_ADDRESS names")]
 
 
@@ -52,6 +53,8 @@ def prepare(
     from raygrec.data.prepare import PrepareOptions
     from raygrec.data.prepare import prepare as make
 
+    for place in (path, out):
+        refuse_address(place, "prepare from and to a path, and copy the finished store to its address")
     given = apply_overrides({"format": format, "path": str(path), "out": str(out)}, overrides or [])
     store = make(validate(PrepareOptions, given, "prepare"))
     counts = {split: len(store.interactions(split).indices) for split in ("train", "valid", "test")}
@@ -121,6 +124,7 @@ def recommend(
     """Writes every user's top-k items with scores and titles."""
     from raygrec.serve.topk import recommend_all
 
+    refuse_address(out, "name a path")
     rows = _run_once(on_ray, _cluster(run), recommend_all, run, k, out)
     if not as_json:
         print(f"{out}: {rows:,} rows")
@@ -142,22 +146,22 @@ def _run_once(on_ray: bool, cluster: "ClusterConfig", function: Callable[..., T]
     return on_cluster(cluster, function, *arguments)
 
 
-def _cluster(run: Path) -> "ClusterConfig":
-    from raygrec.train.folder import RunFolder
+def _cluster(run: str) -> "ClusterConfig":
+    from raygrec.train.folder import run_at
 
-    return RunFolder(run).config().cluster
+    return run_at(run).config().cluster
 
 
-def _show_metrics(metrics: dict[str, Any], run: Path, as_json: bool) -> None:
+def _show_metrics(metrics: dict[str, Any], run: Path | str, as_json: bool) -> None:
     if not as_json:
         from rich.console import Console
 
         from raygrec.evaluate.tables import Row, terminal_table
-        from raygrec.train.folder import RunFolder
+        from raygrec.train.folder import run_at
 
         split = "test" if "test" in metrics else "valid"
         rows = [Row(name, [both[split]]) for name, both in metrics.get("baselines", {}).items()]
-        rows.append(Row(RunFolder(run).config().name, [metrics[split]]))
+        rows.append(Row(run_at(run).config().name, [metrics[split]]))
         ks = sorted(int(name.partition("@")[2]) for name in metrics[split] if name.startswith("ndcg@"))
         shown = [f"{name}@{k}" for k in ks for name in ("precision", "ndcg", "hit")]
         Console().print(terminal_table(rows, title=f"{split}, full ranking", metrics=shown))

@@ -111,7 +111,9 @@ def train_on_ray(config: RunConfig, resume: bool = False) -> dict[str, Any]:
         with folder.claimed(config, resume):
             started_here = connect(config.cluster)
             prepare_run(config, folder)
-        return _fit(config, folder)
+        metrics = _fit(config, folder)
+        folder.publish(config)
+        return metrics
     finally:
         if started_here:
             ray.shutdown()
