@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -26,6 +27,8 @@ import ray
 from ray import train
 from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raygrec.cluster.task import as_task
 
 T = TypeVar("T")
 
@@ -110,13 +113,24 @@ def train_on_ray(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     try:
         with folder.claimed(config, resume):
             started_here = connect(config.cluster)
-            prepare_run(config, folder)
+            if started_here or not os.environ.get("RAY_ADDRESS"):
+                prepare_run(config, folder)
+            else:
+                as_task(config.cluster, prepare_run, config, folder)
         metrics = _fit(config, folder)
         folder.publish(config)
         return metrics
     finally:
         if started_here:
             ray.shutdown()
+
+
+def on_cluster(cluster: ClusterConfig, function: Callable[..., T], *arguments: object) -> T:
+    """Runs `function` as one task of the cluster that RAY_ADDRESS names; raises as `connect` and `as_task` do."""
+    if not os.environ.get("RAY_ADDRESS"):
+        raise InputError("--ray: RAY_ADDRESS names no cluster; set it, or leave --ray out to work in this process")
+    connect(cluster.model_copy(update={"workers": 1}))
+    return as_task(cluster, function, *arguments)
 
 
 def connect(cluster: ClusterConfig, trials: int = 0) -> bool:

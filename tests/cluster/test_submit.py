@@ -8,6 +8,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,6 +25,7 @@ pytestmark = pytest.mark.cluster
 
 ROOT = Path(__file__).parent.parent.parent
 DRIVER = '{"train_driver": 1}'
+TOKEN = "a-token-of-this-test-and-of-no-other-cluster"
 # Long enough to be stopped in the middle of it.
 LONG = {"epochs": 25, "patience": 25, "evaluate_every": 5}
 
@@ -32,7 +35,7 @@ def submit(tmp_path_factory):
     """Calls `ray job …` against a head of its own, which two drivers and four CPUs fit on."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "RAYGREC_"))}
     token = tmp_path_factory.mktemp("token") / "token"
-    token.write_text("a-token-of-this-test-and-of-no-other-cluster\n")
+    token.write_text(f"{TOKEN}\n")
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
     ports = free_ports(2)
     environment["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{ports[1]}"
@@ -46,6 +49,14 @@ def submit(tmp_path_factory):
     def call(*arguments: object) -> subprocess.CompletedProcess:
         return subprocess.run(ray("job", *arguments), env=environment, cwd=ROOT, capture_output=True, text=True)
 
+    def ask(path: str, method: str = "GET", bearer: str = TOKEN) -> dict:
+        """What the head answers: `ray job stop` asks the same, but takes seconds to start."""
+        headers = {"Authorization": f"Bearer {bearer}"}
+        request = urllib.request.Request(f"http://127.0.0.1:{ports[1]}/api/jobs/{path}", headers=headers, method=method)
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
+    call.ask = ask
     try:
         wait_for(lambda: call("list").returncode == 0 or head.poll() is not None, 90)
         assert head.poll() is None, log.read_text()
@@ -94,8 +105,10 @@ def test_a_stopped_job_is_resumed_to_the_same_end(submit, tiny_store, tiny_backb
     wrong = job(submit, "wrong", "jobs/train.py", file, "train.epoch=3")
     expected = train_here(alone)
     wait_for(lambda: list(folder.checkpoints.glob("train-*")) or folder.metrics(), 120)
-    stopped = submit("stop", "first")
-    assert "was stopped" in stopped.stdout + stopped.stderr
+    with pytest.raises(urllib.error.HTTPError, match=r"40[13]"):
+        submit.ask("first/stop", "POST", bearer="another-token-that-is-as-long-as-the-right-one")
+    assert submit.ask("first/stop", "POST") == {"stopped": True}
+    wait_for(lambda: submit.ask("first")["status"] == "STOPPED", 30)
     assert folder.metrics() is None  # else it was faster than the stop
     resumed = job(submit, "second", "jobs/train.py", file, "--resume", "--json")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr

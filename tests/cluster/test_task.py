@@ -26,10 +26,14 @@ def test_a_run_is_evaluated_by_another_process(local_ray, tiny_store, tiny_backb
         launcher.on_cluster(config.cluster, evaluate_run, "nowhere")
 
 
+def die() -> None:
+    os._exit(3)
+
+
 @pytest.mark.cluster
 def test_a_task_that_dies_is_one_line(local_ray):
-    with pytest.raises(task.TaskLostError, match=r"^_exit: its process or node was lost \(") as lost:
-        task.as_task(ONE, os._exit, 3)
+    with pytest.raises(task.TaskLostError, match=r"^die: its process or node was lost \(") as lost:
+        task.as_task(ONE, die)
     assert "\n" not in str(lost.value)
 
 
