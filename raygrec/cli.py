@@ -99,6 +99,24 @@ def train(
 
 
 @app.command()
+def tune(
+    space: Annotated[Path, typer.Argument(metavar="SPACE.yaml", help="a search space, see tune_spaces/")],
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option(help="go on with the sweep that `out` holds")] = False,
+    final_seeds: Annotated[int, typer.Option(min=0, help="seeds that the best is trained with and read on test")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Searches settings with Ray Tune, by validation alone; overrides are of the sweep's keys or of its job's."""
+    from raygrec.cluster.space import read_sweep
+    from raygrec.cluster.sweep import run_sweep
+
+    result = run_sweep(read_sweep(space, overrides or []), resume, final_seeds)
+    if not as_json:
+        _show_sweep(result)
+    _print(result, as_json)
+
+
+@app.command()
 def evaluate(
     run: Run,
     decoding: Annotated[str | None, typer.Option(help="first, slots or autoregressive; default: the run's")] = None,
@@ -167,6 +185,25 @@ def _show_metrics(metrics: dict[str, Any], run: Path | str, as_json: bool) -> No
         Console().print(terminal_table(rows, title=f"{split}, full ranking", metrics=shown))
         print(f"run folder: {run}")
     _print(metrics, as_json)
+
+
+def _show_sweep(result: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from raygrec.evaluate.tables import Row, terminal_table
+
+    counts = [f"{result[name]} {name}" for name in ("finished", "pruned", "failed", "unfinished") if name in result]
+    print(f"{result['trials']} trials: {', '.join(counts)}")
+    if "best" in result:
+        best = result["best"]
+        settings = " ".join(f"{key}={value}" for key, value in best["point"].items())
+        print(f"best: trial {best['trial']}, {best['score']:.4f}, {settings}")
+        print(f"config: {best['config']}")
+    if "final" in result:
+        rows = [Row(name, runs["test"]) for name, runs in result["final"].items()]
+        Console().print(terminal_table(rows, title="the best configuration, test, full ranking"))
+    if "report" in result:
+        print(f"report: {result['report']}")
 
 
 def _print(result: dict[str, Any], as_json: bool) -> None:

@@ -74,20 +74,25 @@ def _first_problem(model: type[BaseModel], error: ValidationError) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        nearest = difflib.get_close_matches(key, _known_keys(model), n=1, cutoff=0.0)
-        hint = f"; the nearest known key is '{nearest[0]}'" if nearest else ""
-        return f"unknown key '{key}'{hint}"
+        return f"unknown key '{key}'{nearest_key(key, known_keys(model))}"
     if first["type"] == "missing":
         return f"key '{key}' is missing"
     message = first["msg"].removeprefix("Value error, ")
     return f"key '{key}': {message} (got {first['input']!r})" if key else message
 
 
-def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+def nearest_key(key: str, known: list[str]) -> str:
+    """The end of a message about an unknown key, with the known one that is most like it."""
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    return f"; the nearest known key is '{nearest[0]}'" if nearest else ""
+
+
+def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """All keys of a config, dotted, those of sections and their sections included."""
     keys: list[str] = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
         annotation = field.annotation
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            keys += _known_keys(annotation, f"{prefix}{name}.")
+            keys += known_keys(annotation, f"{prefix}{name}.")
     return keys

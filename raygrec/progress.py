@@ -86,15 +86,15 @@ class Bars:
 
     def _close(self, task: Task) -> None:
         if task.visible and _seconds(task) >= KEPT_FROM:
-            spent = f"{_seconds(task):.1f} s" if _seconds(task) < 60 else _clock(_seconds(task))
+            spent = f"{_seconds(task):.1f} s" if _seconds(task) < 60 else clock(_seconds(task))
             self._print(f"{task.description}: {_count(task)} in {spent}, {_rate(_mean_speed(task))}", task)
         self._progress.update(task.id, visible=False)
 
     def _tell(self, task: Task) -> None:
-        if task.fields["told"] or _is_drawn() or task.finished or _seconds(task) < TOLD_AFTER:
+        if task.fields["told"] or is_drawn() or task.finished or _seconds(task) < TOLD_AFTER:
             return
         task.fields["told"] = True
-        left = "" if task.time_remaining is None else f", {_clock(task.time_remaining)} left"
+        left = "" if task.time_remaining is None else f", {clock(task.time_remaining)} left"
         self._print(f"{task.description}: {_count(task)} so far, {_rate(_mean_speed(task))}{left}", task)
 
     def _print(self, line: str, task: Task) -> None:
@@ -192,10 +192,10 @@ class _Time(ProgressColumn):
     max_refresh = 0.5
 
     def render(self, task: Task) -> Text:
-        left = "" if task.total is None else f"{_clock(task.time_remaining)} left"
+        left = "" if task.total is None else f"{clock(task.time_remaining)} left"
         if not _is_wide():
             return Text(left, style="progress.remaining")
-        so_far = Text(f"{_clock(_seconds(task))} so far", style="progress.elapsed")
+        so_far = Text(f"{clock(_seconds(task))} so far", style="progress.elapsed")
         return so_far.append(f", {left}" if left else "", style="progress.remaining")
 
 
@@ -217,7 +217,7 @@ def _new_progress() -> Progress:
     return Progress(
         *columns,
         console=console,
-        disable=not _is_drawn(),
+        disable=not is_drawn(),
         transient=True,
         refresh_per_second=4,
         get_time=monotonic,
@@ -226,7 +226,8 @@ def _new_progress() -> Progress:
     )
 
 
-def _is_drawn() -> bool:
+def is_drawn() -> bool:
+    """Whether there is a terminal to draw on, and somebody to look."""
     return console.is_terminal and not console.is_dumb_terminal and not quiet()
 
 
@@ -254,7 +255,8 @@ def _rate(speed: float) -> str:
     return f"{speed:,.{digits}f}/s"
 
 
-def _clock(seconds: float | None) -> str:
+def clock(seconds: float | None) -> str:
+    """mm:ss or h:mm:ss; --:-- for what is not known."""
     if seconds is None:
         return "--:--"
     minutes, rest = divmod(int(seconds), 60)

@@ -11,7 +11,7 @@ import termios
 
 import pytest
 
-from raygrec.progress import _clock, _rate, progress_bar, track
+from raygrec.progress import _rate, clock, progress_bar, track
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 
@@ -161,4 +161,4 @@ def test_figures():
         "408.6/s",
         "12,345/s",
     ]
-    assert [_clock(seconds) for seconds in (None, 7, 75, 3725)] == ["--:--", "00:07", "01:15", "1:02:05"]
+    assert [clock(seconds) for seconds in (None, 7, 75, 3725)] == ["--:--", "00:07", "01:15", "1:02:05"]

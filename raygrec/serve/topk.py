@@ -65,7 +65,9 @@ def evaluate_run(path: Path | str, decoding: str | None = None) -> dict[str, Any
     finished = FinishedRun(path)
     config, store = finished.config, finished.store
     if not config.evaluate.test:
-        raise InputError(f"{path}: trained with evaluate.test=false; train it with evaluate.test=true to read the test set")
+        raise InputError(
+            f"{path}: trained with evaluate.test=false; train with evaluate.test=true to read the test set"
+        )
     mode = decoding or config.evaluate.decoding
     engine = LocalEngine(finished.model, config.engine)
 

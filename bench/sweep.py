@@ -1,0 +1,115 @@
+"""What sweeps save, on the demo's data with GAL-Rec and two DeepSpeed workers a trial.
+
+python -m bench.sweep asha    # 12 trials pruned by ASHA, killed half-way and resumed, against the same 12 to the end
+python -m bench.sweep cost    # a sweep of 6 trials from raw data, against 6 times prepare and train
+"""
+
+import argparse
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from bench.quality import RESULTS, ROOT, WORK
+from raygrec.cluster.space import points, read_sweep
+from raygrec.data.synthetic import write_demo
+
+SPACE = "tune_spaces/smoke.yaml"
+SETTINGS = ["backbone.layers=1", "train.epochs=6"]
+FOLDER = WORK / "sweep"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["asha", "cost"])
+    what = parser.parse_args().what
+    shutil.rmtree(FOLDER / what, ignore_errors=True)
+    (FOLDER / what).mkdir(parents=True)
+    if not (FOLDER / "source").exists():
+        write_demo(FOLDER / "source")
+    result = {"asha": asha, "cost": cost}[what](FOLDER / what)
+    result["command"] = f"python -m bench.sweep {what}"
+    print(json.dumps(result, indent=1))
+    file = RESULTS / "sweep" / f"{what}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def raygrec(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "raygrec.cli", *map(str, arguments)]
+
+
+def prepared(store: Path) -> Path:
+    subprocess.run(raygrec("prepare", "table", FOLDER / "source", "--out", store), cwd=ROOT, check=True)
+    return store
+
+
+def sweep(out: Path, store: Path, trials: int, *more: str) -> list[str]:
+    return raygrec("tune", SPACE, f"out={out}", f"store={store}", f"trials={trials}", *SETTINGS, *more)
+
+
+def asha(folder: Path) -> dict[str, Any]:
+    """Trial-epochs and best validation metric, pruned and not; the pruned sweep loses its driver on the way."""
+    store, trials = prepared(folder / "store"), 12
+    pruned = folder / "pruned"
+    process = subprocess.Popen(sweep(pruned, store, trials), cwd=ROOT)
+    while process.poll() is None and ended(pruned) < trials // 2:
+        time.sleep(1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = ended(pruned)
+    done = subprocess.run(
+        [*sweep(pruned, store, trials), "--resume", "--json"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    resumed = json.loads(done.stdout.splitlines()[-1])
+    subprocess.run(sweep(folder / "whole", store, trials, "scheduler.name=none"), cwd=ROOT, check=True)
+    tables = {name: pd.read_parquet(folder / name / "trials.parquet") for name in ("pruned", "whole")}
+    return {
+        "trials": trials,
+        "ended_before_kill": before,
+        "statuses": tables["pruned"]["status"].value_counts().to_dict(),
+        "left_groups": resumed["left_groups"],
+        "epochs": {name: float(table["epochs"].sum()) for name, table in tables.items()},
+        "best": {name: float(table["score"].max()) for name, table in tables.items()},
+        "seconds": {name: float(table["seconds"].sum()) for name, table in tables.items()},
+    }
+
+
+def ended(out: Path) -> int:
+    files = out.glob("trials/*/outcome.json")
+    return sum(json.loads(file.read_text())["status"] != "running" for file in files)
+
+
+def cost(folder: Path) -> dict[str, Any]:
+    """Seconds from raw data: one sweep, and each of its points by itself."""
+    trials = 6
+    begun = time.monotonic()
+    subprocess.run(sweep(folder / "sweep", prepared(folder / "store"), trials), cwd=ROOT, check=True)
+    swept = time.monotonic() - begun
+    read = read_sweep(ROOT / SPACE, [f"trials={trials}", *SETTINGS])
+    begun = time.monotonic()
+    for number, point in enumerate(points(read) or []):
+        store = prepared(folder / f"store-{number}")
+        given = {**read.settings, **point, "store": store, "out": folder / f"run-{number}"}
+        settings = [f"{key}={value}" for key, value in given.items()]
+        subprocess.run(raygrec("train", read.job, *settings), cwd=ROOT, check=True)
+    apart = time.monotonic() - begun
+    table = pd.read_parquet(folder / "sweep" / "trials.parquet")
+    return {
+        "trials": trials,
+        "sweep_seconds": swept,
+        "apart_seconds": apart,
+        "ratio": swept / apart,
+        "epochs": {"sweep": float(table["epochs"].sum()), "apart": trials * 6.0},
+        "statuses": table["status"].value_counts().to_dict(),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,306 @@
+"""What a sweep searches: the YAML of tune_spaces/, checked against the config of the runs before anything starts."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+from pydantic import Field, field_validator, model_validator
+
+from raygrec.config import StrictConfig, apply_overrides, known_keys, nearest_key, read_yaml, validate
+from raygrec.errors import InputError
+from raygrec.train.settings import RECIPES, RunConfig, run_config
+
+Value = float | int | str | bool | None
+Point = dict[str, Any]  # values by dotted key of the run's config
+
+MEASURES = ("precision", "recall", "hit", "ndcg", "mrr", "coverage")
+RESERVED = ("store", "out", "seed", "recipe", "evaluate.test")
+
+
+class DomainConfig(StrictConfig):
+    """The values that one key may take: exactly one of the kinds below."""
+
+    choice: tuple[Value, ...] | None = None
+    uniform: tuple[float, float] | None = None
+    loguniform: tuple[float, float] | None = None
+    quniform: tuple[float, float, float] | None = None
+    """[low, high, step]."""
+    randint: tuple[int, int] | None = None
+    """[low, high), as in Ray Tune."""
+    when: dict[str, Value | tuple[Value, ...]] = Field(default_factory=dict)
+    """The key is searched only where each of these keys, which the space holds above it, has such a value."""
+
+    @model_validator(mode="after")
+    def _is_one_domain(self) -> Self:
+        kinds = [kind for kind in ("choice", "uniform", "loguniform", "quniform", "randint") if getattr(self, kind)]
+        if len(kinds) != 1:
+            raise ValueError("expected exactly one of choice, uniform, loguniform, quniform, randint, with values")
+        if self.choice is None:
+            low, high, *step = getattr(self, kinds[0])
+            if not low < high or (kinds[0] == "loguniform" and low <= 0) or (step and step[0] <= 0):
+                raise ValueError(f"{kinds[0]}: expected low < high, of loguniform above 0, of quniform a step above 0")
+        return self
+
+    @property
+    def ends(self) -> tuple[Value, ...]:
+        """All choices, or the two ends of the range."""
+        if self.choice is not None:
+            return self.choice
+        if self.randint is not None:
+            return (self.randint[0], self.randint[1] - 1)
+        return (self.uniform or self.loguniform or self.quniform)[:2]
+
+    def applies(self, point: Point) -> bool:
+        """Whether a point drawn so far meets `when`."""
+        wanted = {key: value if isinstance(value, tuple) else (value,) for key, value in self.when.items()}
+        return all(key in point and point[key] in values for key, values in wanted.items())
+
+    def draw(self, random: np.random.Generator) -> Value:
+        """One value at random."""
+        if self.choice is not None:
+            return self.choice[random.integers(len(self.choice))]
+        if self.randint is not None:
+            return int(random.integers(*self.randint))
+        if self.loguniform is not None:
+            return float(np.exp(random.uniform(*np.log(self.loguniform))))
+        if self.quniform is not None:
+            low, high, step = self.quniform
+            return _tidy(low + step * int(random.integers(math.floor((high - low) / step + 1e-9) + 1)))
+        return float(random.uniform(*self.uniform))
+
+    def suggest(self, key: str, trial: Any) -> Value:
+        """One value by an Optuna trial."""
+        if self.choice is not None:
+            return trial.suggest_categorical(key, list(self.choice))
+        if self.randint is not None:
+            return trial.suggest_int(key, self.randint[0], self.randint[1] - 1)
+        if self.loguniform is not None:
+            return trial.suggest_float(key, *self.loguniform, log=True)
+        if self.quniform is not None:
+            low, high, step = self.quniform
+            return _tidy(trial.suggest_float(key, low, high, step=step))
+        return trial.suggest_float(key, *self.uniform)
+
+
+class SearcherConfig(StrictConfig):
+    """Who names the next point."""
+
+    name: Literal["grid", "random", "optuna"] = "random"
+    """`grid`: every combination of choices; `random`; `optuna`: the tree-structured Parzen estimator (TPE)."""
+    seed: int = 0
+    startup: int = Field(8, ge=1)
+    """Optuna: trials at random before it models anything."""
+    cost: Literal["seconds", "device_seconds"] | None = None
+    """Optuna: a second objective, to be kept low; the sweep's metric is the first."""
+
+    @model_validator(mode="after")
+    def _only_optuna_has_two(self) -> Self:
+        if self.cost and self.name != "optuna":
+            raise ValueError("cost: a second objective needs searcher.name=optuna")
+        return self
+
+
+class SchedulerConfig(StrictConfig):
+    """Who ends trials early."""
+
+    name: Literal["none", "asha", "hyperband", "median"] = "none"
+    """`asha`: asynchronous successive halving; `hyperband`: the same in three brackets of growing grace; `median`:
+    below the median of the other trials' means so far."""
+    grace: int = Field(1, ge=1)
+    """Epochs before a trial can end early."""
+    reduction: float = Field(3, gt=1)
+    """One in so many goes on, at each rung (asha, hyperband)."""
+
+
+class BudgetConfig(StrictConfig):
+    """When a sweep ends although trials are left; what runs then is stopped."""
+
+    hours: float | None = Field(None, gt=0)
+    device_hours: float | None = Field(None, gt=0)
+    """Summed over trials: workers × hours."""
+
+
+class SweepConfig(StrictConfig):
+    """A sweep: what is tuned, over what, by whom, and for how long."""
+
+    job: Path
+    """The run config that trials differ from."""
+    out: Path
+    """The sweep's folder; on a cluster, a path that all nodes share."""
+    settings: Point = Field(default_factory=dict)
+    """Of the job, by dotted key; the same in all trials."""
+    space: dict[str, DomainConfig] = Field(min_length=1)
+    searcher: SearcherConfig = SearcherConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    trials: int = Field(20, ge=1)
+    """At most; a grid has as many as it has points."""
+    concurrency: int = Field(1, ge=1)
+    """Trials at once, at most; fewer where the cluster has no room."""
+    seeds: int = Field(1, ge=1)
+    """Runs a trial; its score is their mean. Only the first can be ended early."""
+    metric: str = "ndcg@10"
+    """Of validation."""
+    mode: Literal["max", "min"] = "max"
+    budget: BudgetConfig = BudgetConfig()
+    retries: int = Field(1, ge=0)
+    """How often a trial that failed is started again, where that could help; then it is skipped."""
+
+    @field_validator("metric")
+    @classmethod
+    def _is_of_validation(cls, metric: str) -> str:
+        if "test" in metric.lower():
+            raise ValueError("a sweep chooses by validation; the best configuration is read on test at the end")
+        measure, _, k = metric.removeprefix("valid.").partition("@")
+        if measure not in MEASURES or not k.isdigit():
+            raise ValueError(f"expected one of {', '.join(MEASURES)}, at a k, such as ndcg@10")
+        return f"{measure}@{k}"
+
+    @model_validator(mode="after")
+    def _conditions_stand_above(self) -> Self:
+        seen: set[str] = set()
+        for key, domain in self.space.items():
+            for condition in domain.when:
+                if condition not in seen:
+                    raise ValueError(f"space: '{key}' depends on '{condition}', which must be a key above it")
+            seen.add(key)
+        if self.searcher.name == "grid":
+            for key, domain in self.space.items():
+                if domain.choice is None:
+                    raise ValueError(f"space: '{key}': a grid needs choice")
+        return self
+
+
+def read_sweep(path: Path, overrides: list[str]) -> SweepConfig:
+    """The sweep of a YAML file, with `key=value` overrides of its own keys or, by dotted key, of the job's.
+
+    Raises `InputError` where a key is unknown to the runs, or a value of the space makes no run.
+    """
+    content = read_yaml(path)
+    own = {key.partition(".")[0] for key in known_keys(SweepConfig)}
+    for override in overrides:
+        key = override.partition("=")[0]
+        section, _, rest = key.partition(".")
+        if section in own and section not in ("space", "settings"):
+            content = apply_overrides(content, [override])
+            continue
+        # Keys of the job have dots of their own.
+        section, rest = (section, rest) if section in own else ("settings", key)
+        content[section] = {**(content.get(section) or {}), rest: _value(override)}
+    sweep = validate(SweepConfig, content, str(path))
+    check_space(sweep, str(path))
+    return sweep
+
+
+def base_config(sweep: SweepConfig) -> dict[str, Any]:
+    """The content of the job's config with the sweep's settings."""
+    return with_values(read_yaml(sweep.job), sweep.settings)
+
+
+def with_values(content: dict[str, Any], point: Point) -> dict[str, Any]:
+    """`content` with each dotted key of `point` set."""
+    return apply_overrides(content, [f"{key}={json.dumps(value)}" for key, value in point.items()])
+
+
+def trial_config(sweep: SweepConfig, point: Point, out: Path, seed: int | None = None, test: bool = False) -> RunConfig:
+    """The run of a point. Trials never read the test set."""
+    content = with_values(base_config(sweep), point) | {"out": str(out)}
+    if seed is not None:
+        content["seed"] = seed
+    return run_config(with_values(content, {"evaluate.test": test}), str(sweep.job))
+
+
+def check_space(sweep: SweepConfig, source: str) -> None:
+    """`InputError` for a key that the runs do not have, and for a value at the ends of a domain that makes no run."""
+    recipe = run_config(read_yaml(sweep.job), str(sweep.job)).recipe
+    keys = known_keys(RECIPES[recipe])
+    for section, given in (("settings", sweep.settings), ("space", sweep.space)):
+        for key in given:
+            if key not in keys:
+                nearest = nearest_key(key, [*keys, *known_keys(SweepConfig)])
+                raise InputError(f"{source}: {section}: recipe '{recipe}' has no key '{key}'{nearest}")
+    base = base_config(sweep)
+    run = run_config(base, f"{source}: {sweep.job}")
+    for key in sweep.space:
+        if key in RESERVED or key.startswith("cluster."):
+            raise InputError(f"{source}: space: '{key}' is the same in all trials; give it under settings")
+    if "evaluate.test" in sweep.settings:
+        raise InputError(f"{source}: settings: 'evaluate.test': trials never read the test set")
+    if sweep.metric.partition("@")[2] not in {str(k) for k in run.evaluate.ks}:
+        raise InputError(f"{source}: key 'metric': {sweep.metric}, and the runs measure at {list(run.evaluate.ks)}")
+    for key, domain in sweep.space.items():
+        for value in domain.ends:
+            try:
+                run_config(with_values(base, {**_least(sweep.space, key), key: value}), f"space '{key}' = {value}")
+            except InputError as error:
+                raise InputError(f"{source}: {error}") from None
+
+
+def _least(space: dict[str, DomainConfig], wanted: str) -> Point:
+    """First values of the keys above `wanted`, such that its conditions are met."""
+    point: Point = {}
+    needed = {**space[wanted].when}
+    for key in reversed(list(space)):
+        if key in needed:
+            needed |= {**space[key].when, **needed}
+    for key, domain in space.items():
+        if key in needed:
+            value = needed[key]
+            point[key] = value[0] if isinstance(value, tuple) else value
+        elif key != wanted and domain.applies(point):
+            point[key] = domain.ends[0]
+    return point
+
+
+def walk(space: dict[str, DomainConfig], pick: Callable[[str, DomainConfig], Value]) -> Point:
+    """One point: each key whose conditions are met, in the space's order."""
+    point: Point = {}
+    for key, domain in space.items():
+        if domain.applies(point):
+            point[key] = pick(key, domain)
+    return point
+
+
+def suggested(space: dict[str, DomainConfig], trial: Any) -> Point:
+    """One point by an Optuna trial."""
+    return walk(space, lambda key, domain: domain.suggest(key, trial))
+
+
+def points(sweep: SweepConfig) -> list[Point] | None:
+    """What grid and random search will try, each point once; None where a searcher learns from what it has seen."""
+    if sweep.searcher.name == "optuna":
+        return None
+    if sweep.searcher.name == "grid":
+        return list(_grid(list(sweep.space.items()), {}))[: sweep.trials]
+    random = np.random.default_rng(sweep.searcher.seed)
+    found: dict[str, Point] = {}
+    for _ in range(100 * sweep.trials):
+        point = walk(sweep.space, lambda _, domain: domain.draw(random))
+        found.setdefault(json.dumps(point, sort_keys=True), point)
+        if len(found) == sweep.trials:
+            break
+    return list(found.values())
+
+
+def _grid(rest: list[tuple[str, DomainConfig]], point: Point) -> Iterator[Point]:
+    if not rest:
+        yield point
+        return
+    (key, domain), *others = rest
+    if not domain.applies(point):
+        yield from _grid(others, point)
+        return
+    for value in domain.choice or ():
+        yield from _grid(others, {**point, key: value})
+
+
+def _value(override: str) -> Any:
+    """The value of `key=value`."""
+    return apply_overrides({}, ["key=" + override.partition("=")[2]])["key"]
+
+
+def _tidy(value: float) -> float:
+    """Without the noise of binary fractions, which would make two names for one value."""
+    return float(f"{value:.12g}")

@@ -1,0 +1,412 @@
+"""Sweeps: Ray Tune over runs on Ray Train workers, pruned, resumable, chosen by validation alone."""
+
+import functools
+import importlib.util
+import json
+import logging
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from raygrec.cluster.launcher import DRIVER, REDRAWN_EVERY, RunOnWorkers, WorkerError, connect, train_on_ray
+from raygrec.cluster.space import Point, SweepConfig, base_config, points, suggested, trial_config
+from raygrec.cluster.sweep_folder import Report, SweepFolder, best_trial
+from raygrec.cluster.sweep_view import SweepView
+from raygrec.config import read_yaml
+from raygrec.data.store import Store
+from raygrec.errors import InputError
+from raygrec.train.assembly import item_texts, prepare_run
+from raygrec.train.folder import RunFolder, with_absolute_paths
+from raygrec.train.settings import RunConfig, run_config
+
+# Ray Tune reads these when it is imported or started.
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "2")
+os.environ.setdefault("TUNE_FORCE_TRIAL_CLEANUP_S", "20")
+os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+
+import ray
+from ray import tune
+from ray.tune.experiment import Trial as TuneTrial
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.search.optuna import OptunaSearch
+
+SCORE = "score"
+FOLDER = "folder"  # beside the point in what Ray Tune calls a trial's config
+POINT = "point"
+GONE_AFTER = 60.0  # seconds that a pruned trial's workers may take to end
+
+
+def run_sweep(sweep: SweepConfig, resume: bool = False, final_seeds: int = 0) -> dict[str, Any]:
+    """Runs, or goes on with, a sweep; writes its tables, best.yaml and report.
+
+    final_seeds: the best configuration is then trained with so many seeds and read on test once. Returns counts,
+    the best trial and, where asked, the final metrics. Raises `InputError` for wrong input, also where the cluster
+    can never hold a trial.
+    """
+    _check_libraries(sweep)
+    sweep = sweep.model_copy(update={"out": sweep.out.absolute(), "job": sweep.job.absolute()})
+    folder = SweepFolder(sweep.out)
+    example = with_absolute_paths(run_config(base_config(sweep), str(sweep.job)))
+    store = Store.open(example.store)
+    sweep = sweep.model_copy(update={"settings": {**sweep.settings, "store": str(example.store)}})
+    folder.start(sweep, resume)
+    started_here = connect(example.cluster, sweep.concurrency)
+    try:
+        # Read by all trials: made once, here.
+        item_texts(example, store)
+        with _quiet_tune():
+            _search(sweep, folder, example)
+        trials = folder.write_results()
+        return _concluded(sweep, folder, trials, final_seeds)
+    finally:
+        if started_here:
+            ray.shutdown()
+
+
+def _check_libraries(sweep: SweepConfig) -> None:
+    needed = ["plotly", "matplotlib", "optuna"]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f'a sweep needs {", ".join(missing)}: pip install "raygrec[tune]"')
+
+
+def _search(sweep: SweepConfig, folder: SweepFolder, example: RunConfig) -> None:
+    trainable = tune.with_resources(Trial, {DRIVER: 1})
+    if tune.Tuner.can_restore(str(folder.tune)):
+        tuner = tune.Tuner.restore(str(folder.tune), trainable=trainable, resume_unfinished=True)
+    else:
+        named = points(sweep)
+        tuner = tune.Tuner(
+            trainable,
+            param_space={FOLDER: str(folder.path)} | ({POINT: tune.grid_search(named)} if named else {}),
+            tune_config=tune.TuneConfig(
+                search_alg=None if named else _searcher(sweep),
+                scheduler=_scheduler(sweep, example),
+                num_samples=1 if named else sweep.trials,
+                max_concurrent_trials=_fitting(sweep, example),
+                trial_dirname_creator=_dirname,
+            ),
+            run_config=tune.RunConfig(
+                name=folder.tune.name,
+                storage_path=str(folder.path),
+                failure_config=tune.FailureConfig(max_failures=sweep.retries),
+                stop=Spent(folder.path),
+                callbacks=[SweepView(folder.path)],
+                verbose=0,
+            ),
+        )
+    tuner.fit()
+
+
+def _fitting(sweep: SweepConfig, example: RunConfig) -> int:
+    """Trials that the cluster holds at once, and no more than asked for."""
+    if os.environ.get("RAYGREC_AUTOSCALING") == "1":
+        return sweep.concurrency
+    there, cluster = ray.cluster_resources(), example.cluster
+    each = {
+        "CPU": cluster.workers * cluster.cpus_per_worker,
+        "GPU": cluster.workers * cluster.gpus_per_worker,
+        DRIVER: 1,
+    }
+    return max(1, min(sweep.concurrency, *(int(there.get(kind, 0) / need) for kind, need in each.items() if need)))
+
+
+def _dirname(trial: TuneTrial) -> str:
+    return trial.trial_id
+
+
+@contextmanager
+def _quiet_tune() -> Iterator[None]:
+    """Ray Tune and Optuna say what SweepView says already."""
+    loggers = [logging.getLogger(name) for name in ("ray.tune", "ray.train", "ray.air", "optuna")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+class Trial(tune.Trainable):
+    """Ray Tune's view of a trial: each `step` gives one report of the runs that it drives.
+
+    Everything that matters is in the trial's folder. Started again, a trial gives all its reports again and goes on
+    with its run from the last checkpoint.
+    """
+
+    def setup(self, config: dict[str, Any]) -> None:
+        os.environ["RAYGREC_QUIET"] = "1"
+        sweep_folder = SweepFolder(Path(config[FOLDER]))
+        self.sweep = sweep_folder.config()
+        self.point = point_of(config)
+        self.place = sweep_folder.trial(self.point)
+        self.place.path.mkdir(parents=True, exist_ok=True)
+        failure = self.place.failure()
+        if failure and failure[1]:
+            raise RuntimeError(failure[0])
+        self.coming = self._reports()
+
+    def step(self) -> dict[str, Any]:
+        try:
+            report, workers = next(self.coming)
+        except Exception as error:
+            recurs = isinstance(error, InputError) or (isinstance(error, WorkerError) and error.recurs)
+            self.place.failed(" ".join(str(error).split()) or type(error).__name__, recurs)
+            raise
+        return {
+            "epoch": report.epoch,
+            SCORE: report.score,
+            "seconds": report.seconds,
+            "device_seconds": report.seconds * workers,
+            "complete": report.seeds is not None,
+            "done": report.seeds is not None,
+        }
+
+    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+        """Nothing: the trial's folder holds all."""
+        return {}
+
+    def load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Nothing, likewise."""
+
+    def _reports(self) -> Iterator[tuple[Report, int]]:
+        """All seeds' runs, one after the other; the epochs of the first are reported as they end."""
+        with FileLock(self.place.lock):  # of two trials at one point, the second finds the first one's work
+            known = self.place.reports()
+            begun, before = time.monotonic(), known[-1].seconds if known else 0.0
+            scores: list[float] = []
+            report = None
+            for number in range(self.sweep.seeds):
+                base = run_config(base_config(self.sweep), str(self.sweep.job)).seed
+                config = trial_config(self.sweep, self.point, self.place.run(base + number), base + number)
+                kept = Best(self.sweep, config)
+                for epoch, valid in self._epochs(config):
+                    kept.see(valid)
+                    if number:
+                        continue
+                    seconds = before + time.monotonic() - begun
+                    report = Report(epoch, valid[self.sweep.metric], kept.score, seconds, kept.valid)
+                    report = self._noted(report, known)
+                    yield report, config.cluster.workers
+                kept.end(RunFolder(config.out).metrics())
+                scores.append(kept.score)
+            spread = statistics.stdev(scores) if len(scores) > 1 else None
+            last = Report(
+                report.epoch,
+                report.value,
+                statistics.fmean(scores),
+                before + time.monotonic() - begun,
+                kept.valid,
+                len(scores),
+                spread,
+            )
+            last = self._noted(last, known)
+            self.place.drop_weights()
+            yield last, config.cluster.workers
+
+    def _noted(self, report: Report, known: list[Report]) -> Report:
+        """The report as it was noted before a stop, or else now."""
+        for one in known:
+            if (one.epoch, one.seeds) == (report.epoch, report.seeds):
+                return one
+        self.place.report(report)
+        return report
+
+    def _epochs(self, config: RunConfig) -> Iterator[tuple[float, dict[str, float]]]:
+        """(epoch, validation metrics) of a run, old ones first, while it goes on."""
+        folder, seen = RunFolder(config.out), 0.0
+        if folder.metrics() is None:
+            with folder.claimed(config, resume=folder.config_file.exists()):
+                prepare_run(config, folder)
+            run = RunOnWorkers(config, folder, controller_failures=-1)
+            while run.goes_on(REDRAWN_EVERY):
+                for epoch, valid in _validations(folder, seen):
+                    seen = epoch
+                    yield epoch, valid
+            run.finish()
+        for epoch, valid in _validations(folder, seen):
+            seen = epoch
+            yield epoch, valid
+        if not seen:  # nothing was trained epoch by epoch: all there is, is the end
+            yield 1.0, folder.metrics()["valid"]
+
+
+class Best:
+    """The validation metrics at the epoch whose parameters a run keeps."""
+
+    def __init__(self, sweep: SweepConfig, config: RunConfig) -> None:
+        self.metric, self.chooser = sweep.metric, f"ndcg@{max(config.evaluate.ks)}"
+        self.valid: dict[str, float] = {}
+
+    def see(self, valid: dict[str, float]) -> None:
+        if not self.valid or valid[self.chooser] > self.valid[self.chooser]:
+            self.valid = valid
+
+    def end(self, metrics: dict[str, Any]) -> None:
+        """Epochs are measured by the first slot, the run's end by `evaluate.decoding`."""
+        self.valid = metrics["valid"]
+
+    @property
+    def score(self) -> float:
+        return self.valid[self.metric]
+
+
+def _validations(folder: RunFolder, after: float) -> Iterator[tuple[float, dict[str, float]]]:
+    for record in folder.history():
+        if record["stage"] == "train" and "valid" in record and record["epoch"] > after:
+            yield record["epoch"], record["valid"]
+
+
+def point_of(config: dict[str, Any]) -> Point:
+    """The point in what Ray Tune calls a trial's config."""
+    if POINT in config:
+        return config[POINT]
+    return {key: value for key, value in config.items() if key != FOLDER}
+
+
+class Spent(tune.Stopper):
+    """Ends the sweep when its budget is spent; `hours` count from the call, device hours over all of its calls."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.device_seconds: dict[str, float] | None = None
+        self.begun = 0.0
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        if self.device_seconds is not None:
+            self.device_seconds[trial_id] = result["device_seconds"]
+        return False
+
+    def stop_all(self) -> bool:
+        folder = SweepFolder(self.path)
+        if self.device_seconds is None:
+            self.begun = time.monotonic()
+            trials, _ = folder.tables()
+            self.device_seconds = (
+                dict(zip(trials["trial"], trials["device_seconds"], strict=True)) if len(trials) else {}
+            )
+            self.budget = folder.config().budget
+        hours = (time.monotonic() - self.begun) / 3600
+        devices = sum(self.device_seconds.values()) / 3600
+        return (self.budget.hours is not None and hours >= self.budget.hours) or (
+            self.budget.device_hours is not None and devices >= self.budget.device_hours
+        )
+
+
+def _searcher(sweep: SweepConfig) -> OptunaSearch:
+    from optuna.samplers import TPESampler
+
+    searcher = sweep.searcher
+    return OptunaSearch(
+        space=functools.partial(suggested, sweep.space),
+        sampler=TPESampler(seed=searcher.seed, n_startup_trials=searcher.startup),
+        metric=[SCORE, searcher.cost] if searcher.cost else SCORE,
+        mode=[sweep.mode, "min"] if searcher.cost else sweep.mode,
+    )
+
+
+class Remembers:
+    """A scheduler that, in a sweep that goes on, knows what the trials that ended before have reported."""
+
+    def on_trial_add(self, controller: Any, trial: TuneTrial) -> None:
+        super().on_trial_add(controller, trial)
+        if trial.status not in (TuneTrial.TERMINATED, TuneTrial.ERROR):
+            return
+        place = SweepFolder(Path(trial.config[FOLDER])).trial(point_of(trial.config))
+        results = [{"epoch": one.epoch, SCORE: one.score, "time_total_s": one.seconds} for one in place.reports()]
+        for result in results:
+            self.on_trial_result(controller, trial, result)
+        if results:
+            self.on_trial_complete(controller, trial, results[-1])
+
+
+class Halving(Remembers, AsyncHyperBandScheduler):
+    """Asynchronous successive halving; its last rung is below the last epoch, so that whoever gets there ends."""
+
+    def __init__(self, epochs: int, **settings: Any) -> None:
+        super().__init__(time_attr="epoch", metric=SCORE, max_t=epochs + 1, **settings)
+        for bracket in self._brackets:
+            bracket._rungs = [rung for rung in bracket._rungs if rung[0] < epochs]
+
+
+class Median(Remembers, MedianStoppingRule):
+    """Ends trials whose best is below the median of the others' means."""
+
+
+def _scheduler(sweep: SweepConfig, example: RunConfig) -> TrialScheduler:
+    scheduler = sweep.scheduler
+    if scheduler.name == "none":
+        return FIFOScheduler()
+    if scheduler.name == "median":
+        return Median(time_attr="epoch", metric=SCORE, mode=sweep.mode, grace_period=scheduler.grace, hard_stop=True)
+    domain = sweep.space.get("train.epochs")
+    return Halving(
+        max(domain.ends) if domain else example.train.epochs,
+        mode=sweep.mode,
+        grace_period=scheduler.grace,
+        reduction_factor=scheduler.reduction,
+        brackets=3 if scheduler.name == "hyperband" else 1,
+    )
+
+
+def _concluded(sweep: SweepConfig, folder: SweepFolder, trials: Any, final_seeds: int) -> dict[str, Any]:
+    """Report and final runs, and what the command line shows."""
+    from raygrec.evaluate.sweeps import write_report
+
+    title = f"{sweep.job.stem}: {sweep.searcher.name}, {sweep.scheduler.name}"
+    counts = trials["status"].value_counts().to_dict() if len(trials) else {}
+    result: dict[str, Any] = {"folder": str(folder.path), "trials": len(trials), **counts}
+    if len(trials):
+        result["report"] = str(write_report(folder.path, sweep.metric, sweep.mode, title))
+    result["left_groups"] = _left_groups()
+    best = best_trial(trials, sweep.mode)
+    if best is None:
+        return result
+    point = next(outcome.point for outcome, _ in folder.trials() if outcome.trial == best["trial"])
+    result["best"] = {
+        "trial": best["trial"],
+        SCORE: float(best[SCORE]),
+        "point": point,
+        "config": str(folder.best_file),
+    }
+    if final_seeds:
+        result["final"] = _final(folder, final_seeds)
+    return result
+
+
+def _left_groups() -> int:
+    """Placement groups that still hold resources, after those of pruned trials have had time to go."""
+    deadline = time.monotonic() + GONE_AFTER
+    while True:
+        held = [one for one in ray.util.placement_group_table().values() if one["state"] != "REMOVED"]
+        if not held or time.monotonic() > deadline:
+            return len(held)
+        time.sleep(0.5)
+
+
+def _final(folder: SweepFolder, seeds: int) -> dict[str, Any]:
+    """Trains best.yaml with several seeds; each run reads the test set once."""
+    content = read_yaml(folder.best_file)
+    runs = []
+    for number in range(seeds):
+        given = content | {"seed": content["seed"] + number, "out": str(folder.path / "final" / f"seed-{number}")}
+        config = run_config(given, str(folder.best_file))
+        metrics = RunFolder(config.out).metrics()
+        runs.append(metrics or train_on_ray(config, resume=RunFolder(config.out).config_file.exists()))
+    names = {**runs[0]["baselines"], config.name: runs[0]}
+    result = {
+        name: {split: [(run["baselines"].get(name) or run)[split] for run in runs] for split in ("valid", "test")}
+        for name in names
+    }
+    folder.final_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return result

@@ -1,0 +1,231 @@
+"""A sweep's folder: what each trial was, what it reported, how it ended; nothing that Ray Tune keeps is needed."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import yaml
+
+from raygrec.cluster.space import Point, SweepConfig, base_config, trial_config
+from raygrec.config import read_yaml, validate
+from raygrec.errors import InputError
+from raygrec.train.settings import run_config
+
+Status = Literal["running", "finished", "pruned", "failed", "unfinished"]
+
+
+@dataclass
+class Outcome:
+    """One trial, as far as it has come."""
+
+    trial: str
+    number: int
+    point: Point
+    status: Status = "running"
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """One line of a trial's reports.jsonl.
+
+    value: the sweep's metric at `epoch` of the first seed. score: at the best epoch so far; in the last line, which
+    has a `seeds`, the mean over them, and `spread` their standard deviation. seconds: since the trial began, without
+    the time between a stop and a resume.
+    """
+
+    epoch: float
+    value: float
+    score: float
+    seconds: float
+    valid: dict[str, float]
+    seeds: int | None = None
+    spread: float | None = None
+
+
+class TrialFolder:
+    """One point's files: outcome.json by the sweep, reports.jsonl and failure.json by the trial, a run per seed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lock = path / ".lock"
+        self._outcome = path / "outcome.json"
+        self._reports = path / "reports.jsonl"
+        self._failure = path / "failure.json"
+
+    def run(self, seed: int) -> Path:
+        """The run folder of a seed."""
+        return self.path / f"seed-{seed}"
+
+    def reports(self) -> list[Report]:
+        """All complete lines."""
+        if not self._reports.exists():
+            return []
+        lines = self._reports.read_text(encoding="utf-8").splitlines(True)
+        return [Report(**json.loads(line)) for line in lines if line.endswith("\n")]
+
+    def report(self, report: Report) -> None:
+        """Appends a line, after the complete ones."""
+        before = self.reports()
+        lines = [json.dumps(asdict(one)) + "\n" for one in [*before, report]]
+        _write(self._reports, "".join(lines))
+
+    def outcome(self) -> Outcome | None:
+        return Outcome(**json.loads(self._outcome.read_text())) if self._outcome.exists() else None
+
+    def ended(self, outcome: Outcome) -> None:
+        """Notes how the trial stands."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        _write(self._outcome, json.dumps(asdict(outcome)) + "\n")
+
+    def failure(self) -> tuple[str, bool] | None:
+        """Why the trial failed last, and whether it would again."""
+        if not self._failure.exists():
+            return None
+        content = json.loads(self._failure.read_text())
+        return content["reason"], content["recurs"]
+
+    def failed(self, reason: str, recurs: bool) -> None:
+        _write(self._failure, json.dumps({"reason": reason, "recurs": recurs}) + "\n")
+
+    def drop_weights(self) -> None:
+        """Leaves configs, histories and metrics of the runs: the best configuration is trained anew."""
+        for run in self.path.glob("seed-*"):
+            for name in ("checkpoints", "model", "ray"):
+                shutil.rmtree(run / name, ignore_errors=True)
+            (run / "nodes.safetensors").unlink(missing_ok=True)
+
+
+class SweepFolder:
+    """sweep.yaml, trials/, and what is made of them at the end."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "sweep.yaml"
+        self.best_file = path / "best.yaml"
+        self.final_file = path / "final.json"
+        self.tune = path / "tune"
+
+    def start(self, sweep: SweepConfig, resume: bool) -> None:
+        """Claims the folder; an existing sweep is refused unless `resume`, and then it must search the same.
+
+        trials, concurrency, budget and retries may differ.
+        """
+        if self.config_file.exists():
+            if not resume:
+                raise InputError(
+                    f"{self.path}: holds a sweep already; pass --resume to go on with it, or name another out"
+                )
+            free = {"trials", "concurrency", "budget", "retries"}
+            before, given = (one.model_dump(mode="json", exclude=free) for one in (self.config(), sweep))
+            for key in (key for key in given if given[key] != before[key]):
+                raise InputError(f"{self.config_file}: the sweep was started with another '{key}'; name another out")
+        elif self.path.exists() and any(self.path.iterdir()):
+            raise InputError(f"{self.path}: is not empty and holds no sweep; name a folder that does not exist yet")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            _write(self.config_file, yaml.safe_dump(sweep.model_dump(mode="json"), sort_keys=False))
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be a sweep's folder ({error.strerror or error})") from None
+
+    def config(self) -> SweepConfig:
+        """The effective config the sweep was started with."""
+        if not self.config_file.is_file():
+            raise InputError(f"{self.path}: no sweep there (sweep.yaml is missing)")
+        return validate(SweepConfig, read_yaml(self.config_file), str(self.config_file))
+
+    def trial(self, point: Point) -> TrialFolder:
+        """The folder of a point: a point that comes twice is trained once."""
+        name = hashlib.sha256(json.dumps(point, sort_keys=True).encode()).hexdigest()[:10]
+        return TrialFolder(self.path / "trials" / name)
+
+    def trials(self) -> Iterator[tuple[Outcome, TrialFolder]]:
+        """In the order of their start."""
+        folders = [TrialFolder(path.parent) for path in self.path.glob("trials/*/outcome.json")]
+        found = [(folder.outcome(), folder) for folder in folders]
+        yield from sorted(((one, folder) for one, folder in found if one), key=lambda pair: pair[0].number)
+
+    def tables(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Trials, one row each, and their reports."""
+        sweep = self.config()
+        workers = run_config(base_config(sweep), str(sweep.job)).cluster.workers
+        rows: list[dict[str, Any]] = []
+        lines: list[dict[str, Any]] = []
+        for outcome, folder in self.trials():
+            reports = folder.reports()
+            last = reports[-1] if reports else None
+            seconds = last.seconds if last else 0.0
+            rows.append(
+                {
+                    "trial": outcome.trial,
+                    "number": outcome.number,
+                    "status": "unfinished" if outcome.status == "running" else outcome.status,
+                    "reason": outcome.reason,
+                    "score": last.score if last else None,
+                    "spread": last.spread if last else None,
+                    "epochs": last.epoch if last else 0.0,
+                    "seconds": seconds,
+                    "device_seconds": seconds * workers,
+                    **{f"config.{key}": outcome.point.get(key) for key in sweep.space},
+                    **({f"valid.{name}": value for name, value in last.valid.items()} if last else {}),
+                }
+            )
+            lines += [
+                {"trial": outcome.trial} | {name: getattr(one, name) for name in ("epoch", "score", "value", "seconds")}
+                for one in reports
+                if one.seeds is None
+            ]
+        return pd.DataFrame(rows), pd.DataFrame(lines)
+
+    def write_results(self) -> pd.DataFrame:
+        """trials.parquet, reports.parquet and, where a trial has a score, best.yaml; returns the trials."""
+        trials, reports = self.tables()
+        for outcome, folder in self.trials():
+            if outcome.status not in ("running", "unfinished"):
+                folder.drop_weights()
+        for name, table in (("trials", trials), ("reports", reports)):
+            draft = self.path / f".{name}.parquet"
+            _as_stored(table).to_parquet(draft, index=False)
+            os.replace(draft, self.path / f"{name}.parquet")
+        best = best_trial(trials, self.config().mode)
+        if best is not None:
+            sweep = self.config()
+            point = next(outcome.point for outcome, _ in self.trials() if outcome.trial == best["trial"])
+            config = trial_config(sweep, point, self.path / "best", test=True)
+            _write(self.best_file, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        return trials
+
+
+def best_trial(trials: pd.DataFrame, mode: str) -> pd.Series | None:
+    """The finished trial of the best score; where none has finished, the best of the others."""
+    if "score" not in trials or trials["score"].isna().all():
+        return None
+    scored = trials[trials["score"].notna()]
+    finished = scored[scored["status"] == "finished"]
+    among = finished if len(finished) else scored
+    score = among["score"].astype(float)
+    return among.loc[score.idxmax() if mode == "max" else score.idxmin()]
+
+
+def _as_stored(table: pd.DataFrame) -> pd.DataFrame:
+    """A key whose values are of several types is stored as text: a parquet column has one."""
+    mixed = {
+        name: table[name].map(lambda value: None if value is None else str(value))
+        for name in table.columns
+        if name.startswith("config.")
+        and table[name].dropna().map(type).nunique() > 1
+        and not table[name].dropna().map(lambda value: type(value) in (int, float)).all()
+    }
+    return table.assign(**mixed)
+
+
+def _write(file: Path, content: str) -> None:
+    draft = file.with_name(f".{file.name}.draft-{os.getpid()}")
+    draft.write_text(content, encoding="utf-8")
+    os.replace(draft, file)

@@ -1,0 +1,101 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from raygrec.cluster.sweep_folder import SweepFolder
+from raygrec.config import read_yaml
+from raygrec.errors import InputError
+from raygrec.train.folder import RunFolder
+from raygrec.train.local import train_here
+from raygrec.train.settings import run_config
+from tests.cluster.test_launcher import wait_for
+from tests.train.workers import tiny_sequential_config
+
+psutil = pytest.importorskip("psutil")
+for library in ("ray", "optuna", "plotly", "matplotlib"):
+    pytest.importorskip(library)
+pytestmark = pytest.mark.cluster
+GOOD, BROKEN, IDLE = 0.01, 1e30, 1e-9  # learning rates: one that learns, one that overflows, one that does nothing
+
+
+@pytest.fixture
+def space(tiny_store, tiny_backbone, tmp_path) -> Path:
+    """Four trials, one after another: one ends well, one fails, one is pruned, one ends well."""
+    job = tiny_sequential_config(tiny_store.path, tiny_backbone, tmp_path / "run", cluster={"workers": 1})
+    (tmp_path / "job.yaml").write_text(job.model_dump_json())  # JSON is YAML
+    content = {
+        "job": str(tmp_path / "job.yaml"),
+        "out": str(tmp_path / "sweep"),
+        "space": {"train.lr": {"choice": [GOOD, BROKEN, IDLE, 2 * GOOD]}},
+        "metric": "ndcg@3",
+        "searcher": {"name": "grid"},
+        "scheduler": {"name": "asha", "grace": 2, "reduction": 2},
+    }
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump(content))
+    return tmp_path / "space.yaml"
+
+
+def started(space: Path, *options: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "raygrec.cli", "tune", str(space), *options, "--json"]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"RAYGREC_QUIET": "0"}
+    )
+
+
+def statuses(folder: SweepFolder) -> list[str]:
+    return [outcome.status for outcome, _ in folder.trials()]
+
+
+def test_a_sweep_whose_driver_is_killed_goes_on_and_accounts_for_every_trial(space):
+    folder = SweepFolder(space.parent / "sweep")
+    process = started(space)
+    # The first has ended well, the second has failed, the third is on its way.
+    wait_for(lambda: statuses(folder) == ["finished", "failed", "running"] or process.poll() is not None, 240)
+    below = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    wait_for(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in below), 60)
+    first = next(place for _, place in folder.trials())
+    metrics_file = first.run(0) / "metrics.json"
+    written = metrics_file.stat().st_mtime_ns
+    process = started(space, "--resume", "--final-seeds", "1")
+    output, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    result = json.loads(output)
+    trials = pd.read_parquet(folder.path / "trials.parquet")
+    assert trials["status"].tolist() == ["finished", "failed", "pruned", "finished"], error
+    assert {name: result[name] for name in ("trials", "finished", "failed", "pruned")} == {
+        "trials": 4,
+        "finished": 2,
+        "failed": 1,
+        "pruned": 1,
+    }
+    assert result["left_groups"] == 0
+    assert metrics_file.stat().st_mtime_ns == written, "a finished trial was run again"
+    assert "the loss is" in trials["reason"][1]
+    # A trial is the run that its config describes; no trial has read the test set.
+    best = run_config(read_yaml(folder.best_file), "best.yaml")
+    assert best.evaluate.test and best.train.lr == result["best"]["point"]["train.lr"]
+    alone = train_here(best.model_copy(update={"out": space.parent / "alone"}))
+    assert result["best"]["score"] == pytest.approx(alone["valid"]["ndcg@3"], abs=1e-6)
+    assert result["best"]["score"] == trials["score"][[0, 3]].max()
+    assert result["final"][best.name]["test"][0] == pytest.approx(alone["test"], abs=1e-6)
+    for place in (place for _, place in folder.trials()):
+        metrics = RunFolder(place.run(0)).metrics()
+        assert metrics is None or "test" not in metrics
+    assert Path(result["report"]).stat().st_size > 10_000
+
+
+def test_a_sweep_without_room_is_refused_with_the_arithmetic(space, tmp_path):
+    from raygrec.cluster.space import read_sweep
+    from raygrec.cluster.sweep import run_sweep
+
+    with pytest.raises(InputError, match=r"cluster.workers=1 × 1 GPU = 1 GPU, the cluster has 0"):
+        run_sweep(read_sweep(space, ["cluster.gpus_per_worker=1"]))
