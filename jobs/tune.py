@@ -1,9 +1,8 @@
-"""A sweep as a Ray job: the same arguments as `raygrec tune`.
+"""Searches settings with Ray Tune; its trials' drivers wait on the head. `--resume` goes on with a sweep cut off.
 
-    ray job submit --entrypoint-resources '{"train_driver": 1}' --working-dir . -- \
-        python jobs/tune.py tune_spaces/galrec.yaml store=/mnt/stores/beauty out=/mnt/sweeps/galrec --final-seeds 3
-
-Submitted again with --resume, it goes on where it ended, whatever ended it.
+ray job submit --runtime-env jobs/runtime_env.yaml --entrypoint-resources '{"train_driver": 1}' -- \
+    python jobs/tune.py tune_spaces/galrec.yaml store=/mnt/raygrec/stores/beauty out=/mnt/raygrec/sweeps/beauty \
+    cluster.workers=2 cluster.gpus_per_worker=1 concurrency=4 --final-seeds 3
 """
 
 import sys
@@ -11,5 +10,4 @@ import sys
 from raygrec.cli import main
 
 if __name__ == "__main__":
-    sys.argv[1:1] = ["tune"]
-    main()
+    main(["tune", *sys.argv[1:]])

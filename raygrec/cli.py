@@ -3,14 +3,21 @@
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
 from raygrec import __version__
 from raygrec.config import apply_overrides, read_yaml, validate
 from raygrec.errors import InputError
+from raygrec.remote import refuse_address
+
+if TYPE_CHECKING:
+    from raygrec.train.settings import ClusterConfig
+
+T = TypeVar("T")
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -18,7 +25,8 @@ INTERRUPTED = 130  # what typer ends with after Ctrl-C
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings, as key.sub=value")]
 AsJson = Annotated[bool, typer.Option("--json", help="print the result as one JSON document on the last line")]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="a run folder, or the address of a finished run")]
+OnRay = Annotated[bool, typer.Option("--ray", help="as one task of the cluster that RAY_ADDRESS names")]
 
 
 @app.command()
@@ -45,6 +53,8 @@ def prepare(
     from raygrec.data.prepare import PrepareOptions
     from raygrec.data.prepare import prepare as make
 
+    for place in (path, out):
+        refuse_address(place, "prepare from and to a path, and copy the finished store to its address")
     given = apply_overrides({"format": format, "path": str(path), "out": str(out)}, overrides or [])
     store = make(validate(PrepareOptions, given, "prepare"))
     counts = {split: len(store.interactions(split).indices) for split in ("train", "valid", "test")}
@@ -61,12 +71,25 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option(help="go on with the run that `out` holds")] = False,
     local: Annotated[bool, typer.Option(help="in this one process, without Ray and DeepSpeed")] = False,
+    prepare_only: Annotated[
+        bool, typer.Option("--prepare-only", help="stop at what the store keeps for its runs, such as LightGCN's nodes")
+    ] = False,
+    on_ray: OnRay = False,
     as_json: AsJson = False,
 ) -> None:
     """Trains a recommender on Ray Train workers, evaluates it and writes the run folder."""
     from raygrec.train.settings import run_config
 
     checked = run_config(apply_overrides(read_yaml(config), overrides or []), str(config))
+    if prepare_only:
+        from raygrec.train.assembly import prepare_only as make
+
+        store = _run_once(on_ray, checked.cluster, make, checked)
+        if not as_json:
+            print(f"{store}: ready for {checked.name}")
+        return _print({"store": str(store)}, as_json)
+    if on_ray:
+        raise InputError("--ray: training does so by itself; this option is for --prepare-only")
     if local:
         from raygrec.train.local import train_here as run
     else:
@@ -97,6 +120,7 @@ def tune(
 def evaluate(
     run: Run,
     decoding: Annotated[str | None, typer.Option(help="first, slots or autoregressive; default: the run's")] = None,
+    on_ray: OnRay = False,
     as_json: AsJson = False,
 ) -> None:
     """Repeats a finished run's validation and test metrics from its folder and store."""
@@ -104,7 +128,7 @@ def evaluate(
 
     if decoding not in (None, "first", "slots", "autoregressive"):
         raise InputError(f"--decoding {decoding}: expected first, slots or autoregressive")
-    _show_metrics(evaluate_run(run, decoding), run, as_json)
+    _show_metrics(_run_once(on_ray, _cluster(run), evaluate_run, run, decoding), run, as_json)
 
 
 @app.command()
@@ -112,12 +136,14 @@ def recommend(
     run: Run,
     k: Annotated[int, typer.Option("--k", help="items per user")] = 10,
     out: Annotated[Path, typer.Option(help="a parquet file")] = Path("recommendations.parquet"),
+    on_ray: OnRay = False,
     as_json: AsJson = False,
 ) -> None:
     """Writes every user's top-k items with scores and titles."""
     from raygrec.serve.topk import recommend_all
 
-    rows = recommend_all(run, k, out)
+    refuse_address(out, "name a path")
+    rows = _run_once(on_ray, _cluster(run), recommend_all, run, k, out)
     if not as_json:
         print(f"{out}: {rows:,} rows")
     _print({"file": str(out), "rows": rows}, as_json)
@@ -129,16 +155,31 @@ def version() -> None:
     print(__version__)
 
 
-def _show_metrics(metrics: dict[str, Any], run: Path, as_json: bool) -> None:
+def _run_once(on_ray: bool, cluster: "ClusterConfig", function: Callable[..., T], *arguments: object) -> T:
+    """Calls `function` here, or as one task of the cluster."""
+    if not on_ray:
+        return function(*arguments)
+    from raygrec.cluster.launcher import on_cluster
+
+    return on_cluster(cluster, function, *arguments)
+
+
+def _cluster(run: str) -> "ClusterConfig":
+    from raygrec.train.folder import run_at
+
+    return run_at(run).config().cluster
+
+
+def _show_metrics(metrics: dict[str, Any], run: Path | str, as_json: bool) -> None:
     if not as_json:
         from rich.console import Console
 
         from raygrec.evaluate.tables import Row, terminal_table
-        from raygrec.train.folder import RunFolder
+        from raygrec.train.folder import run_at
 
         split = "test" if "test" in metrics else "valid"
         rows = [Row(name, [both[split]]) for name, both in metrics.get("baselines", {}).items()]
-        rows.append(Row(RunFolder(run).config().name, [metrics[split]]))
+        rows.append(Row(run_at(run).config().name, [metrics[split]]))
         ks = sorted(int(name.partition("@")[2]) for name in metrics[split] if name.startswith("ndcg@"))
         shown = [f"{name}@{k}" for k in ks for name in ("precision", "ndcg", "hit")]
         Console().print(terminal_table(rows, title=f"{split}, full ranking", metrics=shown))
@@ -175,16 +216,16 @@ def _fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """The entry point: turns `InputError` into one line and exit code 2, any other failure into exit code 1.
 
-    RAYGREC_DEBUG=1 shows the traceback of a failure.
+    arguments: the command line; None reads the process's own. RAYGREC_DEBUG=1 shows the traceback of a failure.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Before torch is imported: threads that spin while they wait slow a shared machine down many times over.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        app(standalone_mode=True)
+        app(arguments, standalone_mode=True)
     except InputError as error:
         _fail(str(error), 2)
     except SystemExit as ended:

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from raygrec import cli
+from raygrec.data.store import Store
 from raygrec.train.folder import RunFolder
 from tests.train.workers import tiny_config, tiny_sequential_config
 
@@ -156,6 +158,22 @@ def test_what_cannot_start_leaves_no_run_folder(raygrec, trained, tmp_path, chan
     assert not list(tmp_path.iterdir())
 
 
+def test_preparing_only_fills_the_store(raygrec, tiny_store, tiny_backbone, tmp_path):
+    store = tmp_path / "store"
+    shutil.copytree(tiny_store.path, store, ignore=shutil.ignore_patterns("tokens", "graph", "text_vectors"))
+    file, out = config_file(tmp_path, Store.open(store), tiny_backbone)
+    code, output, _ = raygrec("train", file, "--prepare-only", "--json")
+    assert (code, json.loads(output.splitlines()[-1])) == (0, {"store": str(store)})
+    assert not out.exists()
+    made = {file: file.stat().st_mtime_ns for file in (store / "graph").glob("*.safetensors")}
+    assert len(made) == 1
+    assert (store / "tokens").exists()
+    assert raygrec("train", file, "--local")[0] == 0
+    assert {file: file.stat().st_mtime_ns for file in (store / "graph").glob("*.safetensors")} == made
+    code, _, error = raygrec("train", file, "--ray")
+    assert (code, one_line(error).startswith("raygrec: --ray: ")) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -164,6 +182,10 @@ def test_what_cannot_start_leaves_no_run_folder(raygrec, trained, tmp_path, chan
         (("train", "nowhere.yaml"), "nowhere.yaml: cannot be read"),
         (("prepare", "parquet", "nowhere", "--out", "store"), "parquet"),
         (("evaluate", "nowhere", "--decoding", "last"), "--decoding last: expected first, slots or autoregressive"),
+        (("evaluate", "ftp://host/run"), "ftp://host/run: addresses begin with one of s3://, gs://, file://"),
+        (("prepare", "table", "s3://bucket/x", "--out", "store"), "prepare from and to a path"),
+        (("prepare", "table", "nowhere", "--out", "s3://bucket/x"), "prepare from and to a path"),
+        (("recommend", "nowhere", "--out", "s3://bucket/x"), "an address is no good here; name a path"),
     ],
 )
 def test_wrong_input_ends_with_one_line_and_code_2(raygrec, arguments, says):

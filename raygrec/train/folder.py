@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from raygrec.config import read_yaml
 from raygrec.errors import InputError
+from raygrec.remote import fetch, is_address, upload
 from raygrec.train.settings import RunConfig, run_config
 
 KEEP = 2  # checkpoints
+METRICS = "metrics.json"
 
 
 @dataclass
@@ -44,7 +46,13 @@ class LoopState:
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """The same config with `store` and `out` as absolute paths: a run may go on from another directory."""
-    return config.model_copy(update={"store": config.store.absolute(), "out": config.out.absolute()})
+    store = config.store if is_address(config.store) else Path(config.store).absolute()
+    return config.model_copy(update={"store": store, "out": config.out.absolute()})
+
+
+def run_at(place: Path | str) -> "RunFolder":
+    """The run folder at a path; at an address, a copy of the finished run there."""
+    return RunFolder(fetch(str(place), METRICS) if is_address(place) else Path(place))
 
 
 class RunFolder:
@@ -76,7 +84,7 @@ class RunFolder:
     def start(self, config: RunConfig, resume: bool) -> None:
         """Claims the folder; an existing run is refused unless `resume`, and then its config must be the same.
 
-        `cluster` may differ: a run may go on with another number of workers.
+        `cluster` and `upload` may differ: a run may go on with another number of workers.
         """
         if self.config_file.exists():
             if not resume:
@@ -95,7 +103,7 @@ class RunFolder:
 
     def _refuse_other(self, config: RunConfig) -> None:
         before, given = (
-            _flat(with_absolute_paths(one).model_dump(mode="json", exclude={"cluster", "out"}))
+            _flat(with_absolute_paths(one).model_dump(mode="json", exclude={"cluster", "out", "upload"}))
             for one in (self.config(), config)
         )
         for key in (key for key, value in given.items() if before.get(key) != value):
@@ -181,11 +189,16 @@ class RunFolder:
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         """Writes metrics.json, the sign that the run has finished."""
-        self._write(self.path / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+        self._write(self.path / METRICS, json.dumps(metrics, indent=2) + "\n")
+
+    def publish(self, config: RunConfig) -> None:
+        """Copies the finished run to where its config wants it, metrics.json last of all."""
+        if config.upload:
+            upload(self.path, config.upload, METRICS, without=("checkpoints", "ray"))
 
     def metrics(self) -> dict[str, Any] | None:
         """The final metrics, or None while the run has not finished."""
-        file = self.path / "metrics.json"
+        file = self.path / METRICS
         return _read_json(file) if file.exists() else None
 
     def _write(self, file: Path, content: str) -> None:

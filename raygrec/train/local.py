@@ -36,7 +36,9 @@ def train_here(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     with folder.claimed(config, resume):
         prepare_run(config, folder)
     with bar_reporter() as reporter:
-        return run(config, folder, reporter, distributed=False)
+        metrics = run(config, folder, reporter, distributed=False)
+    folder.publish(config)
+    return metrics
 
 
 @contextmanager

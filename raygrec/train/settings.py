@@ -1,9 +1,9 @@
 """The whole config of a run, checked once before anything starts."""
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, model_validator
 
 from raygrec.config import StrictConfig, validate
 from raygrec.errors import InputError
@@ -12,7 +12,31 @@ from raygrec.graph.lightgcn import LightGCNConfig
 from raygrec.model.backbone import BackboneConfig
 from raygrec.model.galrec import GALRecConfig
 from raygrec.model.glta import GLTAConfig
+from raygrec.remote import checked, is_address
 from raygrec.train.engine import EngineConfig
+
+
+def _place(value: object) -> Path | str:
+    if not isinstance(value, str | Path):
+        raise ValueError("expected a path, or an address such as s3://bucket/folder")
+    return _address(value) if is_address(value) else Path(value)
+
+
+def _path(value: object) -> object:
+    if is_address(value):
+        raise ValueError("a run is written to a path that all nodes share; `upload` takes an address to copy it to")
+    return value
+
+
+def _address(value: object) -> str:
+    try:
+        return checked(str(value))
+    except InputError as error:
+        raise ValueError(str(error)) from None
+
+
+Place = Annotated[Path | str, PlainValidator(_place), PlainSerializer(str)]
+Address = Annotated[str, BeforeValidator(_address)]
 
 
 class StageConfig(StrictConfig):
@@ -62,9 +86,12 @@ class RunConfig(StrictConfig):
     """What every recipe's run depends on; written to its folder as config.yaml."""
 
     recipe: str
-    store: Path
-    out: Path
+    store: Place
+    """A path, or an address (s3://…, gs://…, file://…) that every node fetches it from."""
+    out: Annotated[Path, BeforeValidator(_path)]
     """The run folder; on a cluster, a path that all nodes share."""
+    upload: Address | None = None
+    """An address that the finished run is copied to, without its checkpoints."""
     seed: int = 0
     graph: LightGCNConfig = LightGCNConfig()
     backbone: BackboneConfig = BackboneConfig()

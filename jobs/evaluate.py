@@ -1,0 +1,12 @@
+"""Repeats a finished run's metrics, as one task of a worker with what one of the run's workers had.
+
+ray job submit --runtime-env jobs/runtime_env.yaml --entrypoint-resources '{"train_driver": 1}' -- \
+    python jobs/evaluate.py /mnt/raygrec/runs/beauty
+"""
+
+import sys
+
+from raygrec.cli import main
+
+if __name__ == "__main__":
+    main(["evaluate", "--ray", *sys.argv[1:]])

@@ -1,0 +1,14 @@
+"""Makes what a store keeps for all runs over it (token ids, text vectors, LightGCN's nodes), as one task of a worker.
+
+A training job makes what is missing by itself; a sweep's trials are spared the wait.
+
+ray job submit --runtime-env jobs/runtime_env.yaml --entrypoint-resources '{"train_driver": 1}' -- \
+    python jobs/pretrain_graph.py jobs/glta.yaml store=/mnt/raygrec/stores/beauty cluster.gpus_per_worker=1
+"""
+
+import sys
+
+from raygrec.cli import main
+
+if __name__ == "__main__":
+    main(["train", "--prepare-only", "--ray", *sys.argv[1:]])

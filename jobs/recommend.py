@@ -1,0 +1,12 @@
+"""Writes every user's top items, as one task of a worker with what one of the run's workers had.
+
+ray job submit --runtime-env jobs/runtime_env.yaml --entrypoint-resources '{"train_driver": 1}' -- \
+    python jobs/recommend.py /mnt/raygrec/runs/beauty --k 10 --out /mnt/raygrec/top10.parquet
+"""
+
+import sys
+
+from raygrec.cli import main
+
+if __name__ == "__main__":
+    main(["recommend", "--ray", *sys.argv[1:]])
