@@ -244,7 +244,7 @@ class Trial(tune.Trainable):
 
 
 def _where_there_is_room(config: RunConfig, function: Callable[..., Any], *arguments: object) -> None:
-    """Here, or, on a cluster of several nodes, where a worker has its place: a driver's node may have no CPU to spare."""
+    """Here, or, on a cluster of several nodes, where workers have their place: a driver's may have no CPU to spare."""
     nodes = sum(node["Alive"] for node in ray.nodes())
     if nodes > 1 or os.environ.get("RAYGREC_AUTOSCALING") == "1":
         as_task(config.cluster, function, *arguments)
