@@ -4,12 +4,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import yaml
 
-from raygrec.cluster.sweep_folder import SweepFolder
+from raygrec.cluster.sweep_folder import Outcome, Report, SweepFolder
 from raygrec.config import read_yaml
 from raygrec.errors import InputError
 from raygrec.train.folder import RunFolder
@@ -99,3 +100,51 @@ def test_a_sweep_without_room_is_refused_with_the_arithmetic(space, tmp_path):
 
     with pytest.raises(InputError, match=r"cluster.workers=1 × 1 GPU = 1 GPU, the cluster has 0"):
         run_sweep(read_sweep(space, ["cluster.gpus_per_worker=1"]))
+
+
+def trials_of(folder: SweepFolder, count: int) -> list[SimpleNamespace]:
+    """What Ray Tune hands to schedulers, each with a point of its own."""
+    return [
+        SimpleNamespace(
+            trial_id=str(n), config={"folder": str(folder.path), "point": {"train.lr": n}}, status="RUNNING"
+        )
+        for n in range(count)
+    ]
+
+
+def test_halving_forgets_nothing_over_a_restart_and_lets_the_last_epoch_end(tmp_path):
+    from raygrec.cluster.sweep import Halving
+
+    folder = SweepFolder(tmp_path)
+    settings = {"epochs": 4, "mode": "max", "grace_period": 1, "reduction_factor": 2}
+    good, bad, late = trials_of(folder, 3)
+    place = folder.trial({"train.lr": 0})
+    place.path.mkdir(parents=True)
+    for epoch in (1.0, 2.0, 4.0):
+        place.report(Report(epoch, 0.5, 0.5, 1.0, {}))
+    good.status = "TERMINATED"
+    again = Halving(**settings)  # as after a restart of the driver
+    for trial in (good, bad, late):
+        again.on_trial_add(None, trial)
+    assert again.on_trial_result(None, bad, {"epoch": 1.0, "score": 0.4}) == "STOP"
+    assert again.on_trial_result(None, late, {"epoch": 1.0, "score": 0.6}) == "CONTINUE"
+    assert again.on_trial_result(None, late, {"epoch": 2.0, "score": 0.6}) == "CONTINUE"
+    # Whoever has passed the rungs below the last epoch is left to end by itself.
+    assert again.on_trial_result(None, late, {"epoch": 4.0, "score": 0.1}) == "CONTINUE"
+
+
+def test_a_budget_ends_the_sweep_and_counts_what_was_spent_before_a_restart(space, tmp_path):
+    from raygrec.cluster.space import read_sweep
+    from raygrec.cluster.sweep import Spent
+
+    folder = SweepFolder(tmp_path / "sweep")
+    folder.start(read_sweep(space, ["budget.device_hours=1"]), resume=False)
+    place = folder.trial({"train.lr": GOOD})
+    place.ended(Outcome(place.path.name, 0, {"train.lr": GOOD}, "finished"))
+    place.report(Report(1.0, 0.1, 0.1, 3000.0, {}))
+    spent = Spent(folder.path)
+    assert not spent.stop_all()
+    assert not spent("another", {"device_seconds": 500})
+    assert not spent.stop_all()
+    spent("another", {"device_seconds": 700})
+    assert spent.stop_all()

@@ -1,0 +1,98 @@
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from raygrec.cluster.space import SweepConfig, read_sweep
+from raygrec.cluster.sweep_folder import Outcome, Report, SweepFolder
+from raygrec.config import read_yaml
+from raygrec.errors import InputError
+from raygrec.train.settings import run_config
+
+JOB = Path(__file__).parent.parent.parent / "jobs" / "galrec.yaml"
+VALID = {"ndcg@10": 0.2, "hit@10": 0.3}
+
+
+@pytest.fixture
+def sweep(tmp_path) -> SweepConfig:
+    content = {
+        "job": str(JOB),
+        "out": str(tmp_path / "sweep"),
+        "settings": {"cluster.workers": 3},
+        "space": {"train.lr": {"choice": [0.001, 0.002]}, "model.head": {"choice": ["linear", "tied"]}},
+    }
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump(content))
+    return read_sweep(tmp_path / "space.yaml", [])
+
+
+@pytest.fixture
+def folder(sweep) -> SweepFolder:
+    """One trial that ended with two seeds, one pruned after an epoch of a better score, one that reported nothing."""
+    folder = SweepFolder(sweep.out)
+    folder.start(sweep, resume=False)
+    for number, (status, lr) in enumerate((("finished", 0.001), ("pruned", 0.002), ("running", 0.003))):
+        point = {"train.lr": lr} | ({"model.head": "tied"} if number else {})
+        place = folder.trial(point)
+        place.ended(Outcome(place.path.name, number, point, status))
+        if number < 2:
+            place.report(Report(1.0, 0.1 + number, 0.1 + number, 10.0, VALID))
+    first = folder.trial({"train.lr": 0.001})
+    first.report(Report(2.0, 0.08, 0.1, 20.0, VALID))
+    first.report(Report(2.0, 0.08, 0.12, 50.0, VALID, seeds=2, spread=0.03))
+    return folder
+
+
+def test_tables_hold_every_trial_in_the_order_of_their_start(folder):
+    trials = folder.write_results()
+    assert trials["status"].tolist() == ["finished", "pruned", "unfinished"]
+    assert trials["number"].tolist() == [0, 1, 2]
+    np.testing.assert_array_equal(trials["score"], [0.12, 1.1, np.nan])
+    assert trials["spread"][0] == 0.03
+    # The last report tells how long a trial took in all, by three workers.
+    assert trials["seconds"].tolist() == [50.0, 10.0, 0.0]
+    assert trials["device_seconds"].tolist() == [150.0, 30.0, 0.0]
+    assert trials["config.model.head"].isna().tolist() == [True, False, False]
+    stored = pd.read_parquet(folder.path / "trials.parquet")
+    pd.testing.assert_frame_equal(stored, trials, check_dtype=False)
+    reports = pd.read_parquet(folder.path / "reports.parquet")
+    # The line with the mean over seeds is no epoch of a curve.
+    assert reports[["epoch", "score", "value"]].values.tolist() == [[1, 0.1, 0.1], [2, 0.1, 0.08], [1, 1.1, 1.1]]
+
+
+def test_the_best_is_a_trial_that_ended_and_trains_as_it_stands(folder):
+    folder.write_results()
+    best = run_config(read_yaml(folder.best_file), "best.yaml")
+    assert best.train.lr == 0.001
+    assert best.evaluate.test
+    assert best.out == folder.path / "best"
+    assert best.cluster.workers == 3
+
+
+def test_a_folder_is_claimed_once_and_resumed_by_the_same_search_alone(sweep):
+    folder = SweepFolder(sweep.out)
+    folder.start(sweep, resume=False)
+    with pytest.raises(InputError, match="holds a sweep already; pass --resume"):
+        folder.start(sweep, resume=False)
+    folder.start(sweep.model_copy(update={"trials": 99, "concurrency": 4}), resume=True)
+    assert folder.config().trials == 99
+    with pytest.raises(InputError, match="started with another 'seeds'"):
+        folder.start(sweep.model_copy(update={"seeds": 2}), resume=True)
+
+
+def test_a_folder_with_something_else_in_it_is_left_alone(sweep):
+    sweep.out.mkdir()
+    (sweep.out / "thesis.txt").write_text("…")
+    with pytest.raises(InputError, match="is not empty and holds no sweep"):
+        SweepFolder(sweep.out).start(sweep, resume=True)
+    assert [file.name for file in sweep.out.iterdir()] == ["thesis.txt"]
+
+
+def test_a_report_that_was_cut_off_does_not_count(folder):
+    place = folder.trial({"train.lr": 0.001})
+    with (place.path / "reports.jsonl").open("a") as file:
+        file.write('{"epoch": 3.0, "val')
+    assert [report.epoch for report in place.reports()] == [1.0, 2.0, 2.0]
+    place.report(Report(3.0, 0.1, 0.1, 60.0, VALID))
+    assert [report.epoch for report in place.reports()] == [1.0, 2.0, 2.0, 3.0]
