@@ -10,9 +10,9 @@ import math
 import os
 import resource
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,9 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from raygrec.config import StrictConfig
+from raygrec.errors import InputError
 
+T = TypeVar("T")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 CARRIED = "carried/"
 
@@ -90,6 +92,23 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     moved = values.to(device()) if dist.get_backend() == "nccl" else values
     dist.all_reduce(moved)
     return moved.to(values.device)
+
+
+def from_rank_0(make: Callable[[], T]) -> T:
+    """What `make` returns on rank 0, which alone calls it, on every rank; its `InputError` is raised on all."""
+    rank, workers = world()
+    if workers == 1:
+        return make()
+    made: list[Any] = [None, None]
+    if rank == 0:
+        try:
+            made[0] = make()
+        except InputError as error:
+            made[1] = str(error)
+    dist.broadcast_object_list(made, device=device() if dist.get_backend() == "nccl" else torch.device("cpu"))
+    if made[1] is not None:
+        raise InputError(made[1])
+    return made[0]
 
 
 def device() -> torch.device:

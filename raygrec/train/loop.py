@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from raygrec.draws import Draws
+from raygrec.errors import InputError
 from raygrec.model.prompts import PromptBatch
-from raygrec.train.engine import Engine, NonFiniteError, peak_memory_mib, sum_over_ranks, world
+from raygrec.train.engine import Engine, NonFiniteError, from_rank_0, peak_memory_mib, sum_over_ranks, world
 from raygrec.train.folder import LoopState, RunFolder
 from raygrec.train.settings import StageConfig
 
@@ -26,6 +27,9 @@ class Reporter(Protocol):
 
     def report(self, record: dict[str, Any]) -> None:
         """One record of history.jsonl, after it was written."""
+
+    def warn(self, line: str) -> None:
+        """Something that does not end the run and that its user should know."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ def run_stage(
     batch = min(config.batch, len(stage.lengths) // stage.per_prompt) * stage.per_prompt
     steps_per_epoch = len(stage.lengths) // batch
     total = steps_per_epoch * config.epochs
-    state = _resume(stage, engine, folder, seed, chunks) or _fresh(stage, folder)
+    state = _resume(stage, engine, seed, folder, reporter, chunks) or _fresh(stage, folder)
     terms = engine.model.terms
     tokens, started = 0, time.monotonic()
     order = np.zeros((0, batch))
@@ -205,16 +209,22 @@ def _fresh(stage: Stage, folder: RunFolder) -> LoopState:
     return state
 
 
-def _resume(stage: Stage, engine: Engine, folder: RunFolder, seed: int, chunks: int) -> LoopState | None:
-    found = folder.last_checkpoint(stage.name)
-    if found is None:
+def _resume(
+    stage: Stage, engine: Engine, seed: int, folder: RunFolder, reporter: Reporter, chunks: int
+) -> LoopState | None:
+    """The state of the checkpoint that rank 0 has chosen, loaded on all; None where there is none."""
+    place = from_rank_0(lambda: folder.newest_checkpoint(stage.name, reporter.warn))
+    if place is None:
         return None
-    state, tensors = found
+    state, tensors = folder.read_checkpoint(place)
+    best = folder.parts_file(stage.name)
+    if state.best_step and not from_rank_0(lambda: folder.has_parts(best, reporter.warn)):
+        raise InputError(f"{best}: is missing or damaged, and no other file holds the best parameters; train again")
     things = np.arange(stage.per_prompt)
     example = stage.build(things if stage.per_prompt == 1 else things[None], Draws(seed)).to(engine.device)
     engine.load_state(tensors, state.step, (example, chunks))
     if world()[0] == 0:
-        folder.forget_after(state.records)
+        folder.go_on_from(state)
     _barrier()
     return state
 

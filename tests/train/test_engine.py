@@ -370,6 +370,8 @@ class Silent:
 
     def report(self, record: dict[str, object]) -> None: ...
 
+    def warn(self, line: str) -> None: ...
+
 
 def assert_same_parameters(first: LocalEngine, second: LocalEngine, tolerance: float = 1e-5) -> None:
     ones, others = first.state(), second.state()

@@ -33,6 +33,7 @@ if stop:
 class Silent:
     def progress(self, *a, **k): pass
     def report(self, *a, **k): pass
+    def warn(self, line): print(line)
 folder = RunFolder(Path(sys.argv[1]))
 pipeline.run(folder.config(), folder, Silent(), distributed=True)
 dist.barrier()
