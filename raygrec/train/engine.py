@@ -201,9 +201,7 @@ class LocalEngine:
 
     def update(self, lr: float) -> float:
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        norm = float(nn.utils.clip_grad_norm_(parameters, self.config.clip))
-        if not math.isfinite(norm):
-            raise NonFiniteError(f"gradient norm is {norm}")
+        norm = _finite(nn.utils.clip_grad_norm_(parameters, self.config.clip))
         _set_lr(self.optimizer, lr)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -272,13 +270,11 @@ class DeepSpeedEngine:
         _set_lr(self.engine.basic_optimizer, lr)
         _set_lr(self.optimizer, lr)
         plain = [p.grad for p in _trainable(self.model).values() if p.grad is not None and not self._partitioned(p)]
-        norm = nn.utils.get_total_norm(plain) if plain else None
+        norm = _finite(nn.utils.get_total_norm(plain)) if plain else None
         self.engine.step()
         self._link_moments()
-        norm = float(self.engine.get_global_grad_norm() if norm is None else norm)
-        if not math.isfinite(norm):
-            raise NonFiniteError(f"gradient norm is {norm}")
-        return norm
+        # Under ZeRO 1 to 3 DeepSpeed itself leaves the update out where the norm is not finite, and says inf.
+        return _finite(self.engine.get_global_grad_norm()) if norm is None else norm
 
     def state(self) -> dict[str, torch.Tensor]:
         tensors: dict[str, torch.Tensor] = {}
@@ -340,6 +336,12 @@ class DeepSpeedEngine:
         for micro in range(self.accumulation):
             self.backward(0.0 * self.loss(*arguments).sum(), micro == self.accumulation - 1)
         self.update(0.0)
+
+
+def _finite(norm: torch.Tensor | float) -> float:
+    if not math.isfinite(norm):
+        raise NonFiniteError(f"the gradient norm is {float(norm)}")
+    return float(norm)
 
 
 def _carried(model: nn.Module) -> dict[str, torch.Tensor]:

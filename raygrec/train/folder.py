@@ -61,6 +61,7 @@ class RunFolder:
         self.config_file = path / "config.yaml"
         self.checkpoints = path / "checkpoints"
         self.history_file = path / "history.jsonl"
+        self.batch_file = path / "not_finite.json"
         self.nodes_file = path / "nodes.safetensors"
         self.texts_file = path / "texts.safetensors"
         self.model_folder = path / "model"
@@ -262,6 +263,10 @@ class RunFolder:
             warn(str(error))
             return False
         return True
+
+    def write_batch(self, record: dict[str, Any]) -> None:
+        """Writes not_finite.json: where loss or gradient was not finite, and on which users or items."""
+        self._write(self.batch_file, json.dumps(record) + "\n")
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         """Writes metrics.json, the sign that the run has finished."""

@@ -37,7 +37,8 @@ class Stage:
     """What one stage trains on.
 
     name: of its checkpoints and reports. lengths: [n] sort key of the n things (users or items) that prompts are
-    made of, for batches of little padding. per_prompt: things in one prompt. build: (things [B, per_prompt] or [B],
+    made of, for batches of little padding. made_of: what they are. numbers: [n] theirs in the store; None where they
+    are 0…n-1. per_prompt: things in one prompt. build: (things [B, per_prompt] or [B],
     draws) -> B prompts. validate: -> metrics, of which `metric` is maximised; None where the last step is the result.
     """
 
@@ -50,6 +51,8 @@ class Stage:
     validate: Callable[[], dict[str, float]] | None = None
     metric: str = "ndcg@10"
     per_prompt: int = 1
+    made_of: str = "users"
+    numbers: np.ndarray | None = None
 
 
 def epoch_order(lengths: np.ndarray, batch: int, draws: Draws) -> np.ndarray:
@@ -107,7 +110,10 @@ def run_stage(
             order = epoch_order(stage.lengths, batch, Draws(seed, stage.number, ORDER, epoch))
         rate = learning_rate(state.step, total, config)
         draws = Draws(seed, stage.number, epoch, place)
-        sums, counts, read, norm = _step(stage, engine, order[place], draws, rate, chunks)
+        try:
+            sums, counts, read, norm = _step(stage, engine, order[place], draws, rate, chunks)
+        except NonFiniteError as error:
+            raise _with_batch(error, stage, state.step + 1, epoch + 1, order[place], folder) from None
         state.add(sums, counts)
         tokens, state.step = tokens + read, state.step + 1
         if rank == 0:
@@ -165,11 +171,25 @@ def _step(
     sums = sum_over_ranks(sums)
     if not sums.isfinite().all():
         total = weighted_loss(engine.model.terms, sums.tolist(), counts.tolist())
-        raise NonFiniteError(f"{stage.name}: the loss is {total}; nothing was updated, lower {stage.name}.lr")
+        raise NonFiniteError(f"the loss is {total}")
     norm = engine.update(rate)
     if hasattr(engine.model, "after_update"):
         engine.model.after_update()
     return sums.tolist(), counts.tolist(), sum(int((batch.symbols >= 0).sum()) for batch in batches), norm
+
+
+def _with_batch(
+    error: NonFiniteError, stage: Stage, step: int, epoch: int, things: np.ndarray, folder: RunFolder
+) -> NonFiniteError:
+    """The error that says where it was, and in which file the numbers of the batch are."""
+    numbers = things if stage.numbers is None else stage.numbers[things]
+    where = {"stage": stage.name, "step": step, "epoch": epoch, stage.made_of: numbers.tolist()}
+    if world()[0] == 0:
+        folder.write_batch({"error": str(error), **where})
+    return NonFiniteError(
+        f"{stage.name}: {error} in step {step} (epoch {epoch}); its {len(numbers)} {stage.made_of} are in "
+        f"{folder.batch_file}; nothing was updated, lower {stage.name}.lr"
+    )
 
 
 def weighted_loss(terms: dict[str, float], sums: list[float], counts: list[float]) -> float:

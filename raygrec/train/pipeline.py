@@ -105,6 +105,7 @@ def _align_items(
             config=config.alignment,
             lengths=np.ones(builder.symbols.items),
             build=builder.alignment,
+            made_of="items",
             per_prompt=size,
         )
         engine = _engine(config, model, config.alignment, distributed)
@@ -134,6 +135,7 @@ def _read_histories(
             config=config.histories,
             lengths=np.minimum(builder.train.lengths[trainable], config.model.max_history),
             build=lambda numbers, draws: builder.training(trainable[numbers], draws, whole=False),
+            numbers=trainable,
         )
         engine = _engine(config, model, config.histories, distributed)
         chunks = _chunks(config.histories, config.model.max_history)
@@ -167,6 +169,7 @@ def _train(
         config=config.train,
         lengths=np.minimum(builder.train.lengths[trainable], config.model.max_history),
         build=lambda numbers, draws: builder.training(trainable[numbers], draws),
+        numbers=trainable,
         validate=validate,
         metric=f"ndcg@{max(config.evaluate.ks)}",
     )
