@@ -213,18 +213,23 @@ def test_parts_learn_at_their_share_of_the_rate_under_every_zero_stage(tmp_path)
             assert_moved_by_shares(state, norm)
 
 
+POISONED = [
+    {"zero_stage": 0},
+    {"zero_stage": 0, "precision": "bf16"},
+    {"zero_stage": 2},
+    {"zero_stage": 2, "offload_optimizer": True},
+    {"zero_stage": 3},
+]
+
+
 def poisoned_worker(rank: int, folder: str) -> None:
     """One of two ranks: an update, then one whose gradient is not finite, on one rank or only in the sum of both."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    engines = [
-        {"zero_stage": stage, "precision": precision} for stage in (0, 1, 2, 3) for precision in ("fp32", "bf16")
-    ]
-    offloads = [{"zero_stage": 2, "offload_optimizer": True}, {"zero_stage": 3, "offload_optimizer": True}]
     found = {}
-    for settings in (*engines, *offloads):
-        for kind, poison in {"nan": [1.0, math.nan], "inf": [1.0, math.inf], "sum": [3e38, 3e38]}.items():
+    for settings in POISONED:
+        for kind, poison in {"nan": [1.0, math.nan], "sum": [3e38, 3e38]}.items():
             made = make_engine(Parts(), EngineConfig(**settings), 1, True)
             made.backward(made.loss(torch.tensor([1.0, -2.0, 3.0])), last=True)
             made.update(LR)
@@ -246,7 +251,7 @@ def test_a_gradient_that_is_not_finite_updates_nothing_under_any_zero_stage(tmp_
     mp.spawn(poisoned_worker, (str(tmp_path),), nprocs=2)
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")
-        assert len(found) == 30
+        assert len(found) == 2 * len(POISONED)
         for case, (same, message) in found.items():
             assert message.startswith("the gradient norm is "), (case, message)
             assert same, case
