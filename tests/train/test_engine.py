@@ -12,10 +12,18 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from raygrec.draws import Draws
+from raygrec.errors import InputError
 from raygrec.train.assembly import build_model, build_prompts, prepare_run
-from raygrec.train.engine import EngineConfig, LocalEngine, NonFiniteError, _deepspeed_settings, make_engine
-from raygrec.train.folder import RunFolder
-from raygrec.train.loop import ORDER, Stage, epoch_order, learning_rate, portions, run_stage, weighted_loss
+from raygrec.train.engine import (
+    EngineConfig,
+    LocalEngine,
+    NonFiniteError,
+    _deepspeed_settings,
+    from_rank_0,
+    make_engine,
+)
+from raygrec.train.folder import LoopState, RunFolder
+from raygrec.train.loop import ORDER, Stage, _resume, epoch_order, learning_rate, portions, run_stage, weighted_loss
 from raygrec.train.settings import RunConfig, StageConfig
 from tests.train.workers import tiny_config
 
@@ -222,8 +230,11 @@ POISONED = [
 ]
 
 
-def poisoned_worker(rank: int, folder: str) -> None:
-    """One of two ranks: an update, then one whose gradient is not finite, on one rank or only in the sum of both."""
+def faults_worker(rank: int, folder: str) -> None:
+    """One of two ranks: an update, then one whose gradient is not finite, on one rank or only in the sum of both.
+
+    Then what rank 0 alone decides: a checkpoint that rank 1 could not see, and an error.
+    """
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
@@ -243,14 +254,38 @@ def poisoned_worker(rank: int, folder: str) -> None:
             after = made.state()
             same = before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
             found[f"{settings} {kind}"] = (same, message)
-    torch.save(found, f"{folder}/{rank}.pt")
+    run = RunFolder(Path(folder) / "run")
+    if rank == 1:
+        run.newest_checkpoint = None
+    state = _resume(two_terms_stage(), LocalEngine(TwoTerms(), EngineConfig()), 0, run, Silent(), 1)
+    try:
+        from_rank_0(lambda: RunFolder(Path(f"{folder}/nothing-{rank}")).config())
+    except InputError as error:
+        torch.save((found, state.step, str(error)), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_a_gradient_that_is_not_finite_updates_nothing_under_any_zero_stage(tmp_path):
-    mp.spawn(poisoned_worker, (str(tmp_path),), nprocs=2)
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt")
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> list[tuple[dict[str, tuple[bool, str]], int, str]]:
+    """What each rank has found; of the run's two checkpoints, the newest is damaged."""
+    path = tmp_path_factory.mktemp("ranks")
+    run = RunFolder(path / "run")
+    tensors = {"param/weight": torch.ones(2), "carried/updates": torch.tensor(1)}
+    for step in (1, 2):
+        run.save_checkpoint(LoopState("train", step, records=0), tensors)
+    (run.checkpoints / "train-00000002" / "loop.json").write_text("{}")
+    mp.spawn(faults_worker, (str(path),), nprocs=2)
+    return [torch.load(path / f"{rank}.pt") for rank in range(2)]
+
+
+def test_all_ranks_take_the_checkpoint_that_rank_0_has_chosen(two_ranks):
+    for _, step, message in two_ranks:
+        assert step == 1
+        assert message.endswith("nothing-0: no run there (config.yaml is missing)")
+
+
+def test_a_gradient_that_is_not_finite_updates_nothing_under_any_zero_stage(two_ranks):
+    for found, _, _ in two_ranks:
         assert len(found) == 2 * len(POISONED)
         for case, (same, message) in found.items():
             assert message.startswith("the gradient norm is "), (case, message)

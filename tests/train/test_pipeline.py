@@ -268,10 +268,10 @@ def test_galrec_goes_on_with_other_numbers_of_workers(galrec_alone, tiny_store, 
     for folder in run_several(list(cut.values()), 2, stop_after=7):
         assert folder.metrics() is None
         assert folder.last_checkpoint("train")[0].step == 6
-    for workers in (1, 4):
-        configs = [config.model_copy(update={"out": tmp_path / f"{workers}-{stage}"}) for stage, config in cut.items()]
-        for config, before in zip(configs, cut.values(), strict=True):
-            shutil.copytree(before.out, config.out)
+    for workers, stages in ((1, (0, 2, 3)), (4, (2,))):
+        configs = [cut[stage].model_copy(update={"out": tmp_path / f"{workers}-{stage}"}) for stage in stages]
+        for config, stage in zip(configs, stages, strict=True):
+            shutil.copytree(cut[stage].out, config.out)
         for folder in run_several(configs, workers):
             assert folder.metrics()["workers"] == workers
             np.testing.assert_allclose(curve(folder), curve(galrec_alone), rtol=1e-4)
