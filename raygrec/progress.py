@@ -29,6 +29,12 @@ def quiet() -> bool:
     return os.environ.get("RAYGREC_QUIET", "") not in ("", "0")
 
 
+def tell(line: str) -> None:
+    """Prints one line on standard error, beside the bars."""
+    if not quiet():
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 class Bars:
     """The tasks of one `progress_bar()`.
 

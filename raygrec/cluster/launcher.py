@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from raygrec.errors import InputError
+from raygrec.errors import InputError, StorageError
 from raygrec.progress import console, progress_bar, quiet
 from raygrec.train.assembly import prepare_run
 from raygrec.train.engine import NonFiniteError
@@ -97,6 +97,10 @@ class RayReporter:
     def report(self, record: dict[str, Any]) -> None:
         """Rank 0 alone calls this, so nothing collective may happen here; history.jsonl is the record."""
 
+    def warn(self, line: str) -> None:
+        """A task of no steps: the driver prints its name."""
+        self.board.tell.remote(line, 0, 0, "")
+
 
 def train_on_ray(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     """Trains on `config.cluster.workers` Ray Train workers; starts a local Ray where no cluster is given.
@@ -111,15 +115,16 @@ def train_on_ray(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     folder = RunFolder(config.out)
     started_here = False
     try:
-        with folder.claimed(config, resume):
-            started_here = connect(config.cluster)
-            if started_here or not os.environ.get("RAY_ADDRESS"):
-                prepare_run(config, folder)
-            else:
-                as_task(config.cluster, prepare_run, config, folder)
-        metrics = _fit(config, folder)
-        folder.publish(config)
-        return metrics
+        with folder.held():
+            with folder.claimed(config, resume):
+                started_here = connect(config.cluster)
+                if started_here or not os.environ.get("RAY_ADDRESS"):
+                    prepare_run(config, folder)
+                else:
+                    as_task(config.cluster, prepare_run, config, folder)
+            metrics = _fit(config, folder)
+            folder.publish(config)
+            return metrics
     finally:
         if started_here:
             ray.shutdown()
@@ -293,11 +298,11 @@ def _worker(arguments: dict[str, Any]) -> None:
 
 def _recurs(error: Exception) -> bool:
     """False for what may come of a lost peer or a lost file system, and be gone after a restart."""
-    return isinstance(error, NonFiniteError) or not isinstance(error, RuntimeError | OSError)
+    return isinstance(error, NonFiniteError | StorageError) or not isinstance(error, RuntimeError | OSError)
 
 
 def _as_failure(error: Exception) -> Failure:
-    ours = isinstance(error, InputError | NonFiniteError)
+    ours = isinstance(error, InputError | NonFiniteError | StorageError)
     message = str(error) if ours else f"{type(error).__name__}: {error}"
     return Failure(isinstance(error, InputError), message, traceback.format_exc())
 
@@ -307,11 +312,15 @@ def _explained(failure: Failure | None, raised: list[BaseException], folder: Run
     story = failure.trace if failure else str(raised[0])
     message = failure.message if failure else story.strip().splitlines()[-1]
     file = folder.path / "ray" / "failure.log"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(f"{story.rstrip()}\n", encoding="utf-8")
+    where = f"; the worker's traceback is in {file}"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{story.rstrip()}\n", encoding="utf-8")
+    except OSError:
+        where = ""  # a full disk may be what ended the run
     if failure and failure.wrong_input:
         return InputError(message)
-    return WorkerError(f"{' '.join(message.split())}; the worker's traceback is in {file}", recurs=failure is not None)
+    return WorkerError(f"{' '.join(message.split())}{where}", recurs=failure is not None)
 
 
 def _news(board: Any) -> list[tuple[str, int, int, str]]:

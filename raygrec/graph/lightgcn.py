@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from pydantic import Field, field_validator
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.nn import functional
 
 from raygrec.config import StrictConfig
@@ -20,6 +18,7 @@ from raygrec.errors import InputError
 from raygrec.evaluate.ranking import evaluate_scores
 from raygrec.graph.text_contrast import TextContrast
 from raygrec.progress import progress_bar
+from raygrec.tensors import load_tensors, save_tensors
 
 _FOLDS = 1  # what a draw is for
 INITIAL_SCALE = 0.1  # standard deviation of the ego embeddings at the start, as in the authors' code
@@ -90,25 +89,17 @@ class NodeEmbeddings:
         """Writes one safetensors file, atomically; `metadata` goes into its header as JSON values."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in vars(self).items()}
         header = {key: json.dumps(value) for key, value in (metadata or {}).items()}
-        partial = path.with_name(path.name + ".partial")
-        try:
-            save_file(tensors, partial, header)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        save_tensors(path, tensors, header)
 
     @staticmethod
     def load(path: Path) -> "NodeEmbeddings":
         """Reads what `save` wrote; `InputError` where the file is not such a file."""
         names = list(NodeEmbeddings.__dataclass_fields__)
-        try:
-            with safe_open(path, "pt") as file:
-                missing = set(names) - set(file.keys())
-                if missing:
-                    raise InputError(f"{path}: tensor '{min(missing)}' is missing; expected {', '.join(names)}")
-                return NodeEmbeddings(*(file.get_tensor(name) for name in names))
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{path}: not readable as node embeddings in safetensors ({error})") from None
+        tensors = load_tensors(path)
+        missing = set(names) - tensors.keys()
+        if missing:
+            raise InputError(f"{path}: tensor '{min(missing)}' is missing; expected {', '.join(names)}")
+        return NodeEmbeddings(*(tensors[name] for name in names))
 
 
 def normalized_adjacency(train: CSR, num_items: int) -> torch.Tensor:

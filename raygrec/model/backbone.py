@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from pickle import UnpicklingError
 from types import ModuleType
 from typing import Literal
 
@@ -116,7 +117,7 @@ class Backbone(nn.Module):
         settings.use_cache = False
         try:
             self.model = _load(config, settings, self.family)
-        except (OSError, ValueError, ImportError, SafetensorError) as error:
+        except (OSError, ValueError, ImportError, SafetensorError, UnpicklingError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(
                 f"backbone '{config.name}' with attention '{config.attention}' does not load: {reason}"

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 
 from raygrec.data.arrays import CSR
 from raygrec.data.store import Store
@@ -21,6 +20,8 @@ from raygrec.model.nodes import scaled_texts, token_scale
 from raygrec.model.profiles import inverse_frequency
 from raygrec.model.prompts import Symbols, expand, join_rows, repeated, truncated
 from raygrec.model.text_vectors import load_or_read_texts
+from raygrec.tensors import load_tensors, save_tensors
+from raygrec.train import manifest
 from raygrec.train.engine import device, full_tensor, loading
 from raygrec.train.folder import RunFolder
 from raygrec.train.settings import GALRecRun, GLTARun, GraphRun, RunConfig, SequentialRun
@@ -205,7 +206,9 @@ def save_model(config: RunConfig, folder: RunFolder, parts: dict[str, torch.Tens
 
 
 def load_model(config: RunConfig, folder: RunFolder, store: Store) -> tuple[Model, Prompts]:
-    """A finished run's model, ready to recommend, and its prompts."""
+    """A finished run's model, ready to recommend, and its prompts; `InputError` where a file of it is damaged."""
+    if (folder.model_folder / manifest.NAME).exists():  # runs of earlier versions have none
+        manifest.check(folder.model_folder)
     builder = build_prompts(config, store, folder)
     model = build_model(config, store, builder, folder, distributed=False, finished=True)
     loaded = model.load_state_dict(folder.load_parts(folder.model_file), strict=False)
@@ -243,11 +246,11 @@ def _write_texts(config: RunConfig, store: Store, file: Path) -> None:
             rows = [prompts[user].tolist() for user in range(len(prompts))]
             answers = generate(config.backbone.name, rows, config.model.texts.terms)
             tensors[f"{stage}/{kind}"] = torch.tensor(answers, dtype=torch.int32)
-    save_file(tensors, file, {"source": "generated", "backbone": config.backbone.name})
+    save_tensors(file, tensors, {"source": "generated", "backbone": config.backbone.name})
 
 
 def _read_texts(file: Path) -> dict[str, tuple[CSR, CSR]]:
-    tensors = load_file(file)
+    tensors = load_tensors(file)
 
     def rows(name: str) -> CSR:
         users, length = tensors[name].shape

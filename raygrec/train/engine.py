@@ -10,9 +10,9 @@ import math
 import os
 import resource
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,9 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from raygrec.config import StrictConfig
+from raygrec.errors import InputError
 
+T = TypeVar("T")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 CARRIED = "carried/"
 
@@ -90,6 +92,23 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     moved = values.to(device()) if dist.get_backend() == "nccl" else values
     dist.all_reduce(moved)
     return moved.to(values.device)
+
+
+def from_rank_0(make: Callable[[], T]) -> T:
+    """What `make` returns on rank 0, which alone calls it, on every rank; its `InputError` is raised on all."""
+    rank, workers = world()
+    if workers == 1:
+        return make()
+    made: list[Any] = [None, None]
+    if rank == 0:
+        try:
+            made[0] = make()
+        except InputError as error:
+            made[1] = str(error)
+    dist.broadcast_object_list(made, device=device() if dist.get_backend() == "nccl" else torch.device("cpu"))
+    if made[1] is not None:
+        raise InputError(made[1])
+    return made[0]
 
 
 def device() -> torch.device:
@@ -182,9 +201,7 @@ class LocalEngine:
 
     def update(self, lr: float) -> float:
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        norm = float(nn.utils.clip_grad_norm_(parameters, self.config.clip))
-        if not math.isfinite(norm):
-            raise NonFiniteError(f"gradient norm is {norm}")
+        norm = _finite(nn.utils.clip_grad_norm_(parameters, self.config.clip))
         _set_lr(self.optimizer, lr)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -253,13 +270,11 @@ class DeepSpeedEngine:
         _set_lr(self.engine.basic_optimizer, lr)
         _set_lr(self.optimizer, lr)
         plain = [p.grad for p in _trainable(self.model).values() if p.grad is not None and not self._partitioned(p)]
-        norm = nn.utils.get_total_norm(plain) if plain else None
+        norm = _finite(nn.utils.get_total_norm(plain)) if plain else None
         self.engine.step()
         self._link_moments()
-        norm = float(self.engine.get_global_grad_norm() if norm is None else norm)
-        if not math.isfinite(norm):
-            raise NonFiniteError(f"gradient norm is {norm}")
-        return norm
+        # Under ZeRO 1 to 3 DeepSpeed itself leaves the update out where the norm is not finite, and says inf.
+        return _finite(self.engine.get_global_grad_norm()) if norm is None else norm
 
     def state(self) -> dict[str, torch.Tensor]:
         tensors: dict[str, torch.Tensor] = {}
@@ -321,6 +336,12 @@ class DeepSpeedEngine:
         for micro in range(self.accumulation):
             self.backward(0.0 * self.loss(*arguments).sum(), micro == self.accumulation - 1)
         self.update(0.0)
+
+
+def _finite(norm: torch.Tensor | float) -> float:
+    if not math.isfinite(norm):
+        raise NonFiniteError(f"the gradient norm is {float(norm)}")
+    return float(norm)
 
 
 def _carried(model: nn.Module) -> dict[str, torch.Tensor]:

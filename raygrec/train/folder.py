@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,16 +11,22 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from raygrec.config import read_yaml
 from raygrec.errors import InputError
+from raygrec.progress import tell
 from raygrec.remote import fetch, is_address, upload
+from raygrec.storage import replaced, sync, writing
+from raygrec.tensors import load_tensors, save_tensors, size
+from raygrec.train import manifest
+from raygrec.train.lock import held
 from raygrec.train.settings import RunConfig, run_config
 
 KEEP = 2  # checkpoints
+STEP_DIGITS = 8
 METRICS = "metrics.json"
+LOCK, WRITER_LOCK = ".lock", ".writer.lock"  # of the process that started the run, and of its rank 0
 
 
 @dataclass
@@ -63,11 +69,22 @@ class RunFolder:
         self.config_file = path / "config.yaml"
         self.checkpoints = path / "checkpoints"
         self.history_file = path / "history.jsonl"
+        self.batch_file = path / "not_finite.json"
         self.nodes_file = path / "nodes.safetensors"
         self.texts_file = path / "texts.safetensors"
         self.model_folder = path / "model"
         self.model_file = self.model_folder / "model.safetensors"
         self.backbone_folder = self.model_folder / "backbone"
+
+    @contextmanager
+    def held(self, lock: str = LOCK, wait: float = 0.0) -> Iterator[None]:
+        """The folder belongs to this process while the block runs; `InputError` where it is another's.
+
+        wait: seconds to let the other one end.
+        """
+        self._make()
+        with held(self.path / lock, wait):
+            yield
 
     @contextmanager
     def claimed(self, config: RunConfig, resume: bool) -> Iterator[None]:
@@ -92,12 +109,26 @@ class RunFolder:
                     f"{self.path}: holds a run already; pass --resume to go on with it, or name another out"
                 )
             self._refuse_other(config)
+        self._make()
+        for draft in (*self.path.glob(".*.draft"), *self.checkpoints.glob(".*.draft")):
+            _remove(draft)  # of a process that was killed
         content = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-        try:
-            if not self.config_file.exists() and self.path.exists() and any(self.path.iterdir()):
-                raise InputError(f"{self.path}: is not empty and holds no run; name a folder that does not exist yet")
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        with self._as_run_folder():
             self._write(self.config_file, content)
+            self.checkpoints.mkdir(exist_ok=True)
+
+    def _make(self) -> None:
+        with self._as_run_folder():
+            self.path.mkdir(parents=True, exist_ok=True)
+            ours = (LOCK, f".{self.config_file.name}.")  # what a start leaves that was cut off
+            foreign = any(not path.name.startswith(ours) for path in self.path.iterdir())
+            if foreign and not self.config_file.exists():
+                raise InputError(f"{self.path}: is not empty and holds no run; name a folder that does not exist yet")
+
+    @contextmanager
+    def _as_run_folder(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise InputError(f"{self.path}: cannot be a run folder ({error.strerror or error})") from None
 
@@ -120,8 +151,12 @@ class RunFolder:
 
     def report(self, record: dict[str, Any]) -> None:
         """Appends one line to history.jsonl."""
-        with self.history_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        line = json.dumps(record) + "\n"
+        with (
+            writing(self.history_file, len(line)),
+            open(self.history_file, "a", encoding="utf-8", opener=_open_no_link) as file,
+        ):
+            file.write(line)
 
     def history(self) -> list[dict[str, Any]]:
         """All reports, oldest first; a last line that was cut off while it was written does not count."""
@@ -138,36 +173,80 @@ class RunFolder:
 
     def save_checkpoint(self, state: LoopState, tensors: dict[str, torch.Tensor]) -> None:
         """Writes checkpoints/<stage>-<step>, then drops all but the newest `KEEP` of the stage."""
-        with self.drafted(self.checkpoints / f"{state.stage}-{state.step:08d}") as draft:
-            save_file(tensors, draft / "state.safetensors")
+        with self.drafted(self.checkpoints / _name(state), size(tensors)) as draft:
+            save_file(tensors, draft / "state.safetensors")  # of which the manifest keeps a checksum
             (draft / "loop.json").write_text(json.dumps(asdict(state)) + "\n", encoding="utf-8")
         for old in self._checkpoints(state.stage)[:-KEEP]:
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old)
 
     @contextmanager
-    def drafted(self, place: Path) -> Iterator[Path]:
-        """An empty folder to fill, which takes the place of `place` once the block has ended well."""
-        draft = place.with_name(f".{place.name}.draft")
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        yield draft
-        shutil.rmtree(place, ignore_errors=True)
-        draft.rename(place)
+    def drafted(self, place: Path, needed: int | None = None) -> Iterator[Path]:
+        """An empty folder to fill, which gets its manifest and the place of `place` once the block has ended well.
 
-    def last_checkpoint(self, stage: str) -> tuple[LoopState, dict[str, torch.Tensor]] | None:
-        """The newest complete checkpoint of a stage, or None; `InputError` where its files are damaged."""
-        found = self._checkpoints(stage)
-        if not found:
-            return None
-        file = found[-1] / "loop.json"
+        Otherwise the draft is gone and `place` is as before; needed: bytes, for the message of a full disk.
+        """
+        draft = place.with_name(f".{place.name}.draft")
+        with writing(place, needed):
+            try:
+                _remove(draft)
+                draft.mkdir(parents=True)
+                yield draft
+                manifest.seal(draft)
+                _remove(place)
+                draft.rename(place)
+                sync(place.parent)
+            finally:
+                _remove(draft)
+
+    def last_checkpoint(
+        self, stage: str, warn: Callable[[str], None] = tell
+    ) -> tuple[LoopState, dict[str, torch.Tensor]] | None:
+        """The content of `newest_checkpoint`, or None."""
+        place = self.newest_checkpoint(stage, warn)
+        return None if place is None else self.read_checkpoint(place)
+
+    def newest_checkpoint(self, stage: str, warn: Callable[[str], None] = tell) -> Path | None:
+        """The newest checkpoint of a stage whose files are as they were written, or None where there is none at all.
+
+        `warn` hears of each newer one that is damaged; `InputError` where all are.
+        """
+        damages = []
+        for place in reversed(self._checkpoints(stage)):
+            try:
+                manifest.check(place)
+            except InputError as error:
+                damages.append(str(error))
+                continue
+            for damage in damages:
+                warn(f"{damage}; this checkpoint is left out, the run goes on from {place.name}")
+            return place
+        if damages:
+            raise InputError(
+                f"{damages[0]}; none of the {len(damages)} checkpoints of stage '{stage}' is whole: "
+                f"remove {self.checkpoints / stage}-* to begin the stage again"
+            )
+        return None
+
+    def read_checkpoint(self, place: Path) -> tuple[LoopState, dict[str, torch.Tensor]]:
+        """What `save_checkpoint` wrote there; `InputError` where it is something else."""
+        file = place / "loop.json"
         try:
             state = LoopState(**_read_json(file))
         except TypeError:
-            raise InputError(f"{file}: not the loop state of this version; remove the folder {found[-1]}") from None
-        return state, self.load_parts(found[-1] / "state.safetensors")
+            raise InputError(f"{file}: not the loop state of this version; remove the folder {place}") from None
+        if place.name != _name(state):
+            raise InputError(f"{file}: is of {_name(state)}, not of {place.name}")
+        return state, self.load_parts(place / "state.safetensors")
+
+    def go_on_from(self, state: LoopState) -> None:
+        """Drops what was written after a checkpoint: later lines of the history, and later checkpoints, damaged all."""
+        self.forget_after(state.records)
+        for place in self._checkpoints(state.stage):
+            if place.name > _name(state):
+                _remove(place)
 
     def _checkpoints(self, stage: str) -> list[Path]:
-        return sorted(self.checkpoints.glob(f"{stage}-[0-9]*"))
+        return sorted(self.checkpoints.glob(f"{stage}-" + STEP_DIGITS * "[0-9]"))
 
     def parts_file(self, name: str) -> Path:
         """Where the trained parameters of a finished stage, or the best so far, are kept."""
@@ -176,16 +255,26 @@ class RunFolder:
     def save_parts(self, file: Path, parts: dict[str, torch.Tensor]) -> None:
         """Writes trained parameters by name, atomically."""
         file.parent.mkdir(parents=True, exist_ok=True)
-        draft = file.with_name(f".{file.name}.draft")
-        save_file(parts, draft)
-        os.replace(draft, file)
+        save_tensors(file, parts)
 
     def load_parts(self, file: Path) -> dict[str, torch.Tensor]:
-        """What `save_parts` wrote; `InputError` where the file is not such a file."""
+        """What `save_parts` wrote; `InputError` where the file is damaged or not such a file."""
+        return load_tensors(file)
+
+    def has_parts(self, file: Path, warn: Callable[[str], None] = tell) -> bool:
+        """Whether `save_parts` wrote there, and the file is whole; `warn` hears of one that is not."""
+        if not file.exists():
+            return False
         try:
-            return load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{file}: not readable as safetensors ({error})") from None
+            load_tensors(file)
+        except InputError as error:
+            warn(str(error))
+            return False
+        return True
+
+    def write_batch(self, record: dict[str, Any]) -> None:
+        """Writes not_finite.json: where loss or gradient was not finite, and on which users or items."""
+        self._write(self.batch_file, json.dumps(record) + "\n")
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         """Writes metrics.json, the sign that the run has finished."""
@@ -202,9 +291,8 @@ class RunFolder:
         return _read_json(file) if file.exists() else None
 
     def _write(self, file: Path, content: str) -> None:
-        draft = file.with_name(f".{file.name}.draft")
-        draft.write_text(content, encoding="utf-8")
-        os.replace(draft, file)
+        with replaced(file, len(content)) as draft:
+            draft.write_text(content, encoding="utf-8")
 
 
 def _read_json(file: Path) -> Any:
@@ -214,6 +302,22 @@ def _read_json(file: Path) -> Any:
         raise InputError(f"{file}: cannot be read ({error.strerror or error})") from None
     except ValueError as error:  # no JSON, or no UTF-8
         raise InputError(f"{file}: not valid JSON ({error})") from None
+
+
+def _name(state: LoopState) -> str:
+    return f"{state.stage}-{state.step:0{STEP_DIGITS}d}"
+
+
+def _open_no_link(name: str, flags: int) -> int:
+    return os.open(name, flags | os.O_NOFOLLOW, 0o666)
+
+
+def _remove(place: Path) -> None:
+    """A file, a folder with all in it, or a link but not what it leads to."""
+    if place.is_symlink() or place.is_file():
+        place.unlink()
+    else:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from raygrec.progress import progress_bar
+from raygrec.progress import progress_bar, tell
 from raygrec.train.assembly import prepare_run
 from raygrec.train.folder import RunFolder, with_absolute_paths
 from raygrec.train.pipeline import run
@@ -19,6 +19,8 @@ class BarReporter:
         self.tasks: dict[str, Any] = {}
 
     def progress(self, task: str, done: int, total: int, note: str = "") -> None:
+        if not total:
+            return self.warn(task)  # a line that has come as progress
         if task not in self.tasks:
             self.tasks[task] = self.bar.add_task(task, total=total, note=note)
         self.bar.update(self.tasks[task], completed=done, total=total, note=note)
@@ -28,17 +30,21 @@ class BarReporter:
     def report(self, record: dict[str, Any]) -> None:
         """Records go to history.jsonl; a terminal shows the bars only."""
 
+    def warn(self, line: str) -> None:
+        tell(line)
+
 
 def train_here(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     """Trains in this process and returns the final metrics; `InputError` where the run folder is taken."""
     config = with_absolute_paths(config)
     folder = RunFolder(config.out)
-    with folder.claimed(config, resume):
-        prepare_run(config, folder)
-    with bar_reporter() as reporter:
-        metrics = run(config, folder, reporter, distributed=False)
-    folder.publish(config)
-    return metrics
+    with folder.held():
+        with folder.claimed(config, resume):
+            prepare_run(config, folder)
+        with bar_reporter() as reporter:
+            metrics = run(config, folder, reporter, distributed=False)
+        folder.publish(config)
+        return metrics
 
 
 @contextmanager

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from raygrec.draws import Draws
+from raygrec.errors import InputError
 from raygrec.model.prompts import PromptBatch
-from raygrec.train.engine import Engine, NonFiniteError, peak_memory_mib, sum_over_ranks, world
+from raygrec.train.engine import Engine, NonFiniteError, from_rank_0, peak_memory_mib, sum_over_ranks, world
 from raygrec.train.folder import LoopState, RunFolder
 from raygrec.train.settings import StageConfig
 
@@ -27,13 +28,17 @@ class Reporter(Protocol):
     def report(self, record: dict[str, Any]) -> None:
         """One record of history.jsonl, after it was written."""
 
+    def warn(self, line: str) -> None:
+        """Something that does not end the run and that its user should know."""
+
 
 @dataclass(frozen=True)
 class Stage:
     """What one stage trains on.
 
     name: of its checkpoints and reports. lengths: [n] sort key of the n things (users or items) that prompts are
-    made of, for batches of little padding. per_prompt: things in one prompt. build: (things [B, per_prompt] or [B],
+    made of, for batches of little padding. made_of: what they are. numbers: [n] theirs in the store; None where they
+    are 0…n-1. per_prompt: things in one prompt. build: (things [B, per_prompt] or [B],
     draws) -> B prompts. validate: -> metrics, of which `metric` is maximised; None where the last step is the result.
     """
 
@@ -46,6 +51,8 @@ class Stage:
     validate: Callable[[], dict[str, float]] | None = None
     metric: str = "ndcg@10"
     per_prompt: int = 1
+    made_of: str = "users"
+    numbers: np.ndarray | None = None
 
 
 def epoch_order(lengths: np.ndarray, batch: int, draws: Draws) -> np.ndarray:
@@ -93,7 +100,7 @@ def run_stage(
     batch = min(config.batch, len(stage.lengths) // stage.per_prompt) * stage.per_prompt
     steps_per_epoch = len(stage.lengths) // batch
     total = steps_per_epoch * config.epochs
-    state = _resume(stage, engine, folder, seed, chunks) or _fresh(stage, folder)
+    state = _resume(stage, engine, seed, folder, reporter, chunks) or _fresh(stage, folder)
     terms = engine.model.terms
     tokens, started = 0, time.monotonic()
     order = np.zeros((0, batch))
@@ -103,7 +110,10 @@ def run_stage(
             order = epoch_order(stage.lengths, batch, Draws(seed, stage.number, ORDER, epoch))
         rate = learning_rate(state.step, total, config)
         draws = Draws(seed, stage.number, epoch, place)
-        sums, counts, read, norm = _step(stage, engine, order[place], draws, rate, chunks)
+        try:
+            sums, counts, read, norm = _step(stage, engine, order[place], draws, rate, chunks)
+        except NonFiniteError as error:
+            raise _with_batch(error, stage, state.step + 1, epoch + 1, order[place], folder) from None
         state.add(sums, counts)
         tokens, state.step = tokens + read, state.step + 1
         if rank == 0:
@@ -161,11 +171,25 @@ def _step(
     sums = sum_over_ranks(sums)
     if not sums.isfinite().all():
         total = weighted_loss(engine.model.terms, sums.tolist(), counts.tolist())
-        raise NonFiniteError(f"{stage.name}: the loss is {total}; nothing was updated, lower {stage.name}.lr")
+        raise NonFiniteError(f"the loss is {total}")
     norm = engine.update(rate)
     if hasattr(engine.model, "after_update"):
         engine.model.after_update()
     return sums.tolist(), counts.tolist(), sum(int((batch.symbols >= 0).sum()) for batch in batches), norm
+
+
+def _with_batch(
+    error: NonFiniteError, stage: Stage, step: int, epoch: int, things: np.ndarray, folder: RunFolder
+) -> NonFiniteError:
+    """The error that says where it was, and in which file the numbers of the batch are."""
+    numbers = things if stage.numbers is None else stage.numbers[things]
+    where = {"stage": stage.name, "step": step, "epoch": epoch, stage.made_of: numbers.tolist()}
+    if world()[0] == 0:
+        folder.write_batch({"error": str(error), **where})
+    return NonFiniteError(
+        f"{stage.name}: {error} in step {step} (epoch {epoch}); its {len(numbers)} {stage.made_of} are in "
+        f"{folder.batch_file}; nothing was updated, lower {stage.name}.lr"
+    )
 
 
 def weighted_loss(terms: dict[str, float], sums: list[float], counts: list[float]) -> float:
@@ -205,16 +229,22 @@ def _fresh(stage: Stage, folder: RunFolder) -> LoopState:
     return state
 
 
-def _resume(stage: Stage, engine: Engine, folder: RunFolder, seed: int, chunks: int) -> LoopState | None:
-    found = folder.last_checkpoint(stage.name)
-    if found is None:
+def _resume(
+    stage: Stage, engine: Engine, seed: int, folder: RunFolder, reporter: Reporter, chunks: int
+) -> LoopState | None:
+    """The state of the checkpoint that rank 0 has chosen, loaded on all; None where there is none."""
+    place = from_rank_0(lambda: folder.newest_checkpoint(stage.name, reporter.warn))
+    if place is None:
         return None
-    state, tensors = found
+    state, tensors = folder.read_checkpoint(place)
+    best = folder.parts_file(stage.name)
+    if state.best_step and not from_rank_0(lambda: folder.has_parts(best, reporter.warn)):
+        raise InputError(f"{best}: is missing or damaged, and no other file holds the best parameters; train again")
     things = np.arange(stage.per_prompt)
     example = stage.build(things if stage.per_prompt == 1 else things[None], Draws(seed)).to(engine.device)
     engine.load_state(tensors, state.step, (example, chunks))
     if world()[0] == 0:
-        folder.forget_after(state.records)
+        folder.go_on_from(state)
     _barrier()
     return state
 

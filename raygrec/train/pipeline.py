@@ -1,6 +1,7 @@
 """A run from config to metrics: what every worker executes, alone or beside others."""
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -25,12 +26,21 @@ from raygrec.train.assembly import (
     histories,
     save_model,
 )
-from raygrec.train.engine import Engine, LocalEngine, make_engine, peak_memory_mib, sum_over_ranks, world
-from raygrec.train.folder import RunFolder
+from raygrec.train.engine import (
+    Engine,
+    LocalEngine,
+    from_rank_0,
+    make_engine,
+    peak_memory_mib,
+    sum_over_ranks,
+    world,
+)
+from raygrec.train.folder import WRITER_LOCK, RunFolder
 from raygrec.train.loop import Reporter, Stage, portions, run_stage
 from raygrec.train.settings import GLTARun, GraphRun, RunConfig, StageConfig
 
 POSITIONS_PER_CHUNK = 4096  # answer positions whose logits stand in memory at once
+PREDECESSOR = 60.0  # seconds to let an earlier rank 0 of the same run end
 ALIGNMENT, TRAINING, HISTORIES = 1, 2, 3  # stage numbers, part of every draw's key
 
 Parts = dict[str, torch.Tensor]  # trained parameters by name
@@ -43,8 +53,15 @@ def run(config: RunConfig, folder: RunFolder, reporter: Reporter, distributed: b
 
     Continues from whatever the folder holds. Returns (on every rank) and writes metrics.json's content.
     """
+    with ExitStack() as stack:
+        # The driver holds the folder too, but its workers may outlive it, or a restarted group meet the one before.
+        from_rank_0(lambda: stack.enter_context(folder.held(WRITER_LOCK, PREDECESSOR)))
+        return _run(config, folder, reporter, distributed)
+
+
+def _run(config: RunConfig, folder: RunFolder, reporter: Reporter, distributed: bool) -> dict[str, Any]:
     torch.manual_seed(config.seed)
-    done = folder.metrics()
+    done = from_rank_0(folder.metrics)
     if done is not None:
         return done
     store = Store.open(config.store)
@@ -76,7 +93,7 @@ def _align_items(
 ) -> Parts:
     """Stage 2: item projector, answer slot and head learn to match descriptions to items."""
     file = folder.parts_file("alignment")
-    if not file.exists():
+    if not from_rank_0(lambda: folder.has_parts(file, reporter.warn)):
         model = build_model(config, store, builder, folder, distributed)
         # Matching descriptions is for the maps, not for single items' offsets and rows.
         _freeze(model.user_projector, model.item_offsets, model.head.rows.free)
@@ -88,6 +105,7 @@ def _align_items(
             config=config.alignment,
             lengths=np.ones(builder.symbols.items),
             build=builder.alignment,
+            made_of="items",
             per_prompt=size,
         )
         engine = _engine(config, model, config.alignment, distributed)
@@ -106,7 +124,7 @@ def _read_histories(
 ) -> Parts:
     """The first part of stage 3: item tokens and head learn from every position of the histories alone."""
     file = folder.parts_file("histories")
-    if not file.exists():
+    if not from_rank_0(lambda: folder.has_parts(file, reporter.warn)):
         model = _stage_3_model(config, folder, distributed, store, builder, parts)
         _freeze(model.user_projector, model.answer_slots)
         trainable = np.flatnonzero(builder.train.lengths >= 2)
@@ -117,6 +135,7 @@ def _read_histories(
             config=config.histories,
             lengths=np.minimum(builder.train.lengths[trainable], config.model.max_history),
             build=lambda numbers, draws: builder.training(trainable[numbers], draws, whole=False),
+            numbers=trainable,
         )
         engine = _engine(config, model, config.histories, distributed)
         chunks = _chunks(config.histories, config.model.max_history)
@@ -150,6 +169,7 @@ def _train(
         config=config.train,
         lengths=np.minimum(builder.train.lengths[trainable], config.model.max_history),
         build=lambda numbers, draws: builder.training(trainable[numbers], draws),
+        numbers=trainable,
         validate=validate,
         metric=f"ndcg@{max(config.evaluate.ks)}",
     )

@@ -80,7 +80,9 @@ def test_a_failure_that_would_recur_ends_the_run_with_one_line(local_ray, tiny_s
         launcher.train_on_ray(config)
     message, log = str(failed.value), config.out / "ray" / "failure.log"
     assert "\n" not in message
-    assert re.fullmatch(r"train: the loss is (nan|inf); nothing was updated, lower train\.lr; .* in (\S+)", message)
+    assert re.fullmatch(
+        r"train: the loss is (nan|inf) in step \d+ .* in \S+not_finite\.json; .*lower train\.lr; .* in (\S+)", message
+    )
     assert message.endswith(str(log))
     assert "Traceback" in log.read_text()
     assert RunFolder(config.out).metrics() is None

@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import os
+import pickle
 import shutil
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from raygrec.model.backbone import (
     generate,
     load_tokenizer,
 )
+from tests.test_tensors import Evil
 
 KINDS = {"bert": "encoder", "t5": "encoder-decoder", "llama": "decoder"}
 ATTENTIONS = ["sdpa", "eager"]
@@ -279,6 +281,33 @@ def test_weights_that_cannot_be_read(backbone_folder, tmp_path):
         damage(tmp_path / "model.safetensors")
         with pytest.raises(InputError, match=r"^backbone '.*' with attention 'sdpa' does not load: .+$"):
             Backbone(BackboneConfig(name=str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("dump", [torch.save, lambda evil, file: file.write_bytes(pickle.dumps(evil))])
+def test_a_pickle_among_the_weights_is_not_executed(tiny_backbone, tmp_path, name, dump):
+    folder, mark = tmp_path / "folder", tmp_path / "executed"
+    shutil.copytree(tiny_backbone, folder)
+    (folder / "model.safetensors").unlink()
+    dump(Evil(mark), folder / name)
+    with pytest.raises(InputError, match=r"^backbone '.*' .*does not load: .+$"):
+        Backbone(BackboneConfig(name=str(folder)))
+    assert not mark.exists()
+
+
+def test_code_beside_the_weights_is_not_executed(tiny_backbone, tmp_path):
+    folder, mark = tmp_path / "folder", tmp_path / "executed"
+    shutil.copytree(tiny_backbone, folder)
+    (folder / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass Evil: pass\n")
+    for file, part in (("config.json", "AutoModel"), ("config.json", "AutoConfig")):
+        content = json.loads((folder / file).read_text())
+        content["auto_map"] = {**content.get("auto_map", {}), part: "evil.Evil"}
+        (folder / file).write_text(json.dumps(content))
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}))
+    Backbone(BackboneConfig(name=str(folder)))
+    load_tokenizer(str(folder))
+    assert not mark.exists()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -163,8 +163,19 @@ def test_a_galrec_model_folder_must_be_whole(tiny_store, tiny_backbone, tmp_path
     config = tiny_galrec_config(tiny_store.path, tiny_backbone, tmp_path / "run", model=model, train={"epochs": 1})
     train_here(config)
     folder = RunFolder(config.out)
-    assert sorted(path.name for path in folder.model_folder.iterdir()) == ["backbone", "model.safetensors"]
+    assert sorted(path.name for path in folder.model_folder.iterdir()) == [
+        "backbone",
+        "manifest.json",
+        "model.safetensors",
+    ]
     load_model(config, folder, tiny_store)
+    weights = folder.backbone_folder / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-5] + bytes([content[-5] ^ 1]) + content[-4:])
+    with pytest.raises(InputError, match=r"backbone/model\.safetensors: its checksum is not that of what was written"):
+        load_model(config, folder, tiny_store)
+    weights.write_bytes(content)
+    (folder.model_folder / "manifest.json").unlink()  # as in runs of earlier versions, and where files were exchanged
     whole = folder.load_parts(folder.model_file)
     assert not any(name.startswith("backbone.") for name in whole)
     for name in ("head.bias", "user_projector.weight", "hop_tokens.weight"):
@@ -175,7 +186,6 @@ def test_a_galrec_model_folder_must_be_whole(tiny_store, tiny_backbone, tmp_path
     with pytest.raises(InputError, match=r"'answer_slots\.weight' is missing or unknown"):
         load_model(config, folder, tiny_store)
     folder.save_parts(folder.model_file, whole)
-    weights = folder.backbone_folder / "model.safetensors"
     inside = folder.load_parts(weights)
     first = min(inside)
     folder.save_parts(weights, {name: value for name, value in inside.items() if name != first})
@@ -326,6 +336,8 @@ def test_a_sequential_baseline_without_texts_needs_no_language_model(tiny_store,
     assert_trained(config)
     assert RunFolder(config.out).metrics()["test"]["hit@3"] > 0.9
     assert sorted(path.name for path in config.out.iterdir() if path.is_file()) == [
+        ".lock",
+        ".writer.lock",
         "config.yaml",
         "history.jsonl",
         "metrics.json",
@@ -336,6 +348,7 @@ def test_a_sequential_model_file_must_be_whole(tiny_store, tiny_backbone, tmp_pa
     config = tiny_sequential_config(tiny_store.path, tiny_backbone, tmp_path / "run", train={"epochs": 1})
     train_here(config)
     folder = RunFolder(config.out)
+    (folder.model_folder / "manifest.json").unlink()
     whole = folder.load_parts(folder.model_file)
     for name in ("table.free", "layers.0.filter.root_beta"):
         folder.save_parts(folder.model_file, {part: value for part, value in whole.items() if part != name})

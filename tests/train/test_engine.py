@@ -1,5 +1,7 @@
+import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +12,18 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from raygrec.draws import Draws
+from raygrec.errors import InputError
 from raygrec.train.assembly import build_model, build_prompts, prepare_run
-from raygrec.train.engine import EngineConfig, LocalEngine, NonFiniteError, _deepspeed_settings, make_engine
-from raygrec.train.folder import RunFolder
-from raygrec.train.loop import Stage, epoch_order, learning_rate, portions, run_stage, weighted_loss
+from raygrec.train.engine import (
+    EngineConfig,
+    LocalEngine,
+    NonFiniteError,
+    _deepspeed_settings,
+    from_rank_0,
+    make_engine,
+)
+from raygrec.train.folder import LoopState, RunFolder
+from raygrec.train.loop import ORDER, Stage, _resume, epoch_order, learning_rate, portions, run_stage, weighted_loss
 from raygrec.train.settings import RunConfig, StageConfig
 from tests.train.workers import tiny_config
 
@@ -110,7 +120,7 @@ def test_a_gradient_that_is_not_finite_updates_nothing():
     x, y = batch(2)
     x[0, 0] = math.nan
     local.backward(local.loss(x, y), last=True)
-    with pytest.raises(NonFiniteError, match="gradient norm is nan"):
+    with pytest.raises(NonFiniteError, match="the gradient norm is nan"):
         local.update(LR)
     assert all(torch.equal(local.state()[name], value) for name, value in before.items())
 
@@ -211,6 +221,77 @@ def test_parts_learn_at_their_share_of_the_rate_under_every_zero_stage(tmp_path)
             assert_moved_by_shares(state, norm)
 
 
+POISONED = [
+    {"zero_stage": 0},
+    {"zero_stage": 0, "precision": "bf16"},
+    {"zero_stage": 2},
+    {"zero_stage": 2, "offload_optimizer": True},
+    {"zero_stage": 3},
+]
+
+
+def faults_worker(rank: int, folder: str) -> None:
+    """One of two ranks: an update, then one whose gradient is not finite, on one rank or only in the sum of both.
+
+    Then what rank 0 alone decides: a checkpoint that rank 1 could not see, and an error.
+    """
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    found = {}
+    for settings in POISONED:
+        for kind, poison in {"nan": [1.0, math.nan], "sum": [3e38, 3e38]}.items():
+            made = make_engine(Parts(), EngineConfig(**settings), 1, True)
+            made.backward(made.loss(torch.tensor([1.0, -2.0, 3.0])), last=True)
+            made.update(LR)
+            before = made.state()
+            made.backward(made.loss(torch.tensor([1.0, poison[rank], 2.0])), last=True)
+            try:
+                made.update(LR)
+                message = "updated"
+            except NonFiniteError as error:
+                message = str(error)
+            after = made.state()
+            same = before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
+            found[f"{settings} {kind}"] = (same, message)
+    run = RunFolder(Path(folder) / "run")
+    if rank == 1:
+        run.newest_checkpoint = None
+    state = _resume(two_terms_stage(), LocalEngine(TwoTerms(), EngineConfig()), 0, run, Silent(), 1)
+    try:
+        from_rank_0(lambda: RunFolder(Path(f"{folder}/nothing-{rank}")).config())
+    except InputError as error:
+        torch.save((found, state.step, str(error)), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> list[tuple[dict[str, tuple[bool, str]], int, str]]:
+    """What each rank has found; of the run's two checkpoints, the newest is damaged."""
+    path = tmp_path_factory.mktemp("ranks")
+    run = RunFolder(path / "run")
+    tensors = {"param/weight": torch.ones(2), "carried/updates": torch.tensor(1)}
+    for step in (1, 2):
+        run.save_checkpoint(LoopState("train", step, records=0), tensors)
+    (run.checkpoints / "train-00000002" / "loop.json").write_text("{}")
+    mp.spawn(faults_worker, (str(path),), nprocs=2)
+    return [torch.load(path / f"{rank}.pt") for rank in range(2)]
+
+
+def test_all_ranks_take_the_checkpoint_that_rank_0_has_chosen(two_ranks):
+    for _, step, message in two_ranks:
+        assert step == 1
+        assert message.endswith("nothing-0: no run there (config.yaml is missing)")
+
+
+def test_a_gradient_that_is_not_finite_updates_nothing_under_any_zero_stage(two_ranks):
+    for found, _, _ in two_ranks:
+        assert len(found) == 2 * len(POISONED)
+        for case, (same, message) in found.items():
+            assert message.startswith("the gradient norm is "), (case, message)
+            assert same, case
+
+
 # ---- the loop around an engine
 
 
@@ -300,6 +381,29 @@ def test_what_a_model_carries_and_the_sums_of_an_epoch_survive_a_cut(tmp_path, m
     ] * 2
 
 
+def test_the_batch_whose_gradient_is_not_finite_is_named(tmp_path):
+    """By its numbers in the store, with what was updated before it untouched."""
+
+    class Steep(TwoTerms):
+        def forward(self, batch: Numbers, chunks: int) -> torch.Tensor:
+            slope = math.inf if 5 in batch.things else 1.0
+            return super().forward(batch, chunks) + (slope * self.weight).nan_to_num() * 0
+
+    local = LocalEngine(Steep(), EngineConfig())
+    stage = replace(two_terms_stage(), made_of="items", numbers=np.arange(8) * 10)
+    order = epoch_order(stage.lengths, 4, Draws(0, 1, ORDER, 0))
+    place = int(np.flatnonzero((order == 5).any(1))[0])
+    folder = RunFolder(tmp_path)
+    message = rf"train: the gradient norm is nan in step {place + 1} \(epoch 1\); its 4 items are in \S+json; nothing"
+    with pytest.raises(NonFiniteError, match=message):
+        run_stage(stage, local, 0, folder, Silent(), 1)
+    batch = json.loads(folder.batch_file.read_text())
+    assert batch["items"] == (10 * order[place]).tolist()
+    assert batch["error"] == "the gradient norm is nan"
+    assert local.model.weight.isfinite().all()
+    assert local.model.updates == place
+
+
 def test_the_learning_rate_by_hand():
     config = StageConfig(lr=3.0, warmup=0.5)
     rates = [learning_rate(step, 4, config) for step in range(4)]
@@ -370,6 +474,8 @@ class Silent:
 
     def report(self, record: dict[str, object]) -> None: ...
 
+    def warn(self, line: str) -> None: ...
+
 
 def assert_same_parameters(first: LocalEngine, second: LocalEngine, tolerance: float = 1e-5) -> None:
     ones, others = first.state(), second.state()
@@ -414,7 +520,13 @@ def test_a_loss_that_is_not_finite_updates_nothing(prepared, tiny_store, tmp_pat
     broken = LocalEngine(model, EngineConfig())
     before = broken.state()
     stage = Stage("train", 2, "user-item alignment", StageConfig(batch=12), builder.train.lengths, builder.training)
-    with pytest.raises(NonFiniteError, match=r"train: the loss is nan; nothing was updated, lower train\.lr"):
+    message = (
+        r"train: the loss is nan in step 1 \(epoch 1\); its 12 users are in \S+; nothing was updated, lower train\.lr"
+    )
+    with pytest.raises(NonFiniteError, match=message):
         run_stage(stage, broken, 0, RunFolder(tmp_path), Silent(), 1)
     assert all(torch.equal(broken.state()[name].nan_to_num(), value.nan_to_num()) for name, value in before.items())
-    assert not list(tmp_path.iterdir())
+    batch = json.loads((tmp_path / "not_finite.json").read_text())
+    users = epoch_order(builder.train.lengths, 12, Draws(0, 2, ORDER, 0))[0]
+    assert batch == {"error": "the loss is nan", "stage": "train", "step": 1, "epoch": 1, "users": users.tolist()}
+    assert [path.name for path in tmp_path.iterdir()] == ["not_finite.json"]

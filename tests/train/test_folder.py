@@ -1,11 +1,18 @@
 import json
+import os
+import pickle
+import re
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
 
-from raygrec.errors import InputError
+from raygrec.errors import InputError, StorageError
+from raygrec.train import manifest
 from raygrec.train.folder import KEEP, LoopState, RunFolder, with_absolute_paths
 from raygrec.train.settings import RunConfig
+from tests.test_storage import file_limit
 from tests.train.workers import tiny_config
 
 TENSORS = {"param/w": torch.arange(6.0).view(2, 3), "exp_avg/w": torch.zeros(2, 3)}
@@ -116,23 +123,115 @@ def test_a_draft_never_counts(folder):
     folder.save_checkpoint(LoopState("train", 2), TENSORS)
     assert folder.last_checkpoint("train")[0].step == 2
     assert hidden(folder) == [".metrics.json.draft"]
+    half.mkdir()
+    folder.start(folder.config(), resume=True)
+    assert not hidden(folder)
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 16
+    file.write_bytes(content)
+
+
+DAMAGES = {
+    "truncated": (lambda place: os.truncate(place / "state.safetensors", 100), r"state\.safetensors: has 100 bytes"),
+    "flipped": (lambda place: flip(place / "state.safetensors"), r"state\.safetensors: its checksum is not that of"),
+    "other": (lambda place: (place / "loop.json").write_text("{}\n"), r"loop\.json: has 3 bytes"),
+    "manifest": (lambda place: (place / "manifest.json").unlink(), r"manifest\.json: is missing"),
+    "link": (lambda place: place.symlink_to(place.rename(place.parents[1] / "elsewhere")), "train-00000003: is a link"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_checkpoint_is_left_out_with_a_line(folder, kind):
+    for step in (1, 2, 3):
+        folder.save_checkpoint(LoopState("train", step), {"param/w": torch.full((64,), float(step))})
+    damage, message = DAMAGES[kind]
+    damage(folder.checkpoints / "train-00000003")
+    lines: list[str] = []
+    state, tensors = folder.last_checkpoint("train", lines.append)
+    assert state.step == 2
+    assert torch.equal(tensors["param/w"], torch.full((64,), 2.0))
+    assert len(lines) == 1
+    assert re.search(f"{message}.*; this checkpoint is left out, the run goes on from train-00000002$", lines[0])
+    # What comes next is kept though the damaged one has a later step, and the damaged one is not met again.
+    folder.go_on_from(state)
+    assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["train-00000002"]
+    assert kind != "link" or len(list((folder.path / "elsewhere").iterdir())) == 3
+    folder.save_checkpoint(LoopState("train", 3), TENSORS)
+    assert folder.last_checkpoint("train", lines.append)[0].step == 3
+    assert len(lines) == 1
+
+
+def test_nothing_but_damaged_checkpoints_is_an_error(folder):
+    for step in (1, 2):
+        folder.save_checkpoint(LoopState("train", step), TENSORS)
+        flip(folder.checkpoints / f"train-{step:08d}" / "state.safetensors")
+    message = r"train-00000002/state\.safetensors: its checksum .*none of the 2 checkpoints of stage 'train' is whole"
+    with pytest.raises(InputError, match=message):
+        folder.last_checkpoint("train")
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(folder):
+    folder.save_checkpoint(LoopState("train", 1), TENSORS)
+    with (
+        pytest.raises(StorageError, match=r"train-00000002: cannot be written: .* \(4\.00 MiB needed, [\d.]+ MiB left"),
+        file_limit(2**20),
+    ):
+        folder.save_checkpoint(LoopState("train", 2), {"param/w": torch.zeros(2**20)})
+    assert not hidden(folder)
+    assert folder.last_checkpoint("train")[0].step == 1
+    with pytest.raises(StorageError, match=r"history\.jsonl: cannot be written: File too large"), file_limit(10):
+        folder.report({"step": 1, "loss": 0.5})
+    assert folder.history() == []
+    with pytest.raises(StorageError, match=r"metrics\.json: cannot be written"), file_limit(10):
+        folder.write_metrics({"test": {"ndcg@10": 0.5}})
+    assert folder.metrics() is None
+    assert not hidden(folder)
+
+
+def test_a_loop_state_of_another_kind_is_named(folder):
+    def sealed(content: str) -> Path:
+        folder.save_checkpoint(LoopState("train", 1), TENSORS)
+        place = folder.checkpoints / "train-00000001"
+        (place / "loop.json").write_text(content)
+        (place / "manifest.json").unlink()
+        manifest.seal(place)
+        return place
+
+    sealed('{"stage": "train", "steps": 1}')
+    with pytest.raises(InputError, match=r"loop\.json: not the loop state of this version"):
+        folder.last_checkpoint("train")
+    sealed("{")
+    with pytest.raises(InputError, match=r"loop\.json: not valid JSON"):
+        folder.last_checkpoint("train")
+    # The next checkpoint would be written to a place of its choice.
+    sealed('{"stage": "../../train", "step": 1}')
+    with pytest.raises(InputError, match=r"loop\.json: is of \.\./\.\./train-00000001, not of train-00000001"):
+        folder.last_checkpoint("train")
+    place = sealed(json.dumps(asdict(LoopState("train", 1))))
+    (place / "state.safetensors").write_bytes(pickle.dumps({"param/w": 1}))
+    (place / "manifest.json").unlink()
+    manifest.seal(place)
+    with pytest.raises(InputError, match=r"state\.safetensors: not readable as safetensors"):
+        folder.last_checkpoint("train")
 
 
 def test_damaged_files_are_named(folder):
-    folder.save_checkpoint(LoopState("train", 1), TENSORS)
-    place = folder.checkpoints / "train-00000001"
-    tensors = place / "state.safetensors"
-    tensors.write_bytes(tensors.read_bytes()[:-4])
-    with pytest.raises(InputError, match=r"state\.safetensors: not readable as safetensors"):
-        folder.last_checkpoint("train")
-    (place / "loop.json").write_text('{"stage": "train", "steps": 1}')
-    with pytest.raises(InputError, match=r"loop\.json: not the loop state of this version"):
-        folder.last_checkpoint("train")
-    (place / "loop.json").write_text("{")
-    with pytest.raises(InputError, match=r"loop\.json: not valid JSON"):
-        folder.last_checkpoint("train")
     with pytest.raises(InputError, match=r"model\.safetensors: not readable as safetensors"):
         folder.load_parts(folder.model_file)
+    lines: list[str] = []
+    file = folder.parts_file("train")
+    assert not folder.has_parts(file, lines.append)
+    assert not lines
+    folder.save_parts(file, TENSORS)
+    assert folder.has_parts(file, lines.append)
+    flip(file)
+    with pytest.raises(InputError, match=r"train\.safetensors: damaged, its tensors do not have the checksum"):
+        folder.load_parts(file)
+    assert not folder.has_parts(file, lines.append)
+    assert [line.partition(": ")[2][:7] for line in lines] == ["damaged"]
     (folder.path / "metrics.json").write_text("")
     with pytest.raises(InputError, match=r"metrics\.json: not valid JSON"):
         folder.metrics()
@@ -176,9 +275,66 @@ def test_a_folder_takes_its_place_only_when_it_is_filled(folder):
     with pytest.raises(OSError, match="full"), folder.drafted(folder.model_folder) as draft:
         (draft / "second").write_text("2")
         raise OSError("full")
-    assert [path.name for path in folder.model_folder.iterdir()] == ["first"]
+    assert {path.name for path in folder.model_folder.iterdir()} == {"first", "manifest.json"}
+    assert not hidden(folder)
     with folder.drafted(folder.model_folder) as draft:
         assert not list(draft.iterdir())
         (draft / "third").write_text("3")
-    assert [path.name for path in folder.model_folder.iterdir()] == ["third"]
+    assert {path.name for path in folder.model_folder.iterdir()} == {"third", "manifest.json"}
+    manifest.check(folder.model_folder)
     assert not hidden(folder)
+
+
+# ---- what others may have put there
+
+
+def test_the_folder_of_a_living_run_is_refused(folder, config):
+    other = RunFolder(folder.path)
+    message = rf"run: process {os.getpid()} on \S+ is at work there; wait for its end, or name another out"
+    with folder.held(), pytest.raises(InputError, match=message), other.held():
+        pass
+    with other.held():
+        folder.start(config, resume=True)  # the lock is no sign of a foreign folder
+    new = RunFolder(folder.path.parent / "new")
+    new.path.mkdir()
+    (new.path / ".config.yaml.here-1.draft").touch()  # of a start that was cut off
+    with new.held():
+        new.start(config, resume=False)
+    foreign = folder.path.parent / "foreign"
+    foreign.mkdir()
+    (foreign / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="is not empty and holds no run"), RunFolder(foreign).held():
+        pass
+    assert [path.name for path in foreign.iterdir()] == ["notes.txt"]
+
+
+def test_a_config_executes_nothing(folder, tmp_path):
+    mark = tmp_path / "executed"
+    for tag in ("python/object/apply:os.mkdir", "python/object/new:os.mkdir"):
+        folder.config_file.write_text(f"seed: !!{tag} ['{mark}']\n")
+        with pytest.raises(InputError, match=r"config\.yaml"):
+            folder.config()
+    assert not mark.exists()
+
+
+def test_links_are_not_written_through(folder, config, tmp_path):
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "file").write_text("mine")
+    folder.history_file.symlink_to(victim / "file")
+    with pytest.raises(OSError, match="symbolic links"):
+        folder.report({"step": 0})
+    (folder.checkpoints / "train-00000001").symlink_to(victim)
+    (folder.checkpoints / ".train-00000002.draft").symlink_to(victim)
+    folder.parts_file("train").symlink_to(victim / "file")
+    folder.save_parts(folder.parts_file("train"), TENSORS)
+    for step in (2, 3, 4):
+        folder.save_checkpoint(LoopState("train", step), TENSORS)
+    folder.start(config, resume=True)
+    assert [(path.name, path.read_text()) for path in victim.iterdir()] == [("file", "mine")]
+    assert sorted(path.name for path in folder.checkpoints.iterdir()) == [
+        "train-00000003",
+        "train-00000004",
+        "train.safetensors",
+    ]
+    assert not folder.parts_file("train").is_symlink()

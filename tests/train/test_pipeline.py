@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 import sys
 from collections.abc import Callable
 
@@ -15,7 +16,14 @@ from raygrec.train import loop
 from raygrec.train.assembly import load_model
 from raygrec.train.folder import RunFolder
 from raygrec.train.local import train_here
-from tests.train.workers import run_workers, tiny_config, tiny_galrec_config, tiny_graph_config, tiny_sequential_config
+from tests.train.workers import (
+    run_several,
+    run_workers,
+    tiny_config,
+    tiny_galrec_config,
+    tiny_graph_config,
+    tiny_sequential_config,
+)
 
 STAGES = ("alignment", "histories", "train")
 
@@ -247,6 +255,33 @@ def test_galrec_that_was_cut_off_ends_with_the_same_parameters_and_queues(
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=0, atol=0, msg=name)
+
+
+def test_galrec_goes_on_with_other_numbers_of_workers(galrec_alone, tiny_store, tiny_backbone, tmp_path):
+    """Cut off on two, resumed on one and on four: queues and the order of the data are not of a number of workers."""
+    cut = {
+        stage: tiny_galrec_config(
+            tiny_store.path, tiny_backbone, tmp_path / f"two-{stage}", engine={"zero_stage": stage}
+        )
+        for stage in (0, 2, 3)
+    }
+    for folder in run_several(list(cut.values()), 2, stop_after=7):
+        assert folder.metrics() is None
+        assert folder.last_checkpoint("train")[0].step == 6
+    for workers, stages in ((1, (0, 2, 3)), (4, (2,))):
+        configs = [cut[stage].model_copy(update={"out": tmp_path / f"{workers}-{stage}"}) for stage in stages]
+        for config, stage in zip(configs, stages, strict=True):
+            shutil.copytree(cut[stage].out, config.out)
+        for folder in run_several(configs, workers):
+            assert folder.metrics()["workers"] == workers
+            np.testing.assert_allclose(curve(folder), curve(galrec_alone), rtol=1e-4)
+            for record, expected in zip(folder.history(), galrec_alone.history(), strict=True):
+                assert record["terms"] == pytest.approx(expected["terms"], rel=1e-4)
+            for split in ("valid", "test"):
+                assert folder.metrics()[split] == pytest.approx(galrec_alone.metrics()[split], rel=1e-4)
+            found = queues(folder)
+            for name, value in queues(galrec_alone).items():
+                torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-3, msg=name)
 
 
 SLOW = {"contrast": {"queue": 20, "users": 0.6, "items": 0.5, "momentum": 0.6}}

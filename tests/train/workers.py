@@ -19,7 +19,8 @@ from pathlib import Path
 from raygrec.train.folder import RunFolder
 from raygrec.train import loop, pipeline
 dist.init_process_group("gloo")
-stop = json.loads(sys.argv[2])
+stop, gently = json.loads(sys.argv[2]), len(json.loads(sys.argv[1])) > 1
+class Cut(Exception): pass
 if stop:
     # Cut off for real: the process ends in the middle of a stage, right after an update.
     step = loop._step
@@ -27,15 +28,23 @@ if stop:
     def counted(*arguments):
         seen[0] += 1
         if seen[0] > stop:
-            os._exit(9)
+            seen[0] = 0
+            if not gently:
+                os._exit(9)
+            raise Cut
         return step(*arguments)
     loop._step = counted
 class Silent:
     def progress(self, *a, **k): pass
     def report(self, *a, **k): pass
-folder = RunFolder(Path(sys.argv[1]))
-pipeline.run(folder.config(), folder, Silent(), distributed=True)
-dist.barrier()
+    def warn(self, line): print(line)
+for out in json.loads(sys.argv[1]):
+    folder = RunFolder(Path(out))
+    try:
+        pipeline.run(folder.config(), folder, Silent(), distributed=True)
+    except Cut:
+        pass
+    dist.barrier()
 # Without the interpreter's own end, at which a thread of the process group may still run and abort the process.
 os._exit(0)
 """
@@ -43,13 +52,19 @@ os._exit(0)
 
 def run_workers(config: RunConfig, workers: int, stop_after: int = 0) -> RunFolder:
     """Runs or resumes `config` on `workers` processes; with `stop_after`, all are cut off after that many updates."""
-    folder = RunFolder(config.out)
-    folder.start(config, resume=True)
-    prepare_run(config, folder)
+    return run_several([config], workers, stop_after)[0]
+
+
+def run_several(configs: list[RunConfig], workers: int, stop_after: int = 0) -> list[RunFolder]:
+    """As `run_workers`, one run after the other in the same processes; a cut ends the run, not the processes."""
+    folders = [RunFolder(config.out) for config in configs]
+    for folder, config in zip(folders, configs, strict=True):
+        folder.start(config, resume=True)
+        prepare_run(config, folder)
     port = str(20000 + os.getpid() % 20000 + workers)
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(config.out), json.dumps(stop_after)],
+            [sys.executable, "-c", SCRIPT, json.dumps([str(config.out) for config in configs]), json.dumps(stop_after)],
             env=os.environ
             | {
                 "RANK": str(rank),
@@ -67,9 +82,9 @@ def run_workers(config: RunConfig, workers: int, stop_after: int = 0) -> RunFold
     ]
     for process in processes:
         output, _ = process.communicate(timeout=300)
-        if process.returncode != (9 if stop_after else 0):
+        if process.returncode != (9 if stop_after and len(configs) == 1 else 0):
             raise AssertionError(f"a worker ended with {process.returncode}:\n{output}")
-    return folder
+    return folders
 
 
 def tiny_config(store: Path, backbone: Path, out: Path, **changes: object) -> RunConfig:

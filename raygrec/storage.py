@@ -1,0 +1,71 @@
+"""Writing so that a file is there whole or not at all, also after a crash of the machine or on a full disk."""
+
+import errno
+import os
+import platform
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from raygrec.errors import StorageError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def replaced(file: Path, needed: int | None = None) -> Iterator[Path]:
+    """A draft beside `file` to write, which takes its place, durably, once the block has ended well.
+
+    Otherwise the draft is gone and `file` is as before. Raises as `writing`.
+    """
+    # Several processes, on several machines, may write a file at once: each writes a draft of its own.
+    draft = file.with_name(f".{file.name}.{platform.node()}-{os.getpid()}.draft")
+    with writing(file, needed):
+        try:
+            draft.unlink(missing_ok=True)  # what lies there may be a link to somewhere else
+            yield draft
+            sync(draft)
+            os.replace(draft, file)
+            sync(file.parent)
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(place: Path, needed: int | None = None) -> Iterator[None]:
+    """`StorageError` where the block meets a full disk, a quota or a limit; needed: bytes, for its message."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = _errno(error)
+        if number not in FULL:
+            raise
+        wanted = "" if needed is None else f"{needed / 2**20:.2f} MiB needed, "
+        left = shutil.disk_usage(_existing(place)).free / 2**20
+        raise StorageError(
+            f"{place}: cannot be written: {os.strerror(number)} ({wanted}{left:.2f} MiB left on its disk)"
+        ) from None
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's content, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _errno(error: OSError | SafetensorError) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))  # of its writer, which is not Python
+    return int(found[1]) if found else None
+
+
+def _existing(path: Path) -> Path:
+    return path if path.exists() else _existing(path.parent)
