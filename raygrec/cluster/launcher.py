@@ -7,6 +7,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -26,6 +27,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 import ray
 from ray import train
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raygrec.cluster.task import as_task
@@ -36,6 +38,7 @@ STARTING = "starting workers"
 DRIVER = "train_driver"  # the resource that a sweep's trials sit on, so that they never take the workers' CPUs
 JOBS_COPIES = "runtime_resources"  # Ray's folder for what jobs bring along
 REDRAWN_EVERY = 0.3  # seconds
+STOPPED_AFTER = 30.0  # seconds that workers may take to end
 
 
 class WorkerError(RuntimeError):
@@ -64,6 +67,7 @@ class Board:
     def __init__(self) -> None:
         self.lines: list[tuple[str, int, int, str]] = []
         self.failure: Failure | None = None
+        self.controller: Any = None
 
     def tell(self, task: str, done: int, total: int, note: str) -> None:
         if self.lines and self.lines[-1][0] == task and self.lines[-1][1] < self.lines[-1][2]:
@@ -79,6 +83,22 @@ class Board:
 
     def failed(self) -> Failure | None:
         return self.failure
+
+    def controlled_by(self, controller: Any) -> None:
+        self.controller = controller
+
+    def controlled(self) -> Any:
+        return self.controller
+
+
+class Introduction(ControllerCallback):
+    """Tells the board who controls the workers: Ray Train's own way to end a run is for Ctrl-C alone."""
+
+    def __init__(self, board: Any) -> None:
+        self.board = board
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        self.board.controlled_by.remote(ray.get_runtime_context().current_actor)
 
 
 class RayReporter:
@@ -158,8 +178,7 @@ def connect(cluster: ClusterConfig, trials: int = 0) -> bool:
             # Logical CPUs may exceed the cores: two workers must fit a laptop. One more is the controller's.
             cpus = max(os.cpu_count() or 1, int(max(trials, 1) * cluster.workers * cluster.cpus_per_worker) + 1)
             resources = {DRIVER: trials} if trials else None
-            # Ray Train gives back the workers of a pruned trial only where the dashboard tells it of the trial's end.
-            ray.init(num_cpus=cpus, resources=resources, include_dashboard=bool(trials), **settings)
+            ray.init(num_cpus=cpus, resources=resources, include_dashboard=False, **settings)
         bars.advance(task)
     try:
         check_resources(cluster, trials)
@@ -225,6 +244,13 @@ class RunOnWorkers:
         self._running.join(seconds)
         return self._running.is_alive()
 
+    def stop(self) -> None:
+        """Ends the workers before the run has, and gives back the place they have."""
+        controller = ray.get(self.board.controlled.remote())
+        if controller is not None and self._running.is_alive():
+            with suppress(ray.exceptions.RayError):
+                ray.get(controller.abort.remote(), timeout=STOPPED_AFTER)
+
     def finish(self) -> dict[str, Any]:
         """The metrics, once the run has ended; `InputError` or `WorkerError` where it failed."""
         self._running.join()
@@ -266,6 +292,7 @@ def _trainer(config: RunConfig, folder: RunFolder, board: Any, controller_failur
         run_config=train.RunConfig(
             name=f"{folder.path.name}-{time.time_ns()}",
             storage_path=str(folder.path / "ray"),
+            callbacks=[Introduction(board)],
             failure_config=train.FailureConfig(
                 max_failures=cluster.max_failures, controller_failure_limit=controller_failures
             ),

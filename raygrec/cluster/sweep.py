@@ -148,6 +148,7 @@ class Trial(tune.Trainable):
 
     def setup(self, config: dict[str, Any]) -> None:
         os.environ["RAYGREC_QUIET"] = "1"
+        self.run: RunOnWorkers | None = None
         sweep_folder = SweepFolder(Path(config[FOLDER]))
         self.sweep = sweep_folder.config()
         self.point = point_of(config)
@@ -173,6 +174,11 @@ class Trial(tune.Trainable):
             "complete": report.seeds is not None,
             "done": report.seeds is not None,
         }
+
+    def cleanup(self) -> None:
+        """Where the trial is pruned, its workers end with it: they would keep their place otherwise."""
+        if self.run is not None:
+            self.run.stop()
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
         """Nothing: the trial's folder holds all."""
@@ -230,12 +236,12 @@ class Trial(tune.Trainable):
         if folder.metrics() is None:
             with folder.claimed(config, resume=folder.config_file.exists()):
                 _where_there_is_room(config, prepare_run, config, folder)
-            run = RunOnWorkers(config, folder, controller_failures=-1)
-            while run.goes_on(REDRAWN_EVERY):
+            self.run = RunOnWorkers(config, folder, controller_failures=-1)
+            while self.run.goes_on(REDRAWN_EVERY):
                 for epoch, valid in _validations(folder, seen):
                     seen = epoch
                     yield epoch, valid
-            run.finish()
+            self.run.finish()
         for epoch, valid in _validations(folder, seen):
             seen = epoch
             yield epoch, valid

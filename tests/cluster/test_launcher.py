@@ -21,7 +21,7 @@ pytestmark = pytest.mark.cluster
 
 BAR_LINE = re.compile(r"(?P<task>[\w @,-]+): [\d,]+/[\d,]+ (in|so far).*\d/s.*")
 # Long enough for a worker to be shot in the middle of it.
-LONG = {"epochs": 25, "patience": 25, "evaluate_every": 5}
+LONG = {"epochs": 12, "patience": 12, "evaluate_every": 4}
 
 
 def wait_for(condition, seconds: float) -> None:

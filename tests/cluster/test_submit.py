@@ -100,7 +100,8 @@ def test_a_stopped_job_is_resumed_to_the_same_end(submit, tiny_store, tiny_backb
     file = tmp_path / "run.yaml"
     file.write_text(config.model_dump_json())  # JSON is YAML
     folder = RunFolder(config.out)
-    assert job(submit, "first", "jobs/train.py", file, wait=False).returncode == 0
+    # The head answers before its agent, which starts jobs.
+    wait_for(lambda: job(submit, "first", "jobs/train.py", file, wait=False).returncode == 0, 90)
     # Meanwhile, on the second driver's place.
     wrong = job(submit, "wrong", "jobs/train.py", file, "train.epoch=3")
     expected = train_here(alone)

@@ -28,13 +28,13 @@ GOOD, BROKEN, IDLE = 0.01, 1e30, 1e-9  # learning rates: one that learns, one th
 
 @pytest.fixture
 def space(tiny_store, tiny_backbone, tmp_path) -> Path:
-    """Four trials, one after another: one ends well, one fails, one is pruned, one ends well."""
+    """Three trials, one after another: one ends well, one fails, one is pruned."""
     job = tiny_sequential_config(tiny_store.path, tiny_backbone, tmp_path / "run", cluster={"workers": 1})
     (tmp_path / "job.yaml").write_text(job.model_dump_json())  # JSON is YAML
     content = {
         "job": str(tmp_path / "job.yaml"),
         "out": str(tmp_path / "sweep"),
-        "space": {"train.lr": {"choice": [GOOD, BROKEN, IDLE, 2 * GOOD]}},
+        "space": {"train.lr": {"choice": [GOOD, BROKEN, IDLE]}},
         "metric": "ndcg@3",
         "searcher": {"name": "grid"},
         "scheduler": {"name": "asha", "grace": 2, "reduction": 2},
@@ -59,7 +59,8 @@ def test_a_sweep_whose_driver_is_killed_goes_on_and_accounts_for_every_trial(spa
     process = started(space)
     # The first has ended well, the second has failed, the third is on its way.
     wait_for(lambda: statuses(folder) == ["finished", "failed", "running"] or process.poll() is not None, 400)
-    below = psutil.Process(process.pid).children(recursive=True)
+    # Ray's own agents take a minute to notice; what trains goes with the driver.
+    below = [one for one in psutil.Process(process.pid).children(recursive=True) if "Agent" not in one.name()]
     process.send_signal(signal.SIGKILL)
     process.communicate()
     wait_for(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in below), 60)
@@ -71,10 +72,10 @@ def test_a_sweep_whose_driver_is_killed_goes_on_and_accounts_for_every_trial(spa
     assert process.returncode == 0, error
     result = json.loads(output)
     trials = pd.read_parquet(folder.path / "trials.parquet")
-    assert trials["status"].tolist() == ["finished", "failed", "pruned", "finished"], error
+    assert trials["status"].tolist() == ["finished", "failed", "pruned"], error
     assert {name: result[name] for name in ("trials", "finished", "failed", "pruned")} == {
-        "trials": 4,
-        "finished": 2,
+        "trials": 3,
+        "finished": 1,
         "failed": 1,
         "pruned": 1,
     }
@@ -86,7 +87,7 @@ def test_a_sweep_whose_driver_is_killed_goes_on_and_accounts_for_every_trial(spa
     assert best.evaluate.test and best.train.lr == result["best"]["point"]["train.lr"]
     alone = train_here(best.model_copy(update={"out": space.parent / "alone"}))
     assert result["best"]["score"] == pytest.approx(alone["valid"]["ndcg@3"], abs=1e-6)
-    assert result["best"]["score"] == trials["score"][[0, 3]].max()
+    assert result["best"]["score"] == trials["score"][0]
     assert result["final"][best.name]["test"][0] == pytest.approx(alone["test"], abs=1e-6)
     for place in (place for _, place in folder.trials()):
         metrics = RunFolder(place.run(0)).metrics()

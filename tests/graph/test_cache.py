@@ -13,7 +13,7 @@ CONFIG = LightGCNConfig(dim=4, layers=1, epochs=2, evaluate_every=1)
 def test_second_call_reads_the_file(tmp_path):
     config = CONFIG.model_copy(update={"folds": 4})
     first = load_or_pretrain(TRAIN, VALID, 4, config, 0, tmp_path)
-    (path,) = tmp_path.iterdir()
+    (path,) = tmp_path.glob("*.safetensors")
     written = path.stat().st_mtime_ns
     second = load_or_pretrain(TRAIN, VALID, 4, config, 0, tmp_path)
     assert torch.equal(first.users, second.users)
