@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from raygrec.cluster.sweep_folder import Outcome, SweepFolder
+from raygrec.evaluate.sweep_figures import short_names
 from raygrec.evaluate.sweeps import best_trial
 from raygrec.progress import clock, console, is_drawn, quiet
 
@@ -126,8 +127,9 @@ def _point(trial: Trial) -> dict[str, Any]:
 
 
 def _settings(outcome: Outcome) -> str:
-    """The point in few words: keys by their last part."""
-    return " ".join(f"{key.rpartition('.')[2]}={_short(value)}" for key, value in outcome.point.items())
+    """The point in few words: keys by as many of their last parts as tell them apart."""
+    names = short_names(list(outcome.point))
+    return " ".join(f"{name}={_short(value)}" for name, value in zip(names, outcome.point.values(), strict=True))
 
 
 def _short(value: Any) -> str:
