@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from raygrec.cluster.space import Point, SweepConfig, base_config, trial_config
 from raygrec.config import read_yaml, validate
 from raygrec.errors import InputError
 from raygrec.evaluate.sweeps import best_trial
+from raygrec.storage import replaced
 from raygrec.train.settings import run_config
 
 Status = Literal["running", "finished", "pruned", "failed", "unfinished"]
@@ -191,9 +191,8 @@ class SweepFolder:
             if outcome.status not in ("running", "unfinished"):
                 folder.drop_weights()
         for name, table in (("trials", trials), ("reports", reports)):
-            draft = self.path / f".{name}.parquet"
-            _as_stored(table).to_parquet(draft, index=False)
-            os.replace(draft, self.path / f"{name}.parquet")
+            with replaced(self.path / f"{name}.parquet") as draft:
+                _as_stored(table).to_parquet(draft, index=False)
         best = best_trial(trials, self.config().mode)
         if best is not None:
             sweep = self.config()
@@ -216,6 +215,5 @@ def _as_stored(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _write(file: Path, content: str) -> None:
-    draft = file.with_name(f".{file.name}.draft-{os.getpid()}")
-    draft.write_text(content, encoding="utf-8")
-    os.replace(draft, file)
+    with replaced(file, len(content)) as draft:
+        draft.write_text(content, encoding="utf-8")
