@@ -80,6 +80,10 @@ class ClusterConfig(StrictConfig):
     gpus_per_worker: float = Field(0, ge=0)
     max_failures: int = Field(3, ge=0)
     """Restarts of the worker group before the run is given up."""
+    max_preemptions: int = Field(-1, ge=-1)
+    """Restarts because a node was taken away with notice, which do not count as failures; −1: any number."""
+    stall_seconds: float = Field(600, gt=0)
+    """After so long without a step, the worker that the others wait for is named; after as long again, it is ended."""
 
 
 class RunConfig(StrictConfig):

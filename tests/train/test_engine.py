@@ -474,6 +474,11 @@ class Silent:
 
     def report(self, record: dict[str, object]) -> None: ...
 
+    def at(self, task: str, step: int) -> None: ...
+
+    def wants_checkpoint(self) -> bool:
+        return False
+
     def warn(self, line: str) -> None: ...
 
 

@@ -37,6 +37,8 @@ if stop:
 class Silent:
     def progress(self, *a, **k): pass
     def report(self, *a, **k): pass
+    def at(self, *a): pass
+    def wants_checkpoint(self): return False
     def warn(self, line): print(line)
 for out in json.loads(sys.argv[1]):
     folder = RunFolder(Path(out))
