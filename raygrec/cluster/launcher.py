@@ -37,6 +37,7 @@ STARTING = "starting workers"
 DRIVER = "train_driver"  # the resource that a sweep's trials sit on, so that they never take the workers' CPUs
 JOBS_COPIES = "runtime_resources"  # Ray's folder for what jobs bring along
 REDRAWN_EVERY = 0.3  # seconds
+RESIZED_EVERY = 60.0  # seconds between two looks at whether a run of a variable number of workers has room for more
 
 
 class WorkerError(RuntimeError):
@@ -174,7 +175,7 @@ def connect(cluster: ClusterConfig, trials: int = 0) -> bool:
             _join(address, settings)
         else:
             # Logical CPUs may exceed the cores: two workers must fit a laptop. One more is the controller's.
-            cpus = max(os.cpu_count() or 1, int(max(trials, 1) * cluster.workers * cluster.cpus_per_worker) + 1)
+            cpus = max(os.cpu_count() or 1, int(max(trials, 1) * cluster.most * cluster.cpus_per_worker) + 1)
             resources = {DRIVER: trials} if trials else None
             # Ray Train gives back the workers of a pruned trial only where the dashboard tells it of the trial's end.
             ray.init(num_cpus=cpus, resources=resources, include_dashboard=bool(trials), **settings)
@@ -205,10 +206,10 @@ def check_resources(cluster: ClusterConfig, trials: int = 0) -> None:
         return
     there = ray.cluster_resources()
     for kind, each in (("CPU", cluster.cpus_per_worker), ("GPU", cluster.gpus_per_worker)):
-        wanted = cluster.workers * each
+        wanted = cluster.fewest * each
         if wanted > there.get(kind, 0):
             raise InputError(
-                f"cluster.workers={cluster.workers} × {each:g} {kind} = {wanted:g} {kind}, the cluster has "
+                f"cluster.workers={cluster.fewest} × {each:g} {kind} = {wanted:g} {kind}, the cluster has "
                 f"{there.get(kind, 0):g}; ask for fewer, or set RAYGREC_AUTOSCALING=1 where it can grow"
             )
     if trials and there.get(DRIVER, 0) < 1:
@@ -261,7 +262,7 @@ def _fit(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
     run = RunOnWorkers(config, folder)
     with progress_bar() as bars:
         reporter = BarReporter(bars)
-        reporter.progress(STARTING, 0, config.cluster.workers)
+        reporter.progress(STARTING, 0, config.cluster.most)
         workers = 0
         while run.goes_on(REDRAWN_EVERY):
             for line in _news(run.board):
@@ -287,7 +288,10 @@ def _trainer(config: RunConfig, folder: RunFolder, board: Any, controller_failur
         _worker,
         train_loop_config={"config": config.model_dump(mode="json"), "board": board},
         scaling_config=train.ScalingConfig(
-            num_workers=cluster.workers, use_gpu=bool(cluster.gpus_per_worker), resources_per_worker=resources
+            num_workers=cluster.workers,
+            elastic_resize_monitor_interval_s=RESIZED_EVERY,
+            use_gpu=bool(cluster.gpus_per_worker),
+            resources_per_worker=resources,
         ),
         run_config=train.RunConfig(
             name=f"{folder.path.name}-{time.time_ns()}",

@@ -140,6 +140,7 @@ def run_stage(
                 "lr": rate,
                 "gradient_norm": norm,
                 "tokens_per_second": tokens / (time.monotonic() - started),
+                "workers": world()[1],
                 "peak_memory_mib": peak_memory_mib(),
             }
             if len(terms) > 1:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, PositiveInt, model_validator
 
 from raygrec.config import StrictConfig, validate
 from raygrec.errors import InputError
@@ -75,7 +75,8 @@ class EvaluateConfig(StrictConfig):
 class ClusterConfig(StrictConfig):
     """What a run asks of Ray; not read by a run in one process."""
 
-    workers: int = Field(2, ge=1)
+    workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 2
+    """A number, or the fewest and the most: as many as there is room for, at each start and whenever that changes."""
     cpus_per_worker: float = Field(1, gt=0)
     gpus_per_worker: float = Field(0, ge=0)
     max_failures: int = Field(3, ge=0)
@@ -84,6 +85,22 @@ class ClusterConfig(StrictConfig):
     """Restarts because a node was taken away with notice, which do not count as failures; −1: any number."""
     stall_seconds: float = Field(600, gt=0)
     """After so long without a step, the worker that the others wait for is named; after as long again, it is ended."""
+
+    @model_validator(mode="after")
+    def _fewest_come_first(self) -> Self:
+        if self.fewest > self.most:
+            raise ValueError(f"workers=[{self.fewest}, {self.most}]: the fewest come first, then the most")
+        return self
+
+    @property
+    def fewest(self) -> int:
+        """Workers without which the run does not begin."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most(self) -> int:
+        """Workers that it has room for."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 class RunConfig(StrictConfig):
