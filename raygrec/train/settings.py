@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, model_validator
 
 from raygrec.config import StrictConfig, validate
 from raygrec.errors import InputError
@@ -35,6 +35,15 @@ def _address(value: object) -> str:
         raise ValueError(str(error)) from None
 
 
+def _workers(value: object) -> int | tuple[int, int]:
+    numbers = (value, value) if isinstance(value, int) else value
+    whole = isinstance(numbers, list | tuple) and all(type(number) is int for number in numbers)
+    if not whole or len(numbers) != 2 or not 1 <= numbers[0] <= numbers[1]:
+        raise ValueError("expected a number of workers, or [fewest, most]")
+    return value if isinstance(value, int) else (numbers[0], numbers[1])
+
+
+Workers = Annotated[int | tuple[int, int], BeforeValidator(_workers)]
 Place = Annotated[Path | str, PlainValidator(_place), PlainSerializer(str)]
 Address = Annotated[str, BeforeValidator(_address)]
 
@@ -75,7 +84,7 @@ class EvaluateConfig(StrictConfig):
 class ClusterConfig(StrictConfig):
     """What a run asks of Ray; not read by a run in one process."""
 
-    workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 2
+    workers: Workers = 2
     """A number, or the fewest and the most: as many as there is room for, at each start and whenever that changes."""
     cpus_per_worker: float = Field(1, gt=0)
     gpus_per_worker: float = Field(0, ge=0)
@@ -85,12 +94,6 @@ class ClusterConfig(StrictConfig):
     """Restarts because a node was taken away with notice, which do not count as failures; −1: any number."""
     stall_seconds: float = Field(600, gt=0)
     """After so long without a step, the worker that the others wait for is named; after as long again, it is ended."""
-
-    @model_validator(mode="after")
-    def _fewest_come_first(self) -> Self:
-        if self.fewest > self.most:
-            raise ValueError(f"workers=[{self.fewest}, {self.most}]: the fewest come first, then the most")
-        return self
 
     @property
     def fewest(self) -> int:

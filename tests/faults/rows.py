@@ -4,16 +4,20 @@ A row is a function of a `Scene`: it starts a run, waits for a random update, sa
 and compares how the run ends with the uninterrupted one. Its name is what `python -m tests.faults NAME` runs.
 """
 
+import itertools
 import os
+import re
 import resource
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import yaml
 
+from raygrec.cluster import launcher
 from raygrec.cluster.sweep_folder import SweepFolder
-from tests.faults.scene import Scene, VainError, kill, newest, small_disk
+from tests.faults.scene import EPOCH, LONGER, Run, Scene, VainError, kill, newest, small_disk
 from tests.train.test_folder import flip
 
 Row = Callable[[Scene], None]
@@ -69,10 +73,8 @@ def node_lost(scene: Scene) -> None:
     scene.add_nodes(3)
     run = scene.start(scene.config())
     scene.until(run, scene.step())
-    parents = {parent.pid for worker in scene.workers() for parent in worker.parents()}
-    busy = [node for node in scene.nodes if node.all_processes["raylet"][0].process.pid in parents]
     scene.hit(run, "a node with a worker lost, one of three")
-    scene.lose_node(scene.random.choice(busy))
+    scene.lose_node(scene.random.choice(scene.busy_nodes()))
     scene.compare(scene.end(run))
 
 
@@ -86,6 +88,58 @@ def driver_killed(scene: Scene) -> None:
     run.process.kill()
     run.process.wait()
     scene.compare(scene.end(scene.command(config, "--resume")))
+
+
+@row("preempted-with-notice")
+def preempted(scene: Scene) -> None:
+    """All ranks write a checkpoint at the next step; Ray Train restarts the run on another node at the deadline."""
+    scene.add_nodes(3)
+    run = scene.command(scene.config(train=LONGER, cluster={"max_failures": 0}))
+    scene.until(run, EPOCH * scene.random.randint(1, 3))
+    node, notice = scene.random.choice(scene.busy_nodes()), 12
+    scene.hit(run, f"a node's loss announced {notice} s ahead, then the node lost")
+    scene.announce_loss(node, notice)
+    scene.wait(lambda: "a checkpoint is written now" in run.said() or not run.alive())
+    scene.wait(lambda: newest(run.folder) % EPOCH or not run.alive())  # none is due there
+    scene.wait(lambda: time.monotonic() > scene.hits[0].at + notice)
+    scene.lose_node(node)
+    scene.compare(scene.end(run), train=LONGER)
+    if "the run goes on from its last checkpoint" not in run.said():
+        raise VainError("the run was over before the node went")
+
+
+@row("worker-stopped")
+def worker_stopped(scene: Scene) -> None:
+    scene.add_nodes(2)
+    run = scene.command(scene.config(cluster={"stall_seconds": 8}))
+    scene.until(run, scene.step())
+    scene.hit(run, "SIGSTOP of rank 1, which is named, then ended")
+    for worker in scene.others(run):
+        worker.suspend()
+    scene.compare(scene.end(run))
+    if not re.search(r"rank 1 stands at step \d+ of training and was last heard of .*; the others wait", run.said()):
+        raise VainError("nobody named rank 1")
+
+
+@row("elastic-1-2")
+def elastic(scene: Scene) -> None:
+    scene.add_nodes(2)
+    launcher.RESIZED_EVERY = 3.0
+    run = scene.start(scene.config(train=LONGER, cluster={"workers": (1, 2)}))
+    scene.until(run, EPOCH * scene.random.randint(1, 3))
+    scene.hit(run, "a node of two lost: on with one worker; a node added: two again")
+    scene.lose_node(scene.random.choice(scene.busy_nodes()))
+    scene.wait(lambda: ran_on(run)[-1:] == [1] or not run.alive())
+    scene.add_nodes(1)
+    folder = scene.end(run)
+    if ran_on(run) != [2, 1, 2]:
+        raise VainError(f"ran on {ran_on(run)} workers, one after another")
+    scene.compare(folder, exactly=False, train=LONGER)
+
+
+def ran_on(run: Run) -> list[int]:
+    """Numbers of workers, in their order."""
+    return [workers for workers, _ in itertools.groupby(record["workers"] for record in run.folder.history())]
 
 
 @row("disk-full")
@@ -172,10 +226,8 @@ def sweep_node_lost(scene: Scene) -> None:
     folder = SweepFolder(scene.place / "sweep")
     sweep.folder = folder.trial({"train.lr": scene.random.choice(rates)}).run(0)  # the one that is waited for
     scene.until(sweep, scene.step(last=20))
-    parents = {parent.pid for worker in scene.workers() for parent in worker.parents()}
-    busy = [node for node in scene.nodes if node.all_processes["raylet"][0].process.pid in parents]
     scene.hit(sweep, "a node with a trial's worker lost, one of three")
-    scene.lose_node(scene.random.choice(busy))
+    scene.lose_node(scene.random.choice(scene.busy_nodes()))
     scene.end(sweep)
     if [outcome.status for outcome, _ in folder.trials()] != ["finished", "finished"]:
         raise VainError(str([outcome for outcome, _ in folder.trials()]))

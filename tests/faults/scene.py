@@ -20,6 +20,7 @@ import psutil
 import ray
 import torch
 from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
 
 from raygrec.cluster.launcher import train_on_ray
 from raygrec.train.folder import RunFolder
@@ -29,6 +30,8 @@ from tests.train.workers import run_workers, tiny_galrec_config
 
 STEPS = 48  # of every run; validated after every fourth epoch
 LENGTH = {"epochs": STEPS // 4, "patience": STEPS, "evaluate_every": 4, "lr": 0.003, "checkpoint_every": 1}
+EPOCH = 12  # updates of the longer runs, in which what comes from outside has time to be heard of
+LONGER = {"batch": 4, "micro_batch": 4, "epochs": 40, "patience": 40, "evaluate_every": 10, "checkpoint_every": 9999}
 CLOSE = 1e-4  # relative, between runs on different numbers of workers
 PATIENCE = 240.0  # seconds to wait for anything
 
@@ -80,6 +83,7 @@ class World:
             initialize_head=True,
             head_node_args={"num_cpus": 0, "resources": {"train_driver": 4}, "include_dashboard": False},
         )
+        ray._private.worker._worker_logs_enabled = False  # the raylet would write of each lost worker
         ray.init(address=self.cluster.address, log_to_driver=False, logging_level="ERROR")
         self._whole: dict[str, RunFolder] = {}
 
@@ -138,8 +142,12 @@ class Command:
     def alive(self) -> bool:
         return self.process.poll() is None
 
+    def said(self) -> str:
+        """All that it wrote."""
+        return self._said.read_text()
+
     def why(self) -> str:
-        lines = self._said.read_text().strip().splitlines()
+        lines = self.said().strip().splitlines()
         return f"exit code {self.process.poll()}: {lines[-1] if lines else ''}" if self.process.poll() else ""
 
 
@@ -170,6 +178,19 @@ class Scene:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         self.nodes.remove(node)
+
+    def busy_nodes(self) -> list[Any]:
+        """Those with training workers."""
+        parents = {parent.pid for worker in self.workers() for parent in worker.parents()}
+        return [node for node in self.nodes if node.all_processes["raylet"][0].process.pid in parents]
+
+    def announce_loss(self, node: Any, seconds: float) -> None:
+        """What a cloud's notice becomes: Ray is told that the node goes away in so many seconds."""
+        client = ray._raylet.GcsClient(address=self.world.cluster.address)
+        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        accepted, why = client.drain_node(node.node_id, reason, "spot", int(1000 * (time.time() + seconds)))
+        if not accepted:
+            raise VainError(f"the notice was refused: {why}")
 
     def config(self, name: str = "run", **changes: Any) -> RunConfig:
         return self.world.config(self.place / name, **changes)
