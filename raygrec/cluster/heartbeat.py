@@ -174,9 +174,8 @@ class Watch:
         begun = all(pulse.beat.at != STARTING_UP for pulse in pulses)
         if begun and min(pulse.still for pulse in pulses) >= 2 * self._seconds:
             self._ended, self.line = group, described(culprits, pulses)
-            self._say(
-                f"rank {', '.join(str(pulse.beat.rank) for pulse in culprits)}: ended, for the workers to restart"
-            )
+            names = ", ".join(str(pulse.beat.rank) for pulse in culprits)
+            self._say(f"rank {names} is ended, so that the workers start again")
             for pulse in culprits:
                 _end(pulse.beat)
 

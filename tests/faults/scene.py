@@ -97,7 +97,7 @@ class World:
         key = json.dumps([workers, changes], sort_keys=True)
         if key not in self._whole:
             config = self.config(self.place / f"whole-{len(self._whole)}", **changes)
-            self._whole[key] = run_workers(config, workers)
+            self._whole[key] = run_workers(config, workers, seconds=4 * PATIENCE)
         return self._whole[key]
 
     def close(self) -> None:

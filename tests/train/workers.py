@@ -52,12 +52,14 @@ os._exit(0)
 """
 
 
-def run_workers(config: RunConfig, workers: int, stop_after: int = 0) -> RunFolder:
+def run_workers(config: RunConfig, workers: int, stop_after: int = 0, seconds: float = 300) -> RunFolder:
     """Runs or resumes `config` on `workers` processes; with `stop_after`, all are cut off after that many updates."""
-    return run_several([config], workers, stop_after)[0]
+    return run_several([config], workers, stop_after, seconds)[0]
 
 
-def run_several(configs: list[RunConfig], workers: int, stop_after: int = 0) -> list[RunFolder]:
+def run_several(
+    configs: list[RunConfig], workers: int, stop_after: int = 0, seconds: float = 300
+) -> list[RunFolder]:
     """As `run_workers`, one run after the other in the same processes; a cut ends the run, not the processes."""
     folders = [RunFolder(config.out) for config in configs]
     for folder, config in zip(folders, configs, strict=True):
@@ -83,7 +85,7 @@ def run_several(configs: list[RunConfig], workers: int, stop_after: int = 0) -> 
         for rank in range(workers)
     ]
     for process in processes:
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=seconds)
         if process.returncode != (9 if stop_after and len(configs) == 1 else 0):
             raise AssertionError(f"a worker ended with {process.returncode}:\n{output}")
     return folders
