@@ -33,7 +33,7 @@ LENGTH = {"epochs": STEPS // 4, "patience": STEPS, "evaluate_every": 4, "lr": 0.
 EPOCH = 12  # updates of the longer runs, in which what comes from outside has time to be heard of
 LONGER = {"batch": 4, "micro_batch": 4, "epochs": 40, "patience": 40, "evaluate_every": 10, "checkpoint_every": 9999}
 CLOSE = 1e-4  # relative, between runs on different numbers of workers
-PATIENCE = 240.0  # seconds to wait for anything
+PATIENCE = 400.0  # seconds to wait for anything
 
 
 class VainError(AssertionError):
