@@ -31,7 +31,7 @@ from tests.train.workers import run_workers, tiny_galrec_config
 STEPS = 48  # of every run; validated after every fourth epoch
 LENGTH = {"epochs": STEPS // 4, "patience": STEPS, "evaluate_every": 4, "lr": 0.003, "checkpoint_every": 1}
 EPOCH = 12  # updates of the longer runs, in which what comes from outside has time to be heard of
-LONGER = {"batch": 4, "micro_batch": 4, "epochs": 40, "patience": 40, "evaluate_every": 10, "checkpoint_every": 9999}
+LONGER = {"batch": 4, "micro_batch": 4, "epochs": 30, "patience": 30, "evaluate_every": 10, "checkpoint_every": 9999}
 CLOSE = 1e-4  # relative, between runs on different numbers of workers
 PATIENCE = 400.0  # seconds to wait for anything
 
