@@ -148,7 +148,7 @@ class Watch:
     def __init__(self, board: Any, seconds: float, say: Callable[[str], None]) -> None:
         self._board, self._seconds, self._say = board, seconds, say
         self._looked = time.monotonic()
-        self._said = self._ended = 0  # groups
+        self._said = self._ended = 0  # groups: what was said of, or ended, last
         self.line = ""
         """What was said of the group that was ended last, while no other has begun."""
 
@@ -164,6 +164,8 @@ class Watch:
         group = pulses[0].beat.group if pulses else self._ended
         if group != self._ended:
             self.line = ""
+        if any(pulse.still < self._seconds for pulse in pulses):
+            self._said = 0  # it moves: another stall is worth another line
         culprits = stalled(pulses, self._seconds)
         if not culprits or group == self._ended:
             return

@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -126,6 +127,13 @@ def test_a_stall_is_said_once_and_ended_after_as_long_again(watched):
     assert watched.watch.line == ""
 
 
+def test_a_second_stall_is_said_too(watched):
+    for still in (11, 2, 11):
+        watched.look(pulse(BEAT, 1, still), pulse(WAITING, 1, still))
+    assert len(watched.lines) == 2
+    assert watched.killed == []
+
+
 def test_a_start_that_takes_long_is_said_and_not_ended(watched):
     for still in (11, 30):
         watched.look(*(pulse(replace(beat, at=heartbeat.STARTING_UP), 1, still) for beat in (BEAT, WAITING)))
@@ -167,8 +175,10 @@ def test_a_worker_that_stands_still_is_named_and_the_run_goes_on(
     run.join(180)
     assert results and results[0] == folder.metrics(), "the run did not go on"
     assert time.monotonic() - stopped > 12
-    lines = [line for line in capsys.readouterr().err.splitlines() if "rank" in line]
-    assert len(lines) == 2, lines
-    assert lines[0].startswith("no worker has moved for ")
-    assert "rank 1 stands at step " in lines[0] and lines[0].endswith("; the others wait")
-    assert lines[1] == "rank 1 is ended, so that the workers start again"
+    lines = capsys.readouterr().err.splitlines()
+    # On a busy machine a start-up may be told of too.
+    named = [
+        line for line in lines if re.search(r"no worker .*: rank 1 stands at step \d+ of .*; the others wait", line)
+    ]
+    assert len(named) == 1, lines
+    assert lines.count("rank 1 is ended, so that the workers start again") == 1
