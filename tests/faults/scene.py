@@ -4,7 +4,6 @@ import json
 import math
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -351,8 +350,3 @@ def _numbers(metrics: dict[str, Any], split: str) -> Iterator[float]:
         for baseline in metrics["baselines"].values():
             yield from baseline[name].values()
 
-
-def emptied(place: Path) -> Path:
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(parents=True)
-    return place
