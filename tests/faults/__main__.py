@@ -7,6 +7,7 @@ python -m tests.faults node-lost --seeds 5   # one row, at five random updates
 import argparse
 import json
 import shutil
+import signal
 import sys
 import time
 import traceback
@@ -47,6 +48,7 @@ def main() -> int:
     options = parser.parse_args()
     if unknown := set(options.rows) - set(ROWS):
         parser.error(f"no row {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the table so far is shown, and the nodes end
     results: list[Result] = []
     world = World(HOME)
     try:
