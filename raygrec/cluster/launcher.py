@@ -275,7 +275,7 @@ def _fit(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
 
 
 def _restarted(before: int, workers: int) -> str:
-    why = "a worker was lost" if before == workers else f"{workers} workers instead of {before}"
+    why = "a worker was lost" if before == workers else f"workers: {workers} instead of {before}"
     return f"{why}; the run goes on from its last checkpoint"
 
 
