@@ -281,6 +281,10 @@ def _restarted(before: int, workers: int) -> str:
 
 def _trainer(config: RunConfig, folder: RunFolder, board: Any, controller_failures: int) -> TorchTrainer:
     cluster = config.cluster
+    if cluster.fewest < cluster.most:
+        # Ray counts on a lost node for twenty seconds more, and a start that did so fails without being one of ours.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "25")
+        controller_failures = -1
     resources = {"CPU": cluster.cpus_per_worker}
     if cluster.gpus_per_worker:
         resources["GPU"] = cluster.gpus_per_worker

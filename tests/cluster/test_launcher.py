@@ -139,6 +139,19 @@ def test_each_notice_of_a_lost_node_is_taken_up_once_by_every_rank(monkeypatch, 
     assert told == ([] if rank else lines)
 
 
+@pytest.mark.parametrize(("workers", "failures"), [(2, 3), ((1, 2), -1)])
+def test_a_variable_number_of_workers_is_rays_and_waits_for_places(
+    tiny_store, tiny_backbone, tmp_path, monkeypatch, workers, failures
+):
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
+    cluster = {"workers": workers, "max_preemptions": 7}
+    config = tiny_config(tiny_store.path, tiny_backbone, tmp_path / "run", cluster=cluster)
+    trainer = launcher._trainer(config, RunFolder(config.out), None, 3)
+    assert trainer.scaling_config.num_workers == workers
+    policy = trainer.run_config.failure_config
+    assert (policy.controller_failure_limit, policy.max_preemption_failures) == (failures, 7)
+
+
 def test_what_is_said_when_workers_start_again():
     assert launcher._restarted(2, 2) == "a worker was lost; the run goes on from its last checkpoint"
     assert launcher._restarted(2, 1) == "workers: 1 instead of 2; the run goes on from its last checkpoint"

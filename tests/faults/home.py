@@ -15,7 +15,6 @@ os.environ |= {
     "RAYGREC_QUIET": "1",
     "HF_HUB_OFFLINE": "1",
     "RAY_raylet_start_wait_time_s": "180",  # on a busy machine
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "240",
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
 }
 os.environ.pop("RAY_ADDRESS", None)
