@@ -143,14 +143,15 @@ def test_a_start_that_takes_long_is_said_and_not_ended(watched):
 
 
 def test_only_a_worker_is_killed():
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        heartbeat.kill_worker(other.pid)
-        assert other.poll() is None
+    program = [sys.executable, "-c", "print(flush=True); input()"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(program, **pipes) as other, subprocess.Popen([*program, "RayTrainWorker"], **pipes) as worker:
+        for process in (other, worker):
+            process.stdout.readline()  # it runs, under its own name
+            heartbeat.kill_worker(process.pid)
+        assert worker.wait(10) == -signal.SIGKILL
         other.communicate(b"\n")
     assert other.returncode == 0
-    with subprocess.Popen([sys.executable, "-c", "input()", "RayTrainWorker"], stdin=subprocess.PIPE) as worker:
-        heartbeat.kill_worker(worker.pid)
-        assert worker.wait(10) == -signal.SIGKILL
 
 
 @pytest.mark.cluster
