@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from raygrec.errors import InputError, StorageError
-from raygrec.progress import console, progress_bar, quiet
+from raygrec.progress import progress_bar, tell
 from raygrec.train.assembly import prepare_run
-from raygrec.train.engine import NonFiniteError
+from raygrec.train.engine import NonFiniteError, from_rank_0
 from raygrec.train.folder import RunFolder, with_absolute_paths
 from raygrec.train.local import BarReporter
 from raygrec.train.settings import ClusterConfig, RunConfig, run_config
@@ -30,6 +30,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raygrec.cluster.heartbeat import Heart, Pulses, Watch
 from raygrec.cluster.task import as_task
 
 T = TypeVar("T")
@@ -39,6 +40,7 @@ DRIVER = "train_driver"  # the resource that a sweep's trials sit on, so that th
 JOBS_COPIES = "runtime_resources"  # Ray's folder for what jobs bring along
 REDRAWN_EVERY = 0.3  # seconds
 STOPPED_AFTER = 30.0  # seconds that workers may take to end
+RESIZED_EVERY = 60.0  # seconds between two looks at whether a run of a variable number of workers has room for more
 
 
 class WorkerError(RuntimeError):
@@ -61,10 +63,11 @@ class Failure:
     trace: str
 
 
-class Board:
-    """An actor that holds what rank 0 last said, for the driver to draw, and what ended the run for good."""
+class Board(Pulses):
+    """An actor that holds what rank 0 last said, for the driver to draw, what ended the run, and the heartbeats."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.lines: list[tuple[str, int, int, str]] = []
         self.failure: Failure | None = None
         self.controller: Any = None
@@ -102,11 +105,27 @@ class Introduction(ControllerCallback):
 
 
 class RayReporter:
-    """Progress to the board, at most a few times a second; records to Ray Train from every rank alike."""
+    """Progress to the board, at most a few times a second; what Ray says of the nodes to every rank alike."""
 
-    def __init__(self, board: Any) -> None:
-        self.board = board
+    def __init__(self, board: Any, heart: Heart) -> None:
+        self.board, self.heart = board, heart
         self.told = 0.0
+        self.notice: train.PreemptionInfo | None = None
+
+    def at(self, task: str, step: int) -> None:
+        self.heart.at = (task, step)
+
+    def wants_checkpoint(self) -> bool:
+        """Whether a node is about to be taken away, and this is the first that is heard of it; waits for all ranks."""
+        notice = train.get_preemption_info()
+        if notice is None or notice == self.notice:
+            return False
+        self.notice = notice
+        if train.get_context().get_world_rank() == 0:
+            ranks = ", ".join(map(str, notice.preempted_ranks))
+            when = "" if notice.deadline_ms is None else f" in {max(0, notice.deadline_ms / 1000 - time.time()):.0f} s"
+            self.warn(f"the node of rank {ranks} will be taken away{when}; a checkpoint is written now")
+        return True
 
     def progress(self, task: str, done: int, total: int, note: str = "") -> None:
         now = time.monotonic()
@@ -176,7 +195,7 @@ def connect(cluster: ClusterConfig, trials: int = 0) -> bool:
             _join(address, settings)
         else:
             # Logical CPUs may exceed the cores: two workers must fit a laptop. One more is the controller's.
-            cpus = max(os.cpu_count() or 1, int(max(trials, 1) * cluster.workers * cluster.cpus_per_worker) + 1)
+            cpus = max(os.cpu_count() or 1, int(max(trials, 1) * cluster.most * cluster.cpus_per_worker) + 1)
             resources = {DRIVER: trials} if trials else None
             ray.init(num_cpus=cpus, resources=resources, include_dashboard=False, **settings)
         bars.advance(task)
@@ -206,10 +225,10 @@ def check_resources(cluster: ClusterConfig, trials: int = 0) -> None:
         return
     there = ray.cluster_resources()
     for kind, each in (("CPU", cluster.cpus_per_worker), ("GPU", cluster.gpus_per_worker)):
-        wanted = cluster.workers * each
+        wanted = cluster.fewest * each
         if wanted > there.get(kind, 0):
             raise InputError(
-                f"cluster.workers={cluster.workers} × {each:g} {kind} = {wanted:g} {kind}, the cluster has "
+                f"cluster.workers={cluster.fewest} × {each:g} {kind} = {wanted:g} {kind}, the cluster has "
                 f"{there.get(kind, 0):g}; ask for fewer, or set RAYGREC_AUTOSCALING=1 where it can grow"
             )
     if trials and there.get(DRIVER, 0) < 1:
@@ -227,6 +246,7 @@ class RunOnWorkers:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         self.folder = folder
         self.board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
+        self._watch = Watch(self.board, config.cluster.stall_seconds, tell)
         self._raised: list[BaseException] = []
         trainer = _trainer(config, folder, self.board, controller_failures)
         # In the main thread, Ray would answer Ctrl-C itself, and slowly.
@@ -242,6 +262,7 @@ class RunOnWorkers:
     def goes_on(self, seconds: float) -> bool:
         """Waits so long at most; whether the run is still going on."""
         self._running.join(seconds)
+        self._watch.look()
         return self._running.is_alive()
 
     def stop(self) -> None:
@@ -256,7 +277,7 @@ class RunOnWorkers:
         self._running.join()
         failure = ray.get(self.board.failed.remote())
         if failure or self._raised:
-            raise _explained(failure, self._raised, self.folder)
+            raise _explained(failure, self._raised, self.folder, self._watch.line)
         metrics = self.folder.metrics()
         if metrics is None:
             raise WorkerError(f"{self.folder.path}: the workers ended without metrics; see {self.folder.path / 'ray'}")
@@ -267,19 +288,29 @@ def _fit(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
     run = RunOnWorkers(config, folder)
     with progress_bar() as bars:
         reporter = BarReporter(bars)
-        reporter.progress(STARTING, 0, config.cluster.workers)
-        starts = 0
+        reporter.progress(STARTING, 0, config.cluster.most)
+        workers = 0
         while run.goes_on(REDRAWN_EVERY):
             for line in _news(run.board):
-                starts += line[0] == STARTING
-                if line[0] == STARTING and starts > 1 and not quiet():
-                    console.print("a worker was lost; the run goes on from its last checkpoint")
+                if line[0] == STARTING:
+                    if workers:
+                        tell(_restarted(workers, line[2]))
+                    workers = line[2]
                 reporter.progress(*line)
     return run.finish()
 
 
+def _restarted(before: int, workers: int) -> str:
+    why = "a worker was lost" if before == workers else f"workers: {workers} instead of {before}"
+    return f"{why}; the run goes on from its last checkpoint"
+
+
 def _trainer(config: RunConfig, folder: RunFolder, board: Any, controller_failures: int) -> TorchTrainer:
     cluster = config.cluster
+    if cluster.fewest < cluster.most:
+        # Ray counts on a lost node for twenty seconds more, and a start that did so fails without being one of ours.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "25")
+        controller_failures = -1
     resources = {"CPU": cluster.cpus_per_worker}
     if cluster.gpus_per_worker:
         resources["GPU"] = cluster.gpus_per_worker
@@ -287,14 +318,19 @@ def _trainer(config: RunConfig, folder: RunFolder, board: Any, controller_failur
         _worker,
         train_loop_config={"config": config.model_dump(mode="json"), "board": board},
         scaling_config=train.ScalingConfig(
-            num_workers=cluster.workers, use_gpu=bool(cluster.gpus_per_worker), resources_per_worker=resources
+            num_workers=cluster.workers,
+            elastic_resize_monitor_interval_s=RESIZED_EVERY,
+            use_gpu=bool(cluster.gpus_per_worker),
+            resources_per_worker=resources,
         ),
         run_config=train.RunConfig(
             name=f"{folder.path.name}-{time.time_ns()}",
             storage_path=str(folder.path / "ray"),
             callbacks=[Introduction(board)],
             failure_config=train.FailureConfig(
-                max_failures=cluster.max_failures, controller_failure_limit=controller_failures
+                max_failures=cluster.max_failures,
+                max_preemption_failures=cluster.max_preemptions,
+                controller_failure_limit=controller_failures,
             ),
         ),
     )
@@ -312,11 +348,14 @@ def _worker(arguments: dict[str, Any]) -> None:
         return  # Ray Train restarts the group after any failure; this one would only repeat itself
     if not config.cluster.gpus_per_worker:
         torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
-    reporter = RayReporter(board)
-    if train.get_context().get_world_rank() == 0:
-        reporter.progress(STARTING, config.cluster.workers, config.cluster.workers)
+    context = train.get_context()
+    heart = Heart(board, from_rank_0(time.time_ns), context.get_world_rank())
+    reporter = RayReporter(board, heart)
+    if context.get_world_rank() == 0:
+        reporter.progress(STARTING, context.get_world_size(), context.get_world_size())
     try:
-        run(config, RunFolder(config.out), reporter, distributed=True)
+        with heart.beating():
+            run(config, RunFolder(config.out), reporter, distributed=True)
     except Exception as error:
         if _recurs(error):
             ray.get(board.fail.remote(_as_failure(error)))
@@ -334,10 +373,10 @@ def _as_failure(error: Exception) -> Failure:
     return Failure(isinstance(error, InputError), message, traceback.format_exc())
 
 
-def _explained(failure: Failure | None, raised: list[BaseException], folder: RunFolder) -> Exception:
+def _explained(failure: Failure | None, raised: list[BaseException], folder: RunFolder, stall: str = "") -> Exception:
     """The one line for the user; the whole story is in ray/failure.log of the run folder."""
     story = failure.trace if failure else str(raised[0])
-    message = failure.message if failure else story.strip().splitlines()[-1]
+    message = failure.message if failure else stall or story.strip().splitlines()[-1]
     file = folder.path / "ray" / "failure.log"
     where = f"; the worker's traceback is in {file}"
     try:

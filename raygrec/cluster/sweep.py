@@ -114,8 +114,8 @@ def _fitting(sweep: SweepConfig, example: RunConfig) -> int:
         return sweep.concurrency
     there, cluster = ray.cluster_resources(), example.cluster
     each = {
-        "CPU": cluster.workers * cluster.cpus_per_worker,
-        "GPU": cluster.workers * cluster.gpus_per_worker,
+        "CPU": cluster.fewest * cluster.cpus_per_worker,
+        "GPU": cluster.fewest * cluster.gpus_per_worker,
         DRIVER: 1,
     }
     return max(1, min(sweep.concurrency, *(int(there.get(kind, 0) / need) for kind, need in each.items() if need)))
@@ -161,7 +161,7 @@ class Trial(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         try:
-            report, workers = next(self.coming)
+            report = next(self.coming)
         except Exception as error:
             recurs = isinstance(error, InputError) or (isinstance(error, WorkerError) and error.recurs)
             self.place.failed(" ".join(str(error).split()) or type(error).__name__, recurs)
@@ -170,7 +170,7 @@ class Trial(tune.Trainable):
             "epoch": report.epoch,
             SCORE: report.score,
             "seconds": report.seconds,
-            "device_seconds": report.seconds * workers,
+            "device_seconds": report.device_seconds,
             "complete": report.seeds is not None,
             "done": report.seeds is not None,
         }
@@ -187,40 +187,45 @@ class Trial(tune.Trainable):
     def load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Nothing, likewise."""
 
-    def _reports(self) -> Iterator[tuple[Report, int]]:
+    def _reports(self) -> Iterator[Report]:
         """All seeds' runs, one after the other; the epochs of the first are reported as they end."""
         with FileLock(self.place.lock):  # of two trials at one point, the second finds the first one's work
             known = self.place.reports()
-            begun, before = time.monotonic(), known[-1].seconds if known else 0.0
+            clock = Clock(known[-1] if known else None)
             scores: list[float] = []
             report = None
             for number in range(self.sweep.seeds):
                 base = run_config(base_config(self.sweep), str(self.sweep.job)).seed
                 config = trial_config(self.sweep, self.point, self.place.run(base + number), base + number)
                 kept = Best(self.sweep, config)
-                for epoch, valid in self._epochs(config):
+                for epoch, valid, workers in self._epochs(config):
                     kept.see(valid)
+                    seconds, devices = clock.read(workers)
                     if number:
                         continue
-                    seconds = before + time.monotonic() - begun
-                    report = Report(epoch, valid[self.sweep.metric], kept.score, seconds, kept.valid)
+                    report = Report(
+                        epoch, valid[self.sweep.metric], kept.score, seconds, kept.valid, device_seconds=devices
+                    )
                     report = self._noted(report, known)
-                    yield report, config.cluster.workers
-                kept.end(RunFolder(config.out).metrics())
+                    yield report
+                metrics = RunFolder(config.out).metrics()
+                seconds, devices = clock.read(metrics["workers"])
+                kept.end(metrics)
                 scores.append(kept.score)
             spread = statistics.stdev(scores) if len(scores) > 1 else None
             last = Report(
                 report.epoch,
                 report.value,
                 statistics.fmean(scores),
-                before + time.monotonic() - begun,
+                seconds,
                 kept.valid,
                 len(scores),
                 spread,
+                devices,
             )
             last = self._noted(last, known)
             self.place.drop_weights()
-            yield last, config.cluster.workers
+            yield last
 
     def _noted(self, report: Report, known: list[Report]) -> Report:
         """The report as it was noted before a stop, or else now."""
@@ -230,23 +235,23 @@ class Trial(tune.Trainable):
         self.place.report(report)
         return report
 
-    def _epochs(self, config: RunConfig) -> Iterator[tuple[float, dict[str, float]]]:
-        """(epoch, validation metrics) of a run, old ones first, while it goes on."""
+    def _epochs(self, config: RunConfig) -> Iterator[tuple[float, dict[str, float], int]]:
+        """(epoch, validation metrics, workers that ran it) of a run, old ones first, while it goes on."""
         folder, seen = RunFolder(config.out), 0.0
         if folder.metrics() is None:
             with folder.claimed(config, resume=folder.config_file.exists()):
                 _where_there_is_room(config, prepare_run, config, folder)
             self.run = RunOnWorkers(config, folder, controller_failures=-1)
             while self.run.goes_on(REDRAWN_EVERY):
-                for epoch, valid in _validations(folder, seen):
-                    seen = epoch
-                    yield epoch, valid
+                for one in _validations(folder, seen):
+                    seen = one[0]
+                    yield one
             self.run.finish()
-        for epoch, valid in _validations(folder, seen):
-            seen = epoch
-            yield epoch, valid
+        for one in _validations(folder, seen):
+            seen = one[0]
+            yield one
         if not seen:  # nothing was trained epoch by epoch: all there is, is the end
-            yield 1.0, folder.metrics()["valid"]
+            yield 1.0, folder.metrics()["valid"], folder.metrics()["workers"]
 
 
 def _where_there_is_room(config: RunConfig, function: Callable[..., Any], *arguments: object) -> None:
@@ -256,6 +261,23 @@ def _where_there_is_room(config: RunConfig, function: Callable[..., Any], *argum
         as_task(config.cluster, function, *arguments)
     else:
         function(*arguments)
+
+
+class Clock:
+    """Seconds of a trial, and of its devices, of which there may be more or fewer from report to report."""
+
+    def __init__(self, last: Report | None) -> None:
+        """last: report before a stop, from which the counting goes on."""
+        self.seconds, self.devices = (last.seconds, last.device_seconds) if last else (0.0, 0.0)
+        self.begun = time.monotonic()
+
+    def read(self, workers: int) -> tuple[float, float]:
+        """Both, where so many workers ran since the last reading."""
+        now = time.monotonic()
+        passed, self.begun = now - self.begun, now
+        self.seconds += passed
+        self.devices += passed * workers
+        return self.seconds, self.devices
 
 
 class Best:
@@ -278,10 +300,10 @@ class Best:
         return self.valid[self.metric]
 
 
-def _validations(folder: RunFolder, after: float) -> Iterator[tuple[float, dict[str, float]]]:
+def _validations(folder: RunFolder, after: float) -> Iterator[tuple[float, dict[str, float], int]]:
     for record in folder.history():
         if record["stage"] == "train" and "valid" in record and record["epoch"] > after:
-            yield record["epoch"], record["valid"]
+            yield record["epoch"], record["valid"], record["workers"]
 
 
 def point_of(config: dict[str, Any]) -> Point:

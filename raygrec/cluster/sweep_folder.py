@@ -11,12 +11,11 @@ from typing import Any, Literal
 import pandas as pd
 import yaml
 
-from raygrec.cluster.space import Point, SweepConfig, base_config, trial_config
+from raygrec.cluster.space import Point, SweepConfig, trial_config
 from raygrec.config import read_yaml, validate
 from raygrec.errors import InputError
 from raygrec.evaluate.sweeps import best_trial
 from raygrec.storage import replaced
-from raygrec.train.settings import run_config
 
 Status = Literal["running", "finished", "pruned", "failed", "unfinished"]
 
@@ -38,7 +37,7 @@ class Report:
 
     value: the sweep's metric at `epoch` of the first seed. score: at the best epoch so far; in the last line, which
     has a `seeds`, the mean over them, and `spread` their standard deviation. seconds: since the trial began, without
-    the time between a stop and a resume.
+    the time between a stop and a resume. device_seconds: the same, times the workers that ran at the time.
     """
 
     epoch: float
@@ -48,6 +47,7 @@ class Report:
     valid: dict[str, float]
     seeds: int | None = None
     spread: float | None = None
+    device_seconds: float = 0.0
 
 
 class TrialFolder:
@@ -155,13 +155,11 @@ class SweepFolder:
     def tables(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Trials, one row each, and their reports."""
         sweep = self.config()
-        workers = run_config(base_config(sweep), str(sweep.job)).cluster.workers
         rows: list[dict[str, Any]] = []
         lines: list[dict[str, Any]] = []
         for outcome, folder in self.trials():
             reports = folder.reports()
             last = reports[-1] if reports else None
-            seconds = last.seconds if last else 0.0
             rows.append(
                 {
                     "trial": outcome.trial,
@@ -171,8 +169,8 @@ class SweepFolder:
                     "score": last.score if last else None,
                     "spread": last.spread if last else None,
                     "epochs": last.epoch if last else 0.0,
-                    "seconds": seconds,
-                    "device_seconds": seconds * workers,
+                    "seconds": last.seconds if last else 0.0,
+                    "device_seconds": last.device_seconds if last else 0.0,
                     **{f"config.{key}": outcome.point.get(key) for key in sweep.space},
                     **({f"valid.{name}": value for name, value in last.valid.items()} if last else {}),
                 }

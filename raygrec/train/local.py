@@ -27,6 +27,12 @@ class BarReporter:
         if done >= total:
             del self.tasks[task]
 
+    def at(self, task: str, step: int) -> None:
+        """Nobody waits for this process."""
+
+    def wants_checkpoint(self) -> bool:
+        return False
+
     def report(self, record: dict[str, Any]) -> None:
         """Records go to history.jsonl; a terminal shows the bars only."""
 

@@ -16,11 +16,21 @@ from raygrec.train.engine import Engine, NonFiniteError, from_rank_0, peak_memor
 from raygrec.train.folder import LoopState, RunFolder
 from raygrec.train.settings import StageConfig
 
+ASK_EVERY = 5.0  # seconds between two questions whether the run will soon be ended from outside
 ORDER = 2**32  # keeps the draws of an epoch's order apart from those of its steps
 
 
 class Reporter(Protocol):
-    """Where a run tells how it is doing; only rank 0 speaks."""
+    """Where a run tells how it is doing, and what it hears; only rank 0 speaks, but for `at` and `wants_checkpoint`."""
+
+    def at(self, task: str, step: int) -> None:
+        """Every rank, as it begins `step` of `task`; called often, and so quick."""
+
+    def wants_checkpoint(self) -> bool:
+        """Every rank after the same step, a few seconds apart: whether to write a checkpoint now, on all ranks alike.
+
+        True where the run is about to be ended from outside, once for each notice of it.
+        """
 
     def progress(self, task: str, done: int, total: int, note: str = "") -> None:
         """`done` of `total` steps of `task`."""
@@ -103,15 +113,17 @@ def run_stage(
     state = _resume(stage, engine, seed, folder, reporter, chunks) or _fresh(stage, folder)
     terms = engine.model.terms
     tokens, started = 0, time.monotonic()
-    order = np.zeros((0, batch))
+    order, asked = np.zeros((0, batch)), time.monotonic()
     while state.step < total and state.waited < config.patience:
         epoch, place = divmod(state.step, steps_per_epoch)
         if place == 0 or not len(order):
             order = epoch_order(stage.lengths, batch, Draws(seed, stage.number, ORDER, epoch))
         rate = learning_rate(state.step, total, config)
         draws = Draws(seed, stage.number, epoch, place)
+        reporter.at(stage.title, state.step + 1)
+        ask = rank == 0 and time.monotonic() - asked > ASK_EVERY
         try:
-            sums, counts, read, norm = _step(stage, engine, order[place], draws, rate, chunks)
+            sums, counts, read, norm, ask = _step(stage, engine, order[place], draws, rate, chunks, ask)
         except NonFiniteError as error:
             raise _with_batch(error, stage, state.step + 1, epoch + 1, order[place], folder) from None
         state.add(sums, counts)
@@ -128,6 +140,7 @@ def run_stage(
                 "lr": rate,
                 "gradient_norm": norm,
                 "tokens_per_second": tokens / (time.monotonic() - started),
+                "workers": world()[1],
                 "peak_memory_mib": peak_memory_mib(),
             }
             if len(terms) > 1:
@@ -140,7 +153,9 @@ def run_stage(
                 folder.report(record)
                 reporter.report(record)
             state.sums, state.counts, tokens, started = [], [], 0, time.monotonic()
-        if ends_epoch or state.step % config.checkpoint_every == 0:
+        asked = time.monotonic() if ask else asked
+        wanted = ask and reporter.wants_checkpoint()
+        if ends_epoch or wanted or state.step % config.checkpoint_every == 0:
             tensors = engine.state()
             if rank == 0:
                 folder.save_checkpoint(state, tensors)
@@ -153,15 +168,19 @@ def run_stage(
 
 
 def _step(
-    stage: Stage, engine: Engine, things: np.ndarray, draws: Draws, rate: float, chunks: int
-) -> tuple[list[float], list[float], int, float]:
-    """One update; returns each term's sum over all ranks, what it was summed over, tokens read here, gradient norm."""
+    stage: Stage, engine: Engine, things: np.ndarray, draws: Draws, rate: float, chunks: int, ask: bool
+) -> tuple[list[float], list[float], int, float, bool]:
+    """One update; returns each term's sum over all ranks, what it was summed over, tokens read here, gradient norm.
+
+    ask: whether this rank wants something asked; the last thing returned, on all ranks, is whether any does.
+    """
     rank, workers = world()
     prompts = things if stage.per_prompt == 1 else things.reshape(-1, stage.per_prompt)
     pieces = portions(len(prompts), stage.config.micro_batch, workers)
     mine = np.array_split(prompts, workers * pieces)[rank::workers]
     batches = [stage.build(piece, draws).to(engine.device) for piece in mine]
-    counts = sum_over_ranks(torch.stack([batch.counts for batch in batches]).sum(0))
+    counts = torch.stack([batch.counts for batch in batches]).sum(0)
+    counts, asks = sum_over_ranks(torch.cat([counts, counts.new_tensor([ask])])).split([len(counts), 1])
     share = torch.tensor(list(engine.model.terms.values()), dtype=torch.float64) / counts.clamp(min=1)
     sums = torch.zeros_like(counts)
     for number, batch in enumerate(batches):
@@ -175,7 +194,7 @@ def _step(
     norm = engine.update(rate)
     if hasattr(engine.model, "after_update"):
         engine.model.after_update()
-    return sums.tolist(), counts.tolist(), sum(int((batch.symbols >= 0).sum()) for batch in batches), norm
+    return sums.tolist(), counts.tolist(), sum(int((batch.symbols >= 0).sum()) for batch in batches), norm, bool(asks)
 
 
 def _with_batch(

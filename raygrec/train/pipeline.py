@@ -271,6 +271,7 @@ def evaluate(
     passes = -(-len(users[0::workers]) // config.evaluate.batch)
     sums = MetricSums(tuple(config.evaluate.ks), num_items)
     for number in range(passes):
+        reporter.at(title, number + 1)
         part = mine[number * config.evaluate.batch : (number + 1) * config.evaluate.batch]
         lists = ranker(part if len(part) else users[:1], split.shown.take(part if len(part) else users[:1]))
         if len(part):

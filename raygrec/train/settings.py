@@ -35,6 +35,15 @@ def _address(value: object) -> str:
         raise ValueError(str(error)) from None
 
 
+def _workers(value: object) -> int | tuple[int, int]:
+    numbers = (value, value) if isinstance(value, int) else value
+    whole = isinstance(numbers, list | tuple) and all(type(number) is int for number in numbers)
+    if not whole or len(numbers) != 2 or not 1 <= numbers[0] <= numbers[1]:
+        raise ValueError("expected a number of workers, or [fewest, most]")
+    return value if isinstance(value, int) else (numbers[0], numbers[1])
+
+
+Workers = Annotated[int | tuple[int, int], BeforeValidator(_workers)]
 Place = Annotated[Path | str, PlainValidator(_place), PlainSerializer(str)]
 Address = Annotated[str, BeforeValidator(_address)]
 
@@ -75,11 +84,26 @@ class EvaluateConfig(StrictConfig):
 class ClusterConfig(StrictConfig):
     """What a run asks of Ray; not read by a run in one process."""
 
-    workers: int = Field(2, ge=1)
+    workers: Workers = 2
+    """A number, or the fewest and the most: as many as there is room for, at each start and whenever that changes."""
     cpus_per_worker: float = Field(1, gt=0)
     gpus_per_worker: float = Field(0, ge=0)
     max_failures: int = Field(3, ge=0)
     """Restarts of the worker group before the run is given up."""
+    max_preemptions: int = Field(-1, ge=-1)
+    """Restarts because a node was taken away with notice, which do not count as failures; −1: any number."""
+    stall_seconds: float = Field(600, gt=0)
+    """After so long without a step, the worker that the others wait for is named; after as long again, it is ended."""
+
+    @property
+    def fewest(self) -> int:
+        """Workers without which the run does not begin."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most(self) -> int:
+        """Workers that it has room for."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 class RunConfig(StrictConfig):

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -122,6 +123,38 @@ def test_the_board_keeps_the_first_failure():
     board.fail(first)
     board.fail(launcher.Failure(wrong_input=False, message="second", trace=""))
     assert board.failed() == first
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_notice_of_a_lost_node_is_taken_up_once_by_every_rank(monkeypatch, rank):
+    first = launcher.train.PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"a": [1]})
+    both = launcher.train.PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"a": [1], "b": [0]})
+    heard, told = iter([None, first, first, both, None]), []
+    monkeypatch.setattr(launcher.train, "get_preemption_info", lambda: next(heard))
+    monkeypatch.setattr(launcher.train, "get_context", lambda: SimpleNamespace(get_world_rank=lambda: rank))
+    board = SimpleNamespace(tell=SimpleNamespace(remote=lambda *line: told.append(line[0])))
+    reporter = launcher.RayReporter(board, SimpleNamespace())
+    assert [reporter.wants_checkpoint() for _ in range(5)] == [False, True, False, True, False]
+    lines = [f"the node of rank {ranks} will be taken away; a checkpoint is written now" for ranks in ("1", "0, 1")]
+    assert told == ([] if rank else lines)
+
+
+@pytest.mark.parametrize(("workers", "failures"), [(2, 3), ((1, 2), -1)])
+def test_a_variable_number_of_workers_is_rays_and_waits_for_places(
+    tiny_store, tiny_backbone, tmp_path, monkeypatch, workers, failures
+):
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
+    cluster = {"workers": workers, "max_preemptions": 7}
+    config = tiny_config(tiny_store.path, tiny_backbone, tmp_path / "run", cluster=cluster)
+    trainer = launcher._trainer(config, RunFolder(config.out), None, 3)
+    assert trainer.scaling_config.num_workers == workers
+    policy = trainer.run_config.failure_config
+    assert (policy.controller_failure_limit, policy.max_preemption_failures) == (failures, 7)
+
+
+def test_what_is_said_when_workers_start_again():
+    assert launcher._restarted(2, 2) == "a worker was lost; the run goes on from its last checkpoint"
+    assert launcher._restarted(2, 1) == "workers: 1 instead of 2; the run goes on from its last checkpoint"
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,7 @@ def test_a_budget_ends_the_sweep_and_counts_what_was_spent_before_a_restart(spac
     folder.start(read_sweep(space, ["budget.device_hours=1"]), resume=False)
     place = folder.trial({"train.lr": GOOD})
     place.ended(Outcome(place.path.name, 0, {"train.lr": GOOD}, "finished"))
-    place.report(Report(1.0, 0.1, 0.1, 3000.0, {}))
+    place.report(Report(1.0, 0.1, 0.1, 1500.0, {}, device_seconds=3000.0))
     spent = Spent(folder.path)
     assert not spent.stop_all()
     assert not spent("another", {"device_seconds": 500})

@@ -13,6 +13,7 @@ from torch import nn
 
 from raygrec.draws import Draws
 from raygrec.errors import InputError
+from raygrec.train import loop
 from raygrec.train.assembly import build_model, build_prompts, prepare_run
 from raygrec.train.engine import (
     EngineConfig,
@@ -381,6 +382,26 @@ def test_what_a_model_carries_and_the_sums_of_an_epoch_survive_a_cut(tmp_path, m
     ] * 2
 
 
+@pytest.mark.parametrize(("every", "asked", "saved"), [(-1.0, 8, [3, 4, 8]), (3600.0, 0, [4, 8])])
+def test_a_checkpoint_is_written_when_the_reporter_wants_one(tmp_path, monkeypatch, every, asked, saved):
+    """Beside those at the ends of epochs; and it is not asked all the time."""
+    monkeypatch.setattr(loop, "ASK_EVERY", every)
+
+    class Noticed(Silent):
+        asked = 0
+
+        def wants_checkpoint(self) -> bool:
+            self.asked += 1
+            return self.asked == 3
+
+    steps, stage, reporter = [], two_terms_stage(), Noticed()
+    config = stage.config.model_copy(update={"batch": 2, "checkpoint_every": 99})
+    monkeypatch.setattr(RunFolder, "save_checkpoint", lambda self, state, tensors: steps.append(state.step))
+    stage, local = replace(stage, config=config), LocalEngine(TwoTerms(), EngineConfig())
+    run_stage(stage, local, 0, RunFolder(tmp_path), reporter, 1)
+    assert (reporter.asked, steps) == (asked, saved)
+
+
 def test_the_batch_whose_gradient_is_not_finite_is_named(tmp_path):
     """By its numbers in the store, with what was updated before it untouched."""
 
@@ -473,6 +494,11 @@ class Silent:
     def progress(self, task: str, done: int, total: int, note: str = "") -> None: ...
 
     def report(self, record: dict[str, object]) -> None: ...
+
+    def at(self, task: str, step: int) -> None: ...
+
+    def wants_checkpoint(self) -> bool:
+        return False
 
     def warn(self, line: str) -> None: ...
 

@@ -1,7 +1,7 @@
 import pytest
 
 from raygrec.errors import InputError
-from raygrec.train.settings import GALRecRun, GLTARun, GraphRun, SequentialRun, run_config
+from raygrec.train.settings import ClusterConfig, GALRecRun, GLTARun, GraphRun, SequentialRun, run_config
 
 PLACES = {"store": "s", "out": "o"}
 KNOWN = "glta, galrec, sequential, graph"
@@ -150,3 +150,16 @@ def test_what_a_sequential_model_cannot_be(content, problem):
 )
 def test_names_in_tables(content, name):
     assert run_config({**PLACES, **content}, "x").name == name
+
+
+@pytest.mark.parametrize(("given", "fewest", "most"), [(3, 3, 3), ([1, 4], 1, 4), ([2, 2], 2, 2)])
+def test_workers_are_a_number_or_a_range(given, fewest, most):
+    cluster = ClusterConfig(workers=given)
+    assert (cluster.fewest, cluster.most) == (fewest, most)
+    assert ClusterConfig(**cluster.model_dump(mode="json")) == cluster
+
+
+@pytest.mark.parametrize("given", [0, True, [0, 2], [3, 2], [1, 2, 3], [1.5, 2], "two"])
+def test_workers_that_no_run_can_have(given):
+    message = refused({"cluster": {"workers": given}})
+    assert message.startswith("run.yaml: key 'cluster.workers': expected a number of workers, or [fewest, most]")

@@ -37,6 +37,8 @@ if stop:
 class Silent:
     def progress(self, *a, **k): pass
     def report(self, *a, **k): pass
+    def at(self, *a): pass
+    def wants_checkpoint(self): return False
     def warn(self, line): print(line)
 for out in json.loads(sys.argv[1]):
     folder = RunFolder(Path(out))
@@ -50,12 +52,14 @@ os._exit(0)
 """
 
 
-def run_workers(config: RunConfig, workers: int, stop_after: int = 0) -> RunFolder:
+def run_workers(config: RunConfig, workers: int, stop_after: int = 0, seconds: float = 300) -> RunFolder:
     """Runs or resumes `config` on `workers` processes; with `stop_after`, all are cut off after that many updates."""
-    return run_several([config], workers, stop_after)[0]
+    return run_several([config], workers, stop_after, seconds)[0]
 
 
-def run_several(configs: list[RunConfig], workers: int, stop_after: int = 0) -> list[RunFolder]:
+def run_several(
+    configs: list[RunConfig], workers: int, stop_after: int = 0, seconds: float = 300
+) -> list[RunFolder]:
     """As `run_workers`, one run after the other in the same processes; a cut ends the run, not the processes."""
     folders = [RunFolder(config.out) for config in configs]
     for folder, config in zip(folders, configs, strict=True):
@@ -81,7 +85,7 @@ def run_several(configs: list[RunConfig], workers: int, stop_after: int = 0) -> 
         for rank in range(workers)
     ]
     for process in processes:
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=seconds)
         if process.returncode != (9 if stop_after and len(configs) == 1 else 0):
             raise AssertionError(f"a worker ended with {process.returncode}:\n{output}")
     return folders
