@@ -1,18 +1,10 @@
-import os
-import re
 import signal
 import subprocess
 import sys
-import threading
-import time
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-
-from raygrec.train.folder import RunFolder
-from tests.cluster.test_launcher import wait_for
-from tests.train.workers import tiny_sequential_config
 
 heartbeat = pytest.importorskip("raygrec.cluster.heartbeat", reason="Ray is not installed")
 psutil = pytest.importorskip("psutil")
@@ -152,34 +144,3 @@ def test_only_a_worker_is_killed():
         assert worker.wait(10) == -signal.SIGKILL
         other.communicate(b"\n")
     assert other.returncode == 0
-
-
-@pytest.mark.cluster
-def test_a_worker_that_stands_still_is_named_and_the_run_goes_on(
-    local_ray, tiny_store, tiny_backbone, tmp_path, monkeypatch, capsys
-):
-    from raygrec.cluster.launcher import train_on_ray
-
-    monkeypatch.setenv("RAYGREC_QUIET", "0")
-    train = {"epochs": 25, "patience": 25, "evaluate_every": 5}
-    cluster = {"max_failures": 1, "stall_seconds": 6}
-    config = tiny_sequential_config(tiny_store.path, tiny_backbone, tmp_path / "run", train=train, cluster=cluster)
-    folder, results = RunFolder(config.out), []
-    run = threading.Thread(target=lambda: results.append(train_on_ray(config)), daemon=True)
-    run.start()
-    wait_for(lambda: list(folder.checkpoints.glob("train-*")) or not run.is_alive(), 120)
-    rank_0 = int((config.out / ".writer.lock").read_text().split()[1])
-    below = psutil.Process(os.getpid()).children(recursive=True)
-    (rank_1,) = [one for one in below if "RayTrainWorker" in one.name() and one.pid != rank_0]
-    rank_1.suspend()
-    stopped = time.monotonic()
-    run.join(180)
-    assert results and results[0] == folder.metrics(), "the run did not go on"
-    assert time.monotonic() - stopped > 12
-    lines = capsys.readouterr().err.splitlines()
-    # On a busy machine a start-up may be told of too.
-    named = [
-        line for line in lines if re.search(r"no worker .*: rank 1 stands at step \d+ of .*; the others wait", line)
-    ]
-    assert len(named) == 1, lines
-    assert lines.count("rank 1 is ended, so that the workers start again") == 1
