@@ -14,7 +14,7 @@ from raygrec.errors import InputError
 from raygrec.train.engine import NonFiniteError
 from raygrec.train.folder import RunFolder
 from raygrec.train.local import train_here
-from tests.train.workers import tiny_config
+from tests.train.workers import tiny_config, tiny_sequential_config
 
 psutil = pytest.importorskip("psutil")
 launcher = pytest.importorskip("raygrec.cluster.launcher", reason="Ray is not installed")
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.cluster
 
 BAR_LINE = re.compile(r"(?P<task>[\w @,-]+): [\d,]+/[\d,]+ (in|so far).*\d/s.*")
 # Long enough for a worker to be shot in the middle of it.
-LONG = {"epochs": 12, "patience": 12, "evaluate_every": 4}
+LONG = {"epochs": 30, "patience": 30, "evaluate_every": 10, "checkpoint_every": 100}
 
 
 def wait_for(condition, seconds: float) -> None:
@@ -37,7 +37,7 @@ def workers_below(process: subprocess.Popen) -> list[psutil.Process]:
 
 
 def test_a_run_that_loses_a_worker_ends_as_the_run_in_one_process(tiny_store, tiny_backbone, tmp_path):
-    alone = tiny_config(tiny_store.path, tiny_backbone, tmp_path / "alone", train=LONG)
+    alone = tiny_sequential_config(tiny_store.path, tiny_backbone, tmp_path / "alone", train=LONG)
     expected = train_here(alone)
     config = alone.model_copy(update={"out": tmp_path / "run"})
     (tmp_path / "run.yaml").write_text(config.model_dump_json())  # JSON is YAML

@@ -17,7 +17,7 @@ import pytest
 
 from raygrec.train.folder import RunFolder
 from raygrec.train.local import train_here
-from tests.train.workers import tiny_config
+from tests.train.workers import tiny_sequential_config
 
 pytest.importorskip("ray")
 psutil = pytest.importorskip("psutil")
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent.parent
 DRIVER = '{"train_driver": 1}'
 TOKEN = "a-token-of-this-test-and-of-no-other-cluster"
 # Long enough to be stopped in the middle of it.
-LONG = {"epochs": 25, "patience": 25, "evaluate_every": 5}
+LONG = {"epochs": 40, "patience": 40, "evaluate_every": 10, "checkpoint_every": 100}
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,8 @@ def job(submit, name: str, *command: object, wait: bool = True) -> subprocess.Co
 
 
 def test_a_stopped_job_is_resumed_to_the_same_end(submit, tiny_store, tiny_backbone, tmp_path):
-    alone = tiny_config(tiny_store.path, tiny_backbone, tmp_path / "alone", train=LONG, cluster={"workers": 1})
+    changes = {"train": LONG, "cluster": {"workers": 1}}
+    alone = tiny_sequential_config(tiny_store.path, tiny_backbone, tmp_path / "alone", **changes)
     config = alone.model_copy(update={"out": tmp_path / "run"})
     file = tmp_path / "run.yaml"
     file.write_text(config.model_dump_json())  # JSON is YAML

@@ -1,6 +1,7 @@
 """The contrastive terms against loops over numbers, and on real gloo groups against one plain process."""
 
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -353,6 +354,7 @@ def worker(rank: int, split: list[int], folder: str) -> None:
         records.append({"loss": loss, "weight": gradients[0], "bias": gradients[1], **queue.state()})
     torch.save((records, gathered_facts(rank, split)), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+    os._exit(0)  # at the interpreter's own end, a thread of the group may abort the process
 
 
 def gathered_facts(rank: int, split: list[int]) -> dict[str, object]:
