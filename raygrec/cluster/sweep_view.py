@@ -87,7 +87,7 @@ class SweepView(tune.Callback):
             score = (trial.last_result or {}).get("score")
             shown = "" if score is None else f", {self.sweep.metric} {score:.4f}"
             why = f" ({reason})" if reason else ""
-            line = f"trial {outcome.number + 1}: {status}{why}{shown}; {_settings(outcome)}"
+            line = f"trial {outcome.number}: {status}{why}{shown}; {_settings(outcome)}"
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _table(self, trials: list[Trial]) -> Group:
@@ -110,7 +110,7 @@ class SweepView(tune.Callback):
             last = trial.last_result or {}
             score = f"{last['score']:.4f}" if "score" in last else "…"
             epoch = f"{last['epoch']:g}" if "epoch" in last else "…"
-            rows.add_row(str(outcome.number + 1), epoch, score, clock(last.get("seconds")), _settings(outcome))
+            rows.add_row(str(outcome.number), epoch, score, clock(last.get("seconds")), _settings(outcome))
         return Group(heading, rows)
 
     def _left(self, trials: int, running: int) -> str:

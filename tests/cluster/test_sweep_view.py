@@ -83,4 +83,4 @@ def test_the_table_says_how_far_the_sweep_is(view):
     heading, _, *rows = [" ".join(line.split()) for line in text.getvalue().splitlines()]
     assert heading == "1/9 trials 2 running, 1 finished, 0 pruned, 0 failed best ndcg@10 0.3000 13:20 left"
     # Two rates: their names keep what tells them apart.
-    assert rows == ["2 2 0.2500 02:05 train.lr=0.2 histories.lr=0.5", "3 … … --:-- train.lr=0.3 histories.lr=0.5"]
+    assert rows == ["1 2 0.2500 02:05 train.lr=0.2 histories.lr=0.5", "2 … … --:-- train.lr=0.3 histories.lr=0.5"]
