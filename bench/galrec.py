@@ -9,19 +9,17 @@ Figures go to docs/figures/, numbers to docs/results/. Needs the extra `figures`
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).parent.parent
-RESULTS, FIGURES = ROOT / "docs" / "results", ROOT / "docs" / "figures"
-WORK = Path(os.environ.get("RAYGREC_WORK", ROOT / "runs" / "quality"))
+from bench.quality import RESULTS, ROOT, WORK, raygrec
+
+FIGURES = ROOT / "docs" / "figures"
 COLOURS = ("#0072b2", "#e69f00", "#009e73")
 NAMES = ("0-hop: the user's own node", "1-hop: its items", "2-hop: users who share items")
 SWEEP: dict[str, tuple[str, list[float]]] = {
@@ -140,8 +138,7 @@ def trained(store: Path, key: str, value: float, seed: int) -> dict[str, Any]:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(apply_overrides(content, [f"{key}={value}"]), default=str))
         more = ["--resume"] if out.exists() else []
-        command = [sys.executable, "-m", "raygrec.cli", "train", str(file), "--local", *more]
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(raygrec("train", file, "--local", *more), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return json.loads((out / "metrics.json").read_text())
 
 

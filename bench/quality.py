@@ -163,17 +163,16 @@ def one(suite_name: str, name: str, seed: int, threads: int, decodings: Sequence
         start_after_early_stages(
             WORK / suite_name / result_file(suite_name, "GLTA", seed).stem, out, cell.job, settings
         )
-    raygrec = [sys.executable, "-m", "raygrec.cli"]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     command = ["train", f"jobs/{cell.job}", *settings]
     started = time.time()
-    call([*raygrec, *command, "--local", *(["--resume"] if out.exists() else [])], environment)
+    call(raygrec(*command, "--local", *(["--resume"] if out.exists() else [])), environment)
     seconds = time.time() - started
     metrics = json.loads((out / "metrics.json").read_text())
     metrics["decodings"] = known["metrics"].get("decodings", {}) if known else {}
     for mode in wanted:
         if mode not in metrics["decodings"]:
-            found = call([*raygrec, "evaluate", str(out), "--decoding", mode, "--json"], environment)
+            found = call(raygrec("evaluate", out, "--decoding", mode, "--json"), environment)
             metrics["decodings"][mode] = json.loads(found)
     history = RunFolder(out).history()
     shown = [f"store=stores/{suite.store}", f"out=runs/{file.stem}", f"seed={seed}", *cell.settings, "--local"]
@@ -222,9 +221,13 @@ def prepare(name: str) -> Path:
     if not store.exists():
         layout, folder, options = STORES[name]
         source = Path(os.environ["RAYGREC_DATA"]) / folder
-        command = ["prepare", layout, str(source), "--out", str(store), *options]
-        call([sys.executable, "-m", "raygrec.cli", *command], dict(os.environ))
+        call(raygrec("prepare", layout, source, "--out", store, *options), dict(os.environ))
     return store
+
+
+def raygrec(*arguments: str | Path) -> list[str]:
+    """The command line of `raygrec` in this environment."""
+    return [sys.executable, "-m", "raygrec.cli", *map(str, arguments)]
 
 
 def call(command: list[str], environment: dict[str, str]) -> str:

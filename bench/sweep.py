@@ -9,16 +9,16 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from bench.quality import RESULTS, ROOT, WORK
+from bench.quality import RESULTS, ROOT, WORK, raygrec
 from raygrec.cluster.space import points, read_sweep
 from raygrec.data.synthetic import write_demo
+from raygrec.train.folder import RunFolder
 
 SPACE = "tune_spaces/smoke.yaml"
 SETTINGS = ["backbone.layers=1", "train.epochs=6"]
@@ -39,10 +39,6 @@ def main() -> None:
     file = RESULTS / "sweep" / f"{what}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def raygrec(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "raygrec.cli", *map(str, arguments)]
 
 
 def prepared(store: Path) -> Path:
@@ -93,12 +89,13 @@ def cost(folder: Path) -> dict[str, Any]:
     subprocess.run(sweep(folder / "sweep", prepared(folder / "store"), trials), cwd=ROOT, check=True)
     swept = time.monotonic() - begun
     read = read_sweep(ROOT / SPACE, [f"trials={trials}", *SETTINGS])
-    begun = time.monotonic()
+    begun, epochs = time.monotonic(), []
     for number, point in enumerate(points(read) or []):
         store = prepared(folder / f"store-{number}")
         given = {**read.settings, **point, "store": store, "out": folder / f"run-{number}"}
         settings = [f"{key}={value}" for key, value in given.items()]
         subprocess.run(raygrec("train", read.job, *settings), cwd=ROOT, check=True)
+        epochs.append(RunFolder(given["out"]).history()[-1]["epoch"])
     apart = time.monotonic() - begun
     table = pd.read_parquet(folder / "sweep" / "trials.parquet")
     return {
@@ -106,7 +103,7 @@ def cost(folder: Path) -> dict[str, Any]:
         "sweep_seconds": swept,
         "apart_seconds": apart,
         "ratio": swept / apart,
-        "epochs": {"sweep": float(table["epochs"].sum()), "apart": trials * 6.0},
+        "epochs": {"sweep": float(table["epochs"].sum()), "apart": sum(epochs)},
         "statuses": table["status"].value_counts().to_dict(),
     }
 

@@ -6,9 +6,8 @@ python -m bench.zero
 import json
 import shutil
 import subprocess
-import sys
 
-from bench.quality import RESULTS, ROOT, WORK
+from bench.quality import RESULTS, ROOT, WORK, raygrec
 from raygrec.data.options import PrepareOptions
 from raygrec.data.prepare import prepare
 from raygrec.data.synthetic import write_demo
@@ -40,7 +39,7 @@ def main() -> None:
     for stage in range(4):
         run = folder / f"zero-{stage}"
         command = ["train", "jobs/glta.yaml", f"store={store}", f"out={run}", f"engine.zero_stage={stage}", *SETTINGS]
-        subprocess.run([sys.executable, "-m", "raygrec.cli", *command], cwd=ROOT, check=True)
+        subprocess.run(raygrec(*command), cwd=ROOT, check=True)
         metrics = json.loads((run / "metrics.json").read_text())
         history = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
         stages[stage] = {

@@ -17,6 +17,7 @@ Value = float | int | str | bool | None
 Point = dict[str, Any]  # values by dotted key of the run's config
 
 MEASURES = ("precision", "recall", "hit", "ndcg", "mrr", "coverage")
+FOLDER, POINT = "folder", "point"  # what Ray Tune hands a trial: the sweep's folder, and a named point
 RESERVED = ("store", "out", "seed", "recipe", "evaluate.test")
 
 
@@ -192,6 +193,13 @@ def read_sweep(path: Path, overrides: list[str]) -> SweepConfig:
     sweep = validate(SweepConfig, content, str(path))
     check_space(sweep, str(path))
     return sweep
+
+
+def point_of(config: dict[str, Any]) -> Point:
+    """The point in what Ray Tune calls a trial's config."""
+    if POINT in config:
+        return config[POINT]
+    return {key: value for key, value in config.items() if key != FOLDER}
 
 
 def base_config(sweep: SweepConfig) -> dict[str, Any]:

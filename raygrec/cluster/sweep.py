@@ -1,8 +1,6 @@
 """Sweeps: Ray Tune over runs on Ray Train workers, pruned, resumable, chosen by validation alone."""
 
 import functools
-import importlib.util
-import json
 import logging
 import os
 import statistics
@@ -15,14 +13,23 @@ from typing import Any
 from filelock import FileLock
 
 from raygrec.cluster.launcher import DRIVER, REDRAWN_EVERY, RunOnWorkers, WorkerError, connect, train_on_ray
-from raygrec.cluster.space import Point, SweepConfig, base_config, points, suggested, trial_config
+from raygrec.cluster.space import (
+    FOLDER,
+    POINT,
+    SweepConfig,
+    base_config,
+    point_of,
+    points,
+    suggested,
+    trial_config,
+)
 from raygrec.cluster.sweep_folder import Report, SweepFolder
 from raygrec.cluster.sweep_view import SweepView
 from raygrec.cluster.task import as_task
 from raygrec.config import read_yaml
 from raygrec.data.store import Store
 from raygrec.errors import InputError
-from raygrec.evaluate.sweeps import best_trial
+from raygrec.evaluate.sweeps import best_trial, check_packages, write_report
 from raygrec.train.assembly import prepare_only, prepare_run
 from raygrec.train.folder import RunFolder, with_absolute_paths
 from raygrec.train.settings import RunConfig, run_config
@@ -41,8 +48,6 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianSt
 from ray.tune.search.optuna import OptunaSearch
 
 SCORE = "score"
-FOLDER = "folder"  # beside the point in what Ray Tune calls a trial's config
-POINT = "point"
 GONE_AFTER = 60.0  # seconds that a pruned trial's workers may take to end
 
 
@@ -53,7 +58,7 @@ def run_sweep(sweep: SweepConfig, resume: bool = False, final_seeds: int = 0) ->
     the best trial and, where asked, the final metrics. Raises `InputError` for wrong input, also where the cluster
     can never hold a trial.
     """
-    _check_libraries(sweep)
+    check_packages()
     sweep = sweep.model_copy(update={"out": sweep.out.absolute(), "job": sweep.job.absolute()})
     folder = SweepFolder(sweep.out)
     example = with_absolute_paths(run_config(base_config(sweep), str(sweep.job)))
@@ -71,13 +76,6 @@ def run_sweep(sweep: SweepConfig, resume: bool = False, final_seeds: int = 0) ->
     finally:
         if started_here:
             ray.shutdown()
-
-
-def _check_libraries(sweep: SweepConfig) -> None:
-    needed = ["plotly", "matplotlib", "optuna"]
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
-        raise InputError(f'a sweep needs {", ".join(missing)}: pip install "raygrec[tune]"')
 
 
 def _search(sweep: SweepConfig, folder: SweepFolder, example: RunConfig) -> None:
@@ -194,8 +192,8 @@ class Trial(tune.Trainable):
             clock = Clock(known[-1] if known else None)
             scores: list[float] = []
             report = None
+            base = run_config(base_config(self.sweep), str(self.sweep.job)).seed
             for number in range(self.sweep.seeds):
-                base = run_config(base_config(self.sweep), str(self.sweep.job)).seed
                 config = trial_config(self.sweep, self.point, self.place.run(base + number), base + number)
                 kept = Best(self.sweep, config)
                 for epoch, valid, workers in self._epochs(config):
@@ -306,13 +304,6 @@ def _validations(folder: RunFolder, after: float) -> Iterator[tuple[float, dict[
             yield record["epoch"], record["valid"], record["workers"]
 
 
-def point_of(config: dict[str, Any]) -> Point:
-    """The point in what Ray Tune calls a trial's config."""
-    if POINT in config:
-        return config[POINT]
-    return {key: value for key, value in config.items() if key != FOLDER}
-
-
 class Spent(tune.Stopper):
     """Ends the sweep when its budget is spent; `hours` count from the call, device hours over all of its calls."""
 
@@ -400,8 +391,6 @@ def _scheduler(sweep: SweepConfig, example: RunConfig) -> TrialScheduler:
 
 def _concluded(sweep: SweepConfig, folder: SweepFolder, trials: Any, final_seeds: int) -> dict[str, Any]:
     """Report and final runs, and what the command line shows."""
-    from raygrec.evaluate.sweeps import write_report
-
     title = f"{sweep.job.stem}: {sweep.searcher.name}, {sweep.scheduler.name}"
     counts = trials["status"].value_counts().to_dict() if len(trials) else {}
     result: dict[str, Any] = {"folder": str(folder.path), "trials": len(trials), **counts}
@@ -411,13 +400,8 @@ def _concluded(sweep: SweepConfig, folder: SweepFolder, trials: Any, final_seeds
     best = best_trial(trials, sweep.mode)
     if best is None:
         return result
-    point = next(outcome.point for outcome, _ in folder.trials() if outcome.trial == best["trial"])
-    result["best"] = {
-        "trial": best["trial"],
-        SCORE: float(best[SCORE]),
-        "point": point,
-        "config": str(folder.best_file),
-    }
+    score, point = float(best[SCORE]), folder.point(best["trial"])
+    result["best"] = {"trial": best["trial"], SCORE: score, "point": point, "config": str(folder.best_file)}
     if final_seeds:
         result["final"] = _final(folder, final_seeds)
     return result
@@ -442,10 +426,10 @@ def _final(folder: SweepFolder, seeds: int) -> dict[str, Any]:
         config = run_config(given, str(folder.best_file))
         metrics = RunFolder(config.out).metrics()
         runs.append(metrics or train_on_ray(config, resume=RunFolder(config.out).config_file.exists()))
-    names = {**runs[0]["baselines"], config.name: runs[0]}
+    names = [*runs[0]["baselines"], config.name]
     result = {
         name: {split: [(run["baselines"].get(name) or run)[split] for run in runs] for split in ("valid", "test")}
         for name in names
     }
-    folder.final_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    folder.write_final(result)
     return result

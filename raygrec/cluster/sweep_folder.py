@@ -152,6 +152,10 @@ class SweepFolder:
         found = [(folder.outcome(), folder) for folder in folders]
         yield from sorted(((one, folder) for one, folder in found if one), key=lambda pair: pair[0].number)
 
+    def point(self, trial: str) -> Point:
+        """The point of a trial that has begun."""
+        return next(outcome.point for outcome, _ in self.trials() if outcome.trial == trial)
+
     def tables(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Trials, one row each, and their reports."""
         sweep = self.config()
@@ -184,6 +188,7 @@ class SweepFolder:
 
     def write_results(self) -> pd.DataFrame:
         """trials.parquet, reports.parquet and, where a trial has a score, best.yaml; returns the trials."""
+        sweep = self.config()
         trials, reports = self.tables()
         for outcome, folder in self.trials():
             if outcome.status not in ("running", "unfinished"):
@@ -191,13 +196,15 @@ class SweepFolder:
         for name, table in (("trials", trials), ("reports", reports)):
             with replaced(self.path / f"{name}.parquet") as draft:
                 _as_stored(table).to_parquet(draft, index=False)
-        best = best_trial(trials, self.config().mode)
+        best = best_trial(trials, sweep.mode)
         if best is not None:
-            sweep = self.config()
-            point = next(outcome.point for outcome, _ in self.trials() if outcome.trial == best["trial"])
-            config = trial_config(sweep, point, self.path / "best", test=True)
+            config = trial_config(sweep, self.point(best["trial"]), self.path / "best", test=True)
             _write(self.best_file, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         return trials
+
+    def write_final(self, metrics: dict[str, Any]) -> None:
+        """final.json: what the best configuration came to, by method and split, a list over seeds."""
+        _write(self.final_file, json.dumps(metrics, indent=2) + "\n")
 
 
 def _as_stored(table: pd.DataFrame) -> pd.DataFrame:

@@ -11,10 +11,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from raygrec.cluster.sweep_folder import Outcome, SweepFolder
+from raygrec.cluster.space import point_of
+from raygrec.cluster.sweep_folder import Outcome, SweepFolder, TrialFolder
 from raygrec.evaluate.sweep_figures import short_names
 from raygrec.evaluate.sweeps import best_trial
-from raygrec.progress import clock, console, is_drawn, quiet
+from raygrec.progress import clock, console, is_drawn, tell
 
 SHOWN_RUNNING = 8
 
@@ -46,7 +47,7 @@ class SweepView(tune.Callback):
         if known and known.status == "running" and any(outcome.trial == name for _, outcome in self.trials.values()):
             return  # the same point twice at once: one outcome for both
         number = self.numbers.setdefault(name, len(self.numbers))
-        outcome = Outcome(name, number, known.point if known else _point(trial))
+        outcome = Outcome(name, number, known.point if known else point_of(trial.config))
         self.trials[trial.trial_id] = (trial, outcome)
         place.ended(outcome)
 
@@ -73,8 +74,8 @@ class SweepView(tune.Callback):
             self.live.stop()
             self.live = None
 
-    def _place(self, trial: Trial) -> Any:
-        return self.folder.trial(_point(trial))
+    def _place(self, trial: Trial) -> TrialFolder:
+        return self.folder.trial(point_of(trial.config))
 
     def _ended(self, trial: Trial, status: str, reason: str) -> None:
         if trial.trial_id not in self.trials:
@@ -83,12 +84,10 @@ class SweepView(tune.Callback):
         outcome.status, outcome.reason = status, reason
         self._place(trial).ended(outcome)
         self.ended += 1
-        if not quiet():
-            score = (trial.last_result or {}).get("score")
-            shown = "" if score is None else f", {self.sweep.metric} {score:.4f}"
-            why = f" ({reason})" if reason else ""
-            line = f"trial {outcome.number}: {status}{why}{shown}; {_settings(outcome)}"
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        score = (trial.last_result or {}).get("score")
+        shown = "" if score is None else f", {self.sweep.metric} {score:.4f}"
+        why = f" ({reason})" if reason else ""
+        tell(f"trial {outcome.number}: {status}{why}{shown}; {_settings(outcome)}")
 
     def _table(self, trials: list[Trial]) -> Group:
         table, _ = self.folder.tables()
@@ -102,7 +101,7 @@ class SweepView(tune.Callback):
         best = best_trial(table, self.sweep.mode)
         if best is not None:
             heading.append(f"   best {self.sweep.metric} {best['score']:.4f}", style="green")
-        heading.append(f"   {self._left(total - done, len(running))} left", style="cyan")
+        heading.append(f"   {self._left(total - done)} left", style="cyan")
         rows = Table(box=None, pad_edge=False)
         for name in ("trial", "epoch", self.sweep.metric, "time", "settings"):
             rows.add_column(name, no_wrap=True, overflow="ellipsis")
@@ -113,17 +112,11 @@ class SweepView(tune.Callback):
             rows.add_row(str(outcome.number), epoch, score, clock(last.get("seconds")), _settings(outcome))
         return Group(heading, rows)
 
-    def _left(self, trials: int, running: int) -> str:
+    def _left(self, trials: int) -> str:
         """As long as the trials that ended in this call took, by the number that ended."""
         if not self.ended:
             return clock(None)
         return clock(max(trials, 0) * (time.monotonic() - self.begun) / self.ended)
-
-
-def _point(trial: Trial) -> dict[str, Any]:
-    from raygrec.cluster.sweep import point_of
-
-    return point_of(trial.config)
 
 
 def _settings(outcome: Outcome) -> str:

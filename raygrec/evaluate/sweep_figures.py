@@ -272,13 +272,21 @@ def trial_points(sweep: Sweep, places: Sequence[float], scores: Sequence[float],
     return found
 
 
+def _varied(sweep: Sweep, order: Sequence[str]) -> list[Key] | str:
+    """The keys that took more than one value, those named in `order` first; or why nothing can be shown of any."""
+    keys = [key for key in sweep.keys if key.varied]
+    if sweep.best is None:
+        return "no trial has a score"
+    if not keys:
+        return "no key took more than one value"
+    return sorted(keys, key=lambda key: order.index(key.name) if key.name in order else len(order))
+
+
 def effects(sweep: Sweep, order: Sequence[str] = ()) -> Drawing | str:
     """The score by each key that took more than one value. order: names of keys that come first."""
-    keys = [key for key in sweep.keys if key.varied]
-    if not keys or sweep.best is None:
-        why = "no trial has a score" if sweep.best is None else "no key took more than one value"
-        return f"The effect of the keys cannot be shown: {why}."
-    keys.sort(key=lambda key: order.index(key.name) if key.name in order else len(order))
+    keys = _varied(sweep, order)
+    if isinstance(keys, str):
+        return f"The effect of the keys cannot be shown: {keys}."
     scores = sweep.trials["score"].tolist()
     scale = score_scale(scores, sweep.mode)
     columns = min(4, len(keys))
@@ -354,11 +362,9 @@ def running_quantiles(x: np.ndarray, y: np.ndarray, grid: np.ndarray, bandwidth:
 
 def parallel_coordinates(sweep: Sweep, order: Sequence[str] = ()) -> Drawing | str:
     """Every key an upright axis, every trial with a score a line through its values, coloured by the score."""
-    keys = [key for key in sweep.keys if key.varied]
-    if not keys or sweep.best is None:
-        why = "no trial has a score" if sweep.best is None else "no key took more than one value"
-        return f"There are no parallel coordinates: {why}."
-    keys.sort(key=lambda key: order.index(key.name) if key.name in order else len(order))
+    keys = _varied(sweep, order)
+    if isinstance(keys, str):
+        return f"There are no parallel coordinates: {keys}."
     scores = sweep.trials["score"].tolist()
     scale = score_scale(scores, sweep.mode)
     at_score = len(keys)

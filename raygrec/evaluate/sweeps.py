@@ -6,7 +6,6 @@ those of `TRIAL_COLUMNS` and `REPORT_COLUMNS`, and one `config.<dotted.key>` per
 
 import importlib
 import math
-import os
 from collections.abc import Callable, Iterable
 from html import escape
 from pathlib import Path
@@ -18,6 +17,7 @@ from raygrec.errors import InputError
 from raygrec.evaluate import sweep_figures as figures
 from raygrec.evaluate.drawing import Drawing, number, plotly_figure, png, shortened
 from raygrec.evaluate.sweep_figures import Key, Sweep
+from raygrec.storage import replaced
 
 TRIAL_COLUMNS = ("trial", "number", "status", "reason", "score", "spread", "epochs", "seconds", "device_seconds")
 REPORT_COLUMNS = ("trial", "epoch", "score", "value", "seconds")
@@ -69,7 +69,7 @@ def write_report(folder: Path, metric: str, mode: str, title: str) -> Path:
     """
     if mode not in ("max", "min"):
         raise InputError(f"mode: '{mode}' is unknown; it is max or min")
-    _require("matplotlib", "optuna", "plotly")
+    check_packages()
     sweep = read_sweep(Path(folder), metric, mode)
     drawn = _draw_all(sweep)
     place = Path(folder) / "figures"
@@ -129,8 +129,9 @@ def _numbers(file: Path, series: pd.Series) -> pd.Series:
         raise InputError(f"{file}: column '{series.name}' holds something that is not a number") from None
 
 
-def _require(*packages: str) -> None:
-    for package in packages:
+def check_packages() -> None:
+    """`InputError` that names what the report needs and is not installed; to be asked before a sweep begins."""
+    for package in ("matplotlib", "optuna", "plotly"):
         try:
             importlib.import_module(package)
         except ImportError:
@@ -138,9 +139,8 @@ def _require(*packages: str) -> None:
 
 
 def _write(file: Path, content: bytes) -> None:
-    draft = file.with_name(f".{file.name}.draft")
-    draft.write_bytes(content)
-    os.replace(draft, file)
+    with replaced(file, len(content)) as draft:
+        draft.write_bytes(content)
 
 
 def _draw_all(sweep: Sweep) -> dict[str, tuple[str, Drawing | str]]:

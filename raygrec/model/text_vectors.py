@@ -1,8 +1,6 @@
 """One vector per item from the frozen language model's reading of its text, made once per store and backbone."""
 
 import hashlib
-import os
-import platform
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +9,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from raygrec.data.arrays import CSR
-from raygrec.errors import InputError
+from raygrec.errors import InputError, StorageError
 from raygrec.model.backbone import Backbone, BackboneConfig, load_tokenizer, resolve
 from raygrec.progress import track
+from raygrec.storage import replaced
 
 TOKENS_PER_PASS = 4096
 SMALL_FILE = 2**16  # bytes: configs are smaller, weights larger
@@ -29,16 +28,12 @@ def load_or_read_texts(config: BackboneConfig, tokens: CSR, folder: Path) -> tor
     file = folder / f"{_key(config, tokens)}.safetensors"
     if not file.exists():
         vectors = _read_texts(config, tokens)
-        # Several processes, on several machines, may do so at once: each writes a draft of its own.
-        draft = file.with_name(f".{file.name}.{platform.node()}-{os.getpid()}")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            save_file({"items": vectors}, draft, {"backbone": config.name})
-            draft.replace(file)
-        except (OSError, SafetensorError) as error:
+            with replaced(file) as draft:  # several processes may do so at once
+                save_file({"items": vectors}, draft, {"backbone": config.name})
+        except (OSError, SafetensorError, StorageError) as error:
             raise InputError(f"{file}: text vectors cannot be written ({error})") from None
-        finally:
-            draft.unlink(missing_ok=True)
     try:
         return load_file(file)["items"]
     except (OSError, SafetensorError, KeyError) as error:

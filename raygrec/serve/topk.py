@@ -1,6 +1,5 @@
 """Top-k lists from a finished run: batch evaluation and recommending, from the run folder and its store."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,10 @@ import torch
 
 from raygrec.data.arrays import CSR
 from raygrec.data.store import Store
-from raygrec.errors import InputError
+from raygrec.errors import InputError, StorageError
 from raygrec.evaluate.ranking import top_k
 from raygrec.progress import track
+from raygrec.storage import replaced
 from raygrec.train.assembly import Model, Prompts, histories, load_model
 from raygrec.train.engine import LocalEngine, device
 from raygrec.train.folder import run_at
@@ -94,22 +94,17 @@ def recommend_all(path: Path | str, k: int, out: Path) -> int:
             ("title", pa.string()),
         ]
     )
-    draft = out.with_name(f".{out.name}.draft")
     rows = 0
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with pq.ParquetWriter(draft, schema) as writer:
+        with replaced(out) as draft, pq.ParquetWriter(draft, schema) as writer:
             for start in track(range(0, store.num_users, 512), "recommending"):
                 users = np.arange(start, min(start + 512, store.num_users))
                 table = _as_table(finished, users, k, schema)
                 rows += len(table)
                 writer.write_table(table, row_group_size=ROWS)
-        os.replace(draft, out)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written ({error.strerror or error})") from None
-    finally:
-        if draft.is_file():
-            draft.unlink()
+    except (OSError, StorageError) as error:
+        raise InputError(f"{out}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
     return rows
 
 

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.error
 import urllib.request
 from contextlib import suppress
@@ -17,6 +16,7 @@ import pytest
 
 from raygrec.train.folder import RunFolder
 from raygrec.train.local import train_here
+from tests.cluster.test_launcher import wait_for
 from tests.train.workers import tiny_sequential_config
 
 pytest.importorskip("ray")
@@ -83,13 +83,6 @@ def free_ports(count: int) -> list[int]:
     for one in sockets:
         one.close()
     return ports
-
-
-def wait_for(condition, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
 
 
 def job(submit, name: str, *command: object, wait: bool = True) -> subprocess.CompletedProcess:
