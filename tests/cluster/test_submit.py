@@ -1,4 +1,4 @@
-"""`ray job submit` to a real Ray with token authentication: stop, resume, and failures that say why."""
+"""`ray job submit` to a real Ray with token authentication: every job; stop, resume, failures that say why."""
 
 import json
 import os
@@ -6,18 +6,20 @@ import subprocess
 import urllib.error
 from pathlib import Path
 
+import pandas as pd
 import pytest
+import yaml
 
 from raygrec.train.folder import RunFolder
 from raygrec.train.local import train_here
 from tests.cluster.head import Head, ray
 from tests.cluster.test_launcher import wait_for
-from tests.train.workers import tiny_sequential_config
+from tests.train.workers import tiny_graph_config, tiny_sequential_config
 
 pytest.importorskip("ray")
 pytestmark = [
     pytest.mark.cluster,
-    pytest.mark.skipif(not os.environ.get("RAYGREC_SLOW"), reason="takes two minutes; RAYGREC_SLOW=1 runs it"),
+    pytest.mark.skipif(not os.environ.get("RAYGREC_SLOW"), reason="takes four minutes; RAYGREC_SLOW=1 runs it"),
 ]
 
 ROOT = Path(__file__).parent.parent.parent
@@ -77,3 +79,34 @@ def test_a_stopped_job_is_resumed_to_the_same_end(submit, tiny_store, tiny_backb
     assert "exit code 2" in said
     assert f"raygrec: {file}: unknown key 'train.epoch'; the nearest known key is 'train.epochs'" in said
     assert "Traceback" not in said
+
+
+def test_every_job_does_its_work_from_a_source_to_lists(submit, tiny_store, tiny_backbone, tmp_path):
+    store, run = tmp_path / "store", tmp_path / "run"
+    config = tiny_sequential_config(store, tiny_backbone, run, cluster={"workers": 1})
+    (tmp_path / "run.yaml").write_text(config.model_dump_json())  # JSON is YAML
+    (tmp_path / "graph.yaml").write_text(tiny_graph_config(store, tiny_backbone, tmp_path / "graph").model_dump_json())
+    space = {"job": str(tmp_path / "run.yaml"), "out": str(tmp_path / "sweep"), "metric": "ndcg@3", "trials": 1}
+    space["space"] = {"train.lr": {"choice": [0.01]}}
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump(space))
+    steps = [
+        ("prepare.py", "table", tiny_store.path.parent, "--out", store, "k_core=0"),
+        ("pretrain_graph.py", tmp_path / "graph.yaml"),
+        ("train.py", tmp_path / "run.yaml", "--json"),
+        ("evaluate.py", run, "--json"),
+        ("recommend.py", run, "--k", 5, "--out", tmp_path / "top.parquet"),
+        ("tune.py", tmp_path / "space.yaml"),
+    ]
+    said = {}
+    for name, *arguments in steps:
+        done = job(submit, name.replace(".", "-"), f"jobs/{name}", *arguments)
+        assert done.returncode == 0, done.stdout + done.stderr
+        said[name] = done.stdout
+    assert list((store / "graph").glob("lightgcn-*.safetensors"))
+    metrics = RunFolder(run).metrics()
+    assert json.dumps(metrics["test"]) in said["train.py"]
+    assert json.dumps(metrics["test"]) in said["evaluate.py"]
+    assert len(pd.read_parquet(tmp_path / "top.parquet")) == 48 * 5
+    trials = pd.read_parquet(tmp_path / "sweep" / "trials.parquet")
+    assert trials["status"].tolist() == ["finished"]
+    assert trials["score"][0] == pytest.approx(metrics["valid"]["ndcg@3"], abs=1e-6)
