@@ -17,6 +17,7 @@ from raygrec.train.assembly import prepare_run
 from raygrec.train.engine import NonFiniteError, from_rank_0
 from raygrec.train.folder import RunFolder, with_absolute_paths
 from raygrec.train.local import BarReporter
+from raygrec.train.loop import Reporter
 from raygrec.train.settings import ClusterConfig, RunConfig, run_config
 
 # Ray reads these when it is imported or started.
@@ -30,6 +31,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raygrec.cluster.gauges import Gauges
 from raygrec.cluster.heartbeat import Heart, Pulses, Watch
 from raygrec.cluster.task import as_task
 
@@ -104,7 +106,7 @@ class Introduction(ControllerCallback):
         self.board.controlled_by.remote(ray.get_runtime_context().current_actor)
 
 
-class RayReporter:
+class RayReporter(Reporter):
     """Progress to the board, at most a few times a second; what Ray says of the nodes to every rank alike."""
 
     def __init__(self, board: Any, heart: Heart) -> None:
@@ -355,7 +357,7 @@ def _worker(arguments: dict[str, Any]) -> None:
         reporter.progress(STARTING, context.get_world_size(), context.get_world_size())
     try:
         with heart.beating():
-            run(config, RunFolder(config.out), reporter, distributed=True)
+            run(config, RunFolder(config.out), reporter, distributed=True, trackers=[Gauges(config.out)])
     except Exception as error:
         if _recurs(error):
             ray.get(board.fail.remote(_as_failure(error)))

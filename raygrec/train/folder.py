@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from raygrec.config import read_yaml
+from raygrec.config import flat, read_yaml
 from raygrec.errors import InputError
 from raygrec.progress import tell
 from raygrec.remote import fetch, is_address, upload
@@ -101,7 +101,7 @@ class RunFolder:
     def start(self, config: RunConfig, resume: bool) -> None:
         """Claims the folder; an existing run is refused unless `resume`, and then its config must be the same.
 
-        `cluster` and `upload` may differ: a run may go on with another number of workers.
+        `cluster`, `upload` and `track` may differ: a run may go on with another number of workers.
         """
         if self.config_file.exists():
             if not resume:
@@ -134,7 +134,7 @@ class RunFolder:
 
     def _refuse_other(self, config: RunConfig) -> None:
         before, given = (
-            _flat(with_absolute_paths(one).model_dump(mode="json", exclude={"cluster", "out", "upload"}))
+            flat(with_absolute_paths(one).model_dump(mode="json", exclude={"cluster", "out", "upload", "track"}))
             for one in (self.config(), config)
         )
         for key in (key for key, value in given.items() if before.get(key) != value):
@@ -148,6 +148,13 @@ class RunFolder:
         if not self.config_file.is_file():
             raise InputError(f"{self.path}: no run there (config.yaml is missing)")
         return run_config(read_yaml(self.config_file), str(self.config_file))
+
+    def kept(self, name: str, make: Callable[[], str]) -> str:
+        """What `make` returned when it was first asked for the id `name` in this folder."""
+        file = self.path / f"{name}.id"
+        if not file.exists():
+            self._write(file, make())
+        return file.read_text(encoding="utf-8")
 
     def report(self, record: dict[str, Any]) -> None:
         """Appends one line to history.jsonl."""
@@ -283,7 +290,7 @@ class RunFolder:
     def publish(self, config: RunConfig) -> None:
         """Copies the finished run to where its config wants it, metrics.json last of all."""
         if config.upload:
-            upload(self.path, config.upload, METRICS, without=("checkpoints", "ray"))
+            upload(self.path, config.upload, METRICS, without=("checkpoints", "ray", "wandb"))
 
     def metrics(self) -> dict[str, Any] | None:
         """The final metrics, or None while the run has not finished."""
@@ -318,11 +325,3 @@ def _remove(place: Path) -> None:
         place.unlink()
     else:
         shutil.rmtree(place, ignore_errors=True)
-
-
-def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Sections as dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

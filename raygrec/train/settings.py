@@ -106,6 +106,19 @@ class ClusterConfig(StrictConfig):
         return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
+class TrackConfig(StrictConfig):
+    """Where live figures of the training go besides history.jsonl; Ray's own metrics have them in any case."""
+
+    every: int = Field(10, ge=1)
+    """Updates between two points; each validation is one, too."""
+    tensorboard: bool = False
+    """Event files in RUN/tensorboard."""
+    mlflow: str | None = Field(None, min_length=1)
+    """The URI of a tracking server or store."""
+    wandb: str | None = Field(None, min_length=1)
+    """A project of Weights & Biases."""
+
+
 class RunConfig(StrictConfig):
     """What every recipe's run depends on; written to its folder as config.yaml."""
 
@@ -124,6 +137,7 @@ class RunConfig(StrictConfig):
     engine: EngineConfig = EngineConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     cluster: ClusterConfig = ClusterConfig()
+    track: TrackConfig = TrackConfig()
 
     @property
     def name(self) -> str:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from pathlib import Path
 from raygrec.train.folder import RunFolder
 from raygrec.train import loop, pipeline
+from raygrec.train.writer import CheckpointWriter
 dist.init_process_group("gloo")
 stop, gently = json.loads(sys.argv[2]), len(json.loads(sys.argv[1])) > 1
 class Cut(Exception): pass
@@ -30,10 +31,18 @@ if stop:
         if seen[0] > stop:
             seen[0] = 0
             if not gently:
+                # Which checkpoint is the last is then no matter of chance.
+                for writer in writers:
+                    writer.wait()
                 os._exit(9)
             raise Cut
         return step(*arguments)
     loop._step = counted
+    writers, enter = [], CheckpointWriter.__enter__
+    def entered(self):
+        writers[:] = [self]
+        return enter(self)
+    CheckpointWriter.__enter__ = entered
 class Silent:
     def progress(self, *a, **k): pass
     def report(self, *a, **k): pass
