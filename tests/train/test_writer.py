@@ -25,15 +25,16 @@ def folder(tmp_path) -> RunFolder:
 @pytest.fixture
 def gate(monkeypatch):
     """Writes stand still, with nothing on the disk, until it is set; `gate.done` holds the steps that were written."""
-    event, done, plain = threading.Event(), [], RunFolder.save_checkpoint
+    event, done, best, plain = threading.Event(), [], [], RunFolder.save_checkpoint
 
     def slow(self: RunFolder, state: LoopState, tensors: dict[str, torch.Tensor]) -> None:
         assert event.wait(30)
+        best.append(self.has_parts(self.parts_file(state.stage)))
         plain(self, state, tensors)
         done.append(state.step)
 
     monkeypatch.setattr(RunFolder, "save_checkpoint", slow)
-    event.done = done
+    event.done, event.best = done, best
     yield event
     event.set()
 
@@ -46,10 +47,10 @@ def test_the_loop_goes_on_while_a_checkpoint_is_written_and_what_it_changes_then
         state.step = 2
         writer.check()
         assert gate.done == []
-        assert folder.has_parts(folder.parts_file("train"))  # the best comes before the checkpoint that relies on it
         gate.set()
         writer.wait()
         assert gate.done == [1]
+        assert gate.best == [True]  # it comes before the checkpoint that relies on it
     found, _ = folder.last_checkpoint("train")
     assert found == LoopState("train", 1, sums=[1.0], counts=[2.0])
 

@@ -66,9 +66,7 @@ def run_workers(config: RunConfig, workers: int, stop_after: int = 0, seconds: f
     return run_several([config], workers, stop_after, seconds)[0]
 
 
-def run_several(
-    configs: list[RunConfig], workers: int, stop_after: int = 0, seconds: float = 300
-) -> list[RunFolder]:
+def run_several(configs: list[RunConfig], workers: int, stop_after: int = 0, seconds: float = 300) -> list[RunFolder]:
     """As `run_workers`, one run after the other in the same processes; a cut ends the run, not the processes."""
     folders = [RunFolder(config.out) for config in configs]
     for folder, config in zip(folders, configs, strict=True):
