@@ -18,6 +18,7 @@ from raygrec.train.engine import NonFiniteError, from_rank_0
 from raygrec.train.folder import RunFolder, with_absolute_paths
 from raygrec.train.local import BarReporter
 from raygrec.train.loop import Reporter
+from raygrec.train.mirror import restore
 from raygrec.train.settings import ClusterConfig, RunConfig, run_config
 
 # Ray reads these when it is imported or started.
@@ -154,6 +155,8 @@ def train_on_ray(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     if JOBS_COPIES in config.out.parts:
         raise InputError(f"{config.out}: goes away with the job's copy of the code; name an absolute path in out")
     folder = RunFolder(config.out)
+    if resume:
+        restore(config, folder)
     started_here = False
     try:
         with folder.held():

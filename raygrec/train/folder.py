@@ -26,6 +26,7 @@ from raygrec.train.settings import RunConfig, run_config
 KEEP = 2  # checkpoints
 STEP_DIGITS = 8
 METRICS = "metrics.json"
+MAY_DIFFER = {"cluster", "out", "upload", "upload_checkpoints", "track"}
 LOCK, WRITER_LOCK = ".lock", ".writer.lock"  # of the process that started the run, and of its rank 0
 
 
@@ -75,6 +76,8 @@ class RunFolder:
         self.model_folder = path / "model"
         self.model_file = self.model_folder / "model.safetensors"
         self.backbone_folder = self.model_folder / "backbone"
+        self.saved: Callable[[str], None] | None = None
+        """Hears the name of each checkpoint that is complete."""
 
     @contextmanager
     def held(self, lock: str = LOCK, wait: float = 0.0) -> Iterator[None]:
@@ -101,7 +104,7 @@ class RunFolder:
     def start(self, config: RunConfig, resume: bool) -> None:
         """Claims the folder; an existing run is refused unless `resume`, and then its config must be the same.
 
-        `cluster`, `upload` and `track` may differ: a run may go on with another number of workers.
+        `MAY_DIFFER` names what may be another: a run may go on with more workers, and tell others how it is doing.
         """
         if self.config_file.exists():
             if not resume:
@@ -134,7 +137,7 @@ class RunFolder:
 
     def _refuse_other(self, config: RunConfig) -> None:
         before, given = (
-            flat(with_absolute_paths(one).model_dump(mode="json", exclude={"cluster", "out", "upload", "track"}))
+            flat(with_absolute_paths(one).model_dump(mode="json", exclude=MAY_DIFFER))
             for one in (self.config(), config)
         )
         for key in (key for key, value in given.items() if before.get(key) != value):
@@ -185,6 +188,8 @@ class RunFolder:
             (draft / "loop.json").write_text(json.dumps(asdict(state)) + "\n", encoding="utf-8")
         for old in self._checkpoints(state.stage)[:-KEEP]:
             _remove(old)
+        if self.saved is not None:
+            self.saved(_name(state))
 
     @contextmanager
     def drafted(self, place: Path, needed: int | None = None) -> Iterator[Path]:

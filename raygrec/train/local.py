@@ -8,6 +8,7 @@ from raygrec.progress import progress_bar, tell
 from raygrec.train.assembly import prepare_run
 from raygrec.train.folder import RunFolder, with_absolute_paths
 from raygrec.train.loop import Reporter
+from raygrec.train.mirror import restore
 from raygrec.train.pipeline import run
 from raygrec.train.settings import RunConfig
 
@@ -45,6 +46,8 @@ def train_here(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     """Trains in this process and returns the final metrics; `InputError` where the run folder is taken."""
     config = with_absolute_paths(config)
     folder = RunFolder(config.out)
+    if resume:
+        restore(config, folder)
     with folder.held():
         with folder.claimed(config, resume):
             prepare_run(config, folder)

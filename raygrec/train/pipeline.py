@@ -37,6 +37,7 @@ from raygrec.train.engine import (
 )
 from raygrec.train.folder import WRITER_LOCK, RunFolder
 from raygrec.train.loop import Reporter, Stage, portions, run_stage
+from raygrec.train.mirror import Mirror
 from raygrec.train.settings import GLTARun, GraphRun, RunConfig, StageConfig
 from raygrec.train.trackers import Tracker, tracked
 
@@ -65,6 +66,8 @@ def run(
             return done
         if world()[0] == 0:
             reporter = stack.enter_context(tracked(reporter, config, folder, trackers))
+            if config.upload_checkpoints:
+                folder.saved = stack.enter_context(Mirror(folder, config.upload, reporter.warn)).ask
         return _run(config, folder, reporter, distributed)
 
 

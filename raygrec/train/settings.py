@@ -129,6 +129,8 @@ class RunConfig(StrictConfig):
     """The run folder; on a cluster, a path that all nodes share."""
     upload: Address | None = None
     """An address that the finished run is copied to, without its checkpoints."""
+    upload_checkpoints: bool = False
+    """Whether each checkpoint is copied there too, in the background; `--resume` fetches them where `out` is gone."""
     seed: int = 0
     graph: LightGCNConfig = LightGCNConfig()
     backbone: BackboneConfig = BackboneConfig()
@@ -138,6 +140,12 @@ class RunConfig(StrictConfig):
     evaluate: EvaluateConfig = EvaluateConfig()
     cluster: ClusterConfig = ClusterConfig()
     track: TrackConfig = TrackConfig()
+
+    @model_validator(mode="after")
+    def _checkpoints_have_an_address(self) -> Self:
+        if self.upload_checkpoints and self.upload is None:
+            raise ValueError("upload_checkpoints=true needs an address in upload")
+        return self
 
     @property
     def name(self) -> str:
