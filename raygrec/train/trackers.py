@@ -18,7 +18,8 @@ from raygrec.train.folder import RunFolder
 from raygrec.train.loop import VALID, Reporter
 from raygrec.train.settings import RunConfig, TrackConfig
 
-PACKAGES = {"tensorboard": "tensorboardX", "mlflow": "mlflow", "wandb": "wandb"}
+PACKAGES = {"tensorboard": ("tensorboardX",), "mlflow": ("mlflow", "sqlalchemy", "alembic"), "wandb": ("wandb",)}
+SERVERS = ("http", "databricks", "uc")  # of MLflow, which need no database here
 EXPERIMENT = "raygrec"  # of MLflow
 CLOSING = 30.0  # seconds that trackers may take for their last points
 
@@ -35,10 +36,14 @@ class Tracker(Protocol):
 
 def check_packages(config: TrackConfig) -> None:
     """`InputError` that names the first package which is asked for and not installed."""
-    for name, package in PACKAGES.items():
-        if getattr(config, name) and find_spec(package) is None:
-            install = package if name == "tensorboard" else f"'raygrec[{name}]'"
-            raise InputError(f"track.{name}: the package '{package}' is not installed: pip install {install}")
+    for name, packages in PACKAGES.items():
+        if not getattr(config, name):
+            continue
+        needed = packages[:1] if name == "mlflow" and config.mlflow.startswith(SERVERS) else packages
+        for package in needed:
+            if find_spec(package) is None:
+                install = package if name == "tensorboard" else f"'raygrec[{name}]'"
+                raise InputError(f"track.{name}: the package '{package}' is not installed: pip install {install}")
 
 
 @contextmanager

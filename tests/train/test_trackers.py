@@ -116,6 +116,7 @@ def test_a_tracker_that_hangs_holds_up_neither_the_loop_nor_the_others(config, f
     ("track", "package", "install"),
     [
         ({"mlflow": "sqlite:///x.db"}, "mlflow", "'raygrec[mlflow]'"),
+        ({"mlflow": "http://host"}, "mlflow", "'raygrec[mlflow]'"),
         ({"wandb": "project"}, "wandb", "'raygrec[wandb]'"),
         ({"tensorboard": True}, "tensorboardX", "tensorboardX"),
     ],
