@@ -17,7 +17,6 @@ from raygrec.train.assembly import prepare_run
 from raygrec.train.engine import NonFiniteError, from_rank_0
 from raygrec.train.folder import RunFolder, with_absolute_paths
 from raygrec.train.local import BarReporter
-from raygrec.train.loop import Reporter
 from raygrec.train.mirror import restore
 from raygrec.train.settings import ClusterConfig, RunConfig, run_config
 
@@ -107,7 +106,7 @@ class Introduction(ControllerCallback):
         self.board.controlled_by.remote(ray.get_runtime_context().current_actor)
 
 
-class RayReporter(Reporter):
+class RayReporter:
     """Progress to the board, at most a few times a second; what Ray says of the nodes to every rank alike."""
 
     def __init__(self, board: Any, heart: Heart) -> None:

@@ -7,13 +7,12 @@ from typing import Any
 from raygrec.progress import progress_bar, tell
 from raygrec.train.assembly import prepare_run
 from raygrec.train.folder import RunFolder, with_absolute_paths
-from raygrec.train.loop import Reporter
 from raygrec.train.mirror import restore
 from raygrec.train.pipeline import run
 from raygrec.train.settings import RunConfig
 
 
-class BarReporter(Reporter):
+class BarReporter:
     """Draws one bar per task; a task ends when its last step is told."""
 
     def __init__(self, bar: Any) -> None:

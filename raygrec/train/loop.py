@@ -25,9 +25,6 @@ ORDER = 2**32  # keeps the draws of an epoch's order apart from those of its ste
 class Reporter(Protocol):
     """Where a run tells how it is doing, and what it hears; only rank 0 speaks, but for `at` and `wants_checkpoint`."""
 
-    every: int = 0
-    """Updates between two calls of `point`, besides those at validations; 0: nobody watches."""
-
     def at(self, task: str, step: int) -> None:
         """Every rank, as it begins `step` of `task`; called often, and so quick."""
 
@@ -43,11 +40,18 @@ class Reporter(Protocol):
     def report(self, record: dict[str, Any]) -> None:
         """One record of history.jsonl, after it was written."""
 
-    def point(self, stage: str, step: int, values: dict[str, float]) -> None:
-        """Live figures of update `step` of a stage, see `_figures`; those of a validation are named `valid/…`."""
-
     def warn(self, line: str) -> None:
         """Something that does not end the run and that its user should know."""
+
+
+class Watcher(Reporter, Protocol):
+    """A reporter that rank 0 tells live figures, too."""
+
+    every: int
+    """Updates between two calls of `point`, besides those at validations; 0: nobody watches."""
+
+    def point(self, stage: str, step: int, values: dict[str, float]) -> None:
+        """Live figures of update `step` of a stage, see `_figures`; those of a validation are named `valid/…`."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,7 @@ def run_stage(
     engine: Engine,
     seed: int,
     folder: RunFolder,
-    reporter: Reporter,
+    reporter: Reporter | Watcher,
     chunks: int,
 ) -> LoopState:
     """Runs a stage to its end, from its last checkpoint where there is one.
@@ -158,7 +162,7 @@ def _updates(
     engine: Engine,
     seed: int,
     folder: RunFolder,
-    reporter: Reporter,
+    reporter: Reporter | Watcher,
     chunks: int,
     state: LoopState,
     writer: CheckpointWriter,
@@ -168,6 +172,7 @@ def _updates(
     steps_per_epoch = len(stage.lengths) // batch
     total = steps_per_epoch * config.epochs
     terms = engine.model.terms
+    every = getattr(reporter, "every", 0)
     of_epoch, of_point = Pace(), Pace()
     order, asked = np.zeros((0, batch)), time.monotonic()
     while state.step < total and state.waited < config.patience:
@@ -192,7 +197,7 @@ def _updates(
             reporter.progress(stage.title, state.step, total, f"loss {loss:.3f}")
             for pace in (of_epoch, of_point):
                 pace.tokens += update.tokens
-            if reporter.every and (validates or state.step % reporter.every == 0):
+            if every and (validates or state.step % every == 0):
                 figures = _figures(update, rate, of_point.rate(), engine.model)
                 of_point.set_back()
         improved = False
@@ -209,7 +214,7 @@ def _updates(
             state.sums, state.counts = [], []
             of_epoch.set_back()
             of_point.set_back()
-        if rank == 0 and reporter.every and figures:
+        if rank == 0 and every and figures:
             reporter.point(stage.name, state.step, figures)
         asked = time.monotonic() if update.ask else asked
         wanted = update.ask and reporter.wants_checkpoint()

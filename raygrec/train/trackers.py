@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from raygrec.config import flat
 from raygrec.errors import InputError
 from raygrec.train.folder import RunFolder
-from raygrec.train.loop import VALID, Reporter
+from raygrec.train.loop import VALID, Reporter, Watcher
 from raygrec.train.settings import RunConfig, TrackConfig
 
 PACKAGES = {"tensorboard": ("tensorboardX",), "mlflow": ("mlflow", "sqlalchemy", "alembic"), "wandb": ("wandb",)}
@@ -49,7 +49,7 @@ def check_packages(config: TrackConfig) -> None:
 @contextmanager
 def tracked(
     reporter: Reporter, config: RunConfig, folder: RunFolder, others: Sequence[Tracker] = ()
-) -> Iterator[Reporter]:
+) -> Iterator[Watcher]:
     """A reporter that passes points on to the trackers that `config` asks for and to `others`, while the block runs."""
     opens: dict[str, Callable[[], Tracker]] = {}
     track = config.track

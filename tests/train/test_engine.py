@@ -541,7 +541,7 @@ def train(
     return local
 
 
-class Silent(loop.Reporter):
+class Silent:
     def progress(self, task: str, done: int, total: int, note: str = "") -> None: ...
 
     def report(self, record: dict[str, object]) -> None: ...
