@@ -167,6 +167,7 @@ def _updates(
     state: LoopState,
     writer: CheckpointWriter,
 ) -> None:
+    """From where `state` is to the last update, or to where validation has waited long enough."""
     config, rank = stage.config, world()[0]
     batch = min(config.batch, len(stage.lengths) // stage.per_prompt) * stage.per_prompt
     steps_per_epoch = len(stage.lengths) // batch
