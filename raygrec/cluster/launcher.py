@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from raygrec.errors import InputError, StorageError
@@ -33,7 +34,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raygrec.cluster.gauges import Gauges
 from raygrec.cluster.heartbeat import Heart, Pulses, Watch
-from raygrec.cluster.task import as_task
+from raygrec.cluster.task import as_task, where_there_is_room
 
 T = TypeVar("T")
 
@@ -151,8 +152,7 @@ def train_on_ray(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     where the workers failed.
     """
     config = with_absolute_paths(config)
-    if JOBS_COPIES in config.out.parts:
-        raise InputError(f"{config.out}: goes away with the job's copy of the code; name an absolute path in out")
+    refuse_jobs_copy(config.out)
     folder = RunFolder(config.out)
     if resume:
         restore(config, folder)
@@ -161,16 +161,19 @@ def train_on_ray(config: RunConfig, resume: bool = False) -> dict[str, Any]:
         with folder.held():
             with folder.claimed(config, resume):
                 started_here = connect(config.cluster)
-                if started_here or not os.environ.get("RAY_ADDRESS"):
-                    prepare_run(config, folder)
-                else:
-                    as_task(config.cluster, prepare_run, config, folder)
+                where_there_is_room(config.cluster, prepare_run, config, folder)
             metrics = _fit(config, folder)
             folder.publish(config)
             return metrics
     finally:
         if started_here:
             ray.shutdown()
+
+
+def refuse_jobs_copy(out: Path) -> None:
+    """`InputError` where `out` is inside the copy of the code that a submitted job works in."""
+    if JOBS_COPIES in out.parts:
+        raise InputError(f"{out}: goes away with the job's copy of the code; name an absolute path in out")
 
 
 def on_cluster(cluster: ClusterConfig, function: Callable[..., T], *arguments: object) -> T:

@@ -3,16 +3,26 @@
 import functools
 import logging
 import os
+import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from raygrec.cluster.launcher import DRIVER, REDRAWN_EVERY, RunOnWorkers, WorkerError, connect, train_on_ray
+from raygrec.cluster.launcher import (
+    DRIVER,
+    REDRAWN_EVERY,
+    RunOnWorkers,
+    WorkerError,
+    connect,
+    refuse_jobs_copy,
+    train_on_ray,
+)
 from raygrec.cluster.space import (
     FOLDER,
     POINT,
@@ -23,9 +33,9 @@ from raygrec.cluster.space import (
     suggested,
     trial_config,
 )
-from raygrec.cluster.sweep_folder import Report, SweepFolder
+from raygrec.cluster.sweep_folder import ENDED, Report, SweepFolder, TrialFolder
 from raygrec.cluster.sweep_view import SweepView
-from raygrec.cluster.task import as_task
+from raygrec.cluster.task import where_there_is_room
 from raygrec.config import read_yaml
 from raygrec.data.store import Store
 from raygrec.errors import InputError
@@ -36,9 +46,8 @@ from raygrec.train.settings import RunConfig, run_config
 
 # Ray Tune reads these when it is imported or started.
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "2")
+os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "86400")
 os.environ.setdefault("TUNE_FORCE_TRIAL_CLEANUP_S", "20")
-os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 
 import ray
@@ -47,7 +56,7 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
-SCORE = "score"
+SCORE, STUDY = "score", "sweep"
 GONE_AFTER = 60.0  # seconds that a pruned trial's workers may take to end
 
 
@@ -60,15 +69,20 @@ def run_sweep(sweep: SweepConfig, resume: bool = False, final_seeds: int = 0) ->
     """
     check_packages()
     sweep = sweep.model_copy(update={"out": sweep.out.absolute(), "job": sweep.job.absolute()})
-    folder = SweepFolder(sweep.out)
+    refuse_jobs_copy(sweep.out)
     example = with_absolute_paths(run_config(base_config(sweep), str(sweep.job)))
     Store.open(example.store)
     sweep = sweep.model_copy(update={"settings": {**sweep.settings, "store": str(example.store)}})
-    folder.start(sweep, resume)
+    folder = SweepFolder(sweep.out)
+    with folder.held():
+        return _run(folder.start(sweep, resume), folder, example, final_seeds)
+
+
+def _run(sweep: SweepConfig, folder: SweepFolder, example: RunConfig, final_seeds: int) -> dict[str, Any]:
     started_here = connect(example.cluster, sweep.concurrency)
     try:
         if not any(key.startswith("graph.") for key in sweep.space):
-            _where_there_is_room(example, prepare_only, example)  # the same for all trials
+            where_there_is_room(example.cluster, prepare_only, example)  # the same for all trials
         with _quiet_tune():
             _search(sweep, folder, example)
         trials = folder.write_results()
@@ -79,31 +93,36 @@ def run_sweep(sweep: SweepConfig, resume: bool = False, final_seeds: int = 0) ->
 
 
 def _search(sweep: SweepConfig, folder: SweepFolder, example: RunConfig) -> None:
-    trainable = tune.with_resources(Trial, {DRIVER: 1})
-    if tune.Tuner.can_restore(str(folder.tune)):
-        tuner = tune.Tuner.restore(str(folder.tune), trainable=trainable, resume_unfinished=True)
-    else:
-        named = points(sweep)
-        tuner = tune.Tuner(
-            trainable,
-            param_space={FOLDER: str(folder.path)} | ({POINT: tune.grid_search(named)} if named else {}),
-            tune_config=tune.TuneConfig(
-                search_alg=None if named else _searcher(sweep),
-                scheduler=_scheduler(sweep, example),
-                num_samples=1 if named else sweep.trials,
-                max_concurrent_trials=_fitting(sweep, example),
-                trial_dirname_creator=_dirname,
-            ),
-            run_config=tune.RunConfig(
-                name=folder.tune.name,
-                storage_path=str(folder.path),
-                failure_config=tune.FailureConfig(max_failures=sweep.retries),
-                stop=Spent(folder.path),
-                callbacks=[SweepView(folder.path)],
-                verbose=0,
-            ),
-        )
+    """Runs the trials that have not ended. What Ray Tune keeps is pickled and never read: the trials' folders tell
+    searcher and scheduler what they knew before a stop."""
+    ended = {outcome.trial: place for outcome, place in folder.trials() if outcome.status in ENDED}
+    named = points(sweep)
+    if named is not None:
+        named = [point for point in named if folder.trial(point).path.name not in ended]
+    if not (sweep.trials - len(ended) if named is None else named):
+        return
+    shutil.rmtree(folder.tune, ignore_errors=True)
+    tuner = tune.Tuner(
+        tune.with_resources(Trial, {DRIVER: 1}),
+        param_space={FOLDER: str(folder.path)} | ({POINT: tune.grid_search(named)} if named else {}),
+        tune_config=tune.TuneConfig(
+            search_alg=None if named else _searcher(sweep, folder),
+            scheduler=_scheduler(sweep, example, ended),
+            num_samples=1 if named else sweep.trials - len(ended),
+            max_concurrent_trials=_fitting(sweep, example),
+            trial_dirname_creator=_dirname,
+        ),
+        run_config=tune.RunConfig(
+            name=folder.tune.name,
+            storage_path=str(folder.path),
+            failure_config=tune.FailureConfig(max_failures=sweep.retries),
+            stop=Spent(folder.path),
+            callbacks=[SweepView(folder.path)],
+            verbose=0,
+        ),
+    )
     tuner.fit()
+    shutil.rmtree(folder.tune, ignore_errors=True)
 
 
 def _fitting(sweep: SweepConfig, example: RunConfig) -> int:
@@ -140,8 +159,8 @@ def _quiet_tune() -> Iterator[None]:
 class Trial(tune.Trainable):
     """Ray Tune's view of a trial: each `step` gives one report of the runs that it drives.
 
-    Everything that matters is in the trial's folder. Started again, a trial gives all its reports again and goes on
-    with its run from the last checkpoint.
+    Everything that matters is in the trial's folder. Started again, a trial gives all its reports again and, unless
+    it was pruned, goes on with its run from the last checkpoint.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -155,16 +174,21 @@ class Trial(tune.Trainable):
         failure = self.place.failure()
         if failure and failure[1]:
             raise RuntimeError(failure[0])
-        self.coming = self._reports()
+        outcome = self.place.outcome()
+        pruned = outcome is not None and outcome.status == "pruned"
+        self.coming = iter(self.place.reports()) if pruned else self._reports()
+        self.told: dict[str, Any] = {}
 
     def step(self) -> dict[str, Any]:
         try:
-            report = next(self.coming)
+            report = next(self.coming, None)
         except Exception as error:
             recurs = isinstance(error, InputError) or (isinstance(error, WorkerError) and error.recurs)
             self.place.failed(" ".join(str(error).split()) or type(error).__name__, recurs)
             raise
-        return {
+        if report is None:  # of a trial that was pruned before
+            return self.told | {"done": True}
+        self.told = {
             "epoch": report.epoch,
             SCORE: report.score,
             "seconds": report.seconds,
@@ -172,6 +196,7 @@ class Trial(tune.Trainable):
             "complete": report.seeds is not None,
             "done": report.seeds is not None,
         }
+        return self.told
 
     def cleanup(self) -> None:
         """Where the trial is pruned, its workers end with it: they would keep their place otherwise."""
@@ -238,7 +263,7 @@ class Trial(tune.Trainable):
         folder, seen = RunFolder(config.out), 0.0
         if folder.metrics() is None:
             with folder.claimed(config, resume=folder.config_file.exists()):
-                _where_there_is_room(config, prepare_run, config, folder)
+                where_there_is_room(config.cluster, prepare_run, config, folder)
             self.run = RunOnWorkers(config, folder, controller_failures=-1)
             while self.run.goes_on(REDRAWN_EVERY):
                 for one in _validations(folder, seen):
@@ -250,15 +275,6 @@ class Trial(tune.Trainable):
             yield one
         if not seen:  # nothing was trained epoch by epoch: all there is, is the end
             yield 1.0, folder.metrics()["valid"], folder.metrics()["workers"]
-
-
-def _where_there_is_room(config: RunConfig, function: Callable[..., Any], *arguments: object) -> None:
-    """Here, or, on a cluster of several nodes, where workers have their place: a driver's may have no CPU to spare."""
-    nodes = sum(node["Alive"] for node in ray.nodes())
-    if nodes > 1 or os.environ.get("RAYGREC_AUTOSCALING") == "1":
-        as_task(config.cluster, function, *arguments)
-    else:
-        function(*arguments)
 
 
 class Clock:
@@ -333,38 +349,68 @@ class Spent(tune.Stopper):
         )
 
 
-def _searcher(sweep: SweepConfig) -> OptunaSearch:
-    from optuna.samplers import TPESampler
+def _searcher(sweep: SweepConfig, folder: SweepFolder) -> OptunaSearch:
+    """Optuna, which knows what trials came to before a stop and tries first what was not ended."""
+    import optuna
 
-    searcher = sweep.searcher
+    searcher, known = sweep.searcher, list(folder.trials())
+    metrics, modes = [SCORE], [sweep.mode]
+    if searcher.cost:
+        metrics, modes = [SCORE, searcher.cost], [sweep.mode, "min"]
+    storage = optuna.storages.InMemoryStorage()
+    directions = ["maximize" if mode == "max" else "minimize" for mode in modes]
+    study = optuna.create_study(storage=storage, study_name=STUDY, directions=directions)
+    for outcome, place in known:
+        if outcome.status in ENDED:
+            study.enqueue_trial(outcome.point)
+            trial = study.ask()
+            suggested(sweep.space, trial)
+            last = place.reports()[-1:]
+            values = [[getattr(report, metric) for metric in metrics] for report in last]
+            study.tell(trial, *values, state=optuna.trial.TrialState.COMPLETE if last else optuna.trial.TrialState.FAIL)
+    for outcome, _ in known:
+        if outcome.status not in ENDED:
+            study.enqueue_trial(outcome.point)
     return OptunaSearch(
         space=functools.partial(suggested, sweep.space),
-        sampler=TPESampler(seed=searcher.seed, n_startup_trials=searcher.startup),
-        metric=[SCORE, searcher.cost] if searcher.cost else SCORE,
-        mode=[sweep.mode, "min"] if searcher.cost else sweep.mode,
+        sampler=optuna.samplers.TPESampler(seed=searcher.seed + len(known), n_startup_trials=searcher.startup),
+        metric=metrics if searcher.cost else SCORE,
+        mode=modes if searcher.cost else sweep.mode,
+        storage=storage,
+        study_name=STUDY,
     )
+
+
+@dataclass(eq=False)
+class Past:
+    """A trial that ended before a stop, as far as schedulers look at one."""
+
+    trial_id: str
+    results: list[dict[str, float]]
 
 
 class Remembers:
     """A scheduler that, in a sweep that goes on, knows what the trials that ended before have reported."""
 
+    def __init__(self, past: list[Past], **settings: Any) -> None:
+        super().__init__(metric=SCORE, time_attr="epoch", **settings)
+        self.past = past
+
     def on_trial_add(self, controller: Any, trial: TuneTrial) -> None:
+        past, self.past = self.past, []
+        for one in past:
+            super().on_trial_add(controller, one)
+            for result in one.results:
+                self.on_trial_result(controller, one, result)
+            self.on_trial_complete(controller, one, one.results[-1])
         super().on_trial_add(controller, trial)
-        if trial.status not in (TuneTrial.TERMINATED, TuneTrial.ERROR):
-            return
-        place = SweepFolder(Path(trial.config[FOLDER])).trial(point_of(trial.config))
-        results = [{"epoch": one.epoch, SCORE: one.score, "time_total_s": one.seconds} for one in place.reports()]
-        for result in results:
-            self.on_trial_result(controller, trial, result)
-        if results:
-            self.on_trial_complete(controller, trial, results[-1])
 
 
 class Halving(Remembers, AsyncHyperBandScheduler):
     """Asynchronous successive halving; its last rung is below the last epoch, so that whoever gets there ends."""
 
-    def __init__(self, epochs: int, **settings: Any) -> None:
-        super().__init__(time_attr="epoch", metric=SCORE, max_t=epochs + 1, **settings)
+    def __init__(self, past: list[Past], epochs: int, **settings: Any) -> None:
+        super().__init__(past, max_t=epochs + 1, **settings)
         for bracket in self._brackets:
             bracket._rungs = [rung for rung in bracket._rungs if rung[0] < epochs]
 
@@ -373,20 +419,27 @@ class Median(Remembers, MedianStoppingRule):
     """Ends trials whose best is below the median of the others' means."""
 
 
-def _scheduler(sweep: SweepConfig, example: RunConfig) -> TrialScheduler:
+def _scheduler(sweep: SweepConfig, example: RunConfig, ended: dict[str, TrialFolder]) -> TrialScheduler:
     scheduler = sweep.scheduler
     if scheduler.name == "none":
         return FIFOScheduler()
+    past = [Past(trial, _results(place)) for trial, place in ended.items()]
+    past = [one for one in past if one.results]
     if scheduler.name == "median":
-        return Median(time_attr="epoch", metric=SCORE, mode=sweep.mode, grace_period=scheduler.grace, hard_stop=True)
+        return Median(past, mode=sweep.mode, grace_period=scheduler.grace, hard_stop=True)
     domain = sweep.space.get("train.epochs")
     return Halving(
+        past,
         max(domain.ends) if domain else example.train.epochs,
         mode=sweep.mode,
         grace_period=scheduler.grace,
         reduction_factor=scheduler.reduction,
         brackets=3 if scheduler.name == "hyperband" else 1,
     )
+
+
+def _results(place: TrialFolder) -> list[dict[str, float]]:
+    return [{"epoch": one.epoch, SCORE: one.score, "time_total_s": one.seconds} for one in place.reports()]
 
 
 def _concluded(sweep: SweepConfig, folder: SweepFolder, trials: Any, final_seeds: int) -> dict[str, Any]:

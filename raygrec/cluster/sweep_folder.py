@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,11 @@ from raygrec.config import read_yaml, validate
 from raygrec.errors import InputError
 from raygrec.evaluate.sweeps import best_trial
 from raygrec.storage import replaced
+from raygrec.train.lock import held
+
+LOCK = ".lock"
+MAY_DIFFER = ("trials", "concurrency", "retries", "budget")  # of a sweep that goes on
+ENDED = ("finished", "pruned", "failed")
 
 Status = Literal["running", "finished", "pruned", "failed", "unfinished"]
 
@@ -109,29 +115,50 @@ class SweepFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config_file = path / "sweep.yaml"
+        self.job_file = path / "job.yaml"
         self.best_file = path / "best.yaml"
         self.final_file = path / "final.json"
         self.tune = path / "tune"
 
-    def start(self, sweep: SweepConfig, resume: bool) -> None:
-        """Claims the folder; an existing sweep is refused unless `resume`, and then it must search the same.
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """The folder belongs to this process while the block runs; `InputError` where it is another's."""
+        self._make()
+        with held(self.path / LOCK):
+            yield
 
-        trials, concurrency, budget and retries may differ.
+    def start(self, sweep: SweepConfig, resume: bool) -> SweepConfig:
+        """The sweep with a job file of its own, which later edits of the one it was given do not reach.
+
+        An existing sweep is refused unless `resume`, and then it must search the same: only `MAY_DIFFER` may differ.
         """
+        self._make()
+        job = read_yaml(sweep.job)
+        kept = sweep.model_copy(update={"job": self.job_file})
         if self.config_file.exists():
             if not resume:
                 raise InputError(
                     f"{self.path}: holds a sweep already; pass --resume to go on with it, or name another out"
                 )
-            free = {"trials", "concurrency", "budget", "retries"}
-            before, given = (one.model_dump(mode="json", exclude=free) for one in (self.config(), sweep))
-            for key in (key for key in given if given[key] != before[key]):
-                raise InputError(f"{self.config_file}: the sweep was started with another '{key}'; name another out")
-        elif self.path.exists() and any(self.path.iterdir()):
+            before = self.config()
+            changed = [key for key in SweepConfig.model_fields if getattr(before, key) != getattr(kept, key)]
+            if read_yaml(self.job_file) != job:
+                changed.append("job")
+            for key in changed:
+                if key not in MAY_DIFFER:
+                    raise InputError(
+                        f"{self.config_file}: the sweep was started with another '{key}'; name another out"
+                    )
+        elif any(file.name != LOCK for file in self.path.iterdir()):
             raise InputError(f"{self.path}: is not empty and holds no sweep; name a folder that does not exist yet")
+        else:
+            _write(self.job_file, yaml.safe_dump(job, sort_keys=False))
+        _write(self.config_file, yaml.safe_dump(kept.model_dump(mode="json"), sort_keys=False))
+        return kept
+
+    def _make(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            _write(self.config_file, yaml.safe_dump(sweep.model_dump(mode="json"), sort_keys=False))
         except OSError as error:
             raise InputError(f"{self.path}: cannot be a sweep's folder ({error.strerror or error})") from None
 

@@ -11,8 +11,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from raygrec.cluster.space import point_of
-from raygrec.cluster.sweep_folder import Outcome, SweepFolder, TrialFolder
+from raygrec.cluster.space import point_of, points
+from raygrec.cluster.sweep_folder import ENDED, Outcome, SweepFolder, TrialFolder
 from raygrec.evaluate.sweep_figures import short_names
 from raygrec.evaluate.sweeps import best_trial
 from raygrec.progress import clock, console, is_drawn, tell
@@ -35,6 +35,8 @@ class SweepView(tune.Callback):
         self.folder = SweepFolder(self.path)
         self.sweep = self.folder.config()
         self.numbers = {outcome.trial: outcome.number for outcome, _ in self.folder.trials()}
+        named = points(self.sweep)
+        self.total = self.sweep.trials if named is None else len(named)
         self.begun, self.ended, self.drawn = time.monotonic(), 0, 0.0
         if is_drawn():
             self.live = Live(console=console, auto_refresh=False, transient=True)
@@ -44,6 +46,8 @@ class SweepView(tune.Callback):
         place = self._place(trial)
         known = place.outcome()
         name = place.path.name
+        if known and known.status in ENDED:
+            return  # the same point once more: its reports are told again
         if known and known.status == "running" and any(outcome.trial == name for _, outcome in self.trials.values()):
             return  # the same point twice at once: one outcome for both
         number = self.numbers.setdefault(name, len(self.numbers))
@@ -67,7 +71,7 @@ class SweepView(tune.Callback):
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         if self.live and time.monotonic() - self.drawn > 0.5:
             self.drawn = time.monotonic()
-            self.live.update(self._table(trials), refresh=True)
+            self.live.update(self._table(), refresh=True)
 
     def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
         if self.live:
@@ -89,19 +93,18 @@ class SweepView(tune.Callback):
         why = f" ({reason})" if reason else ""
         tell(f"trial {outcome.number}: {status}{why}{shown}; {_settings(outcome)}")
 
-    def _table(self, trials: list[Trial]) -> Group:
+    def _table(self) -> Group:
         table, _ = self.folder.tables()
         counts = table["status"].value_counts().to_dict() if len(table) else {}
         running = [(trial, outcome) for trial, outcome in self.trials.values() if outcome.status == "running"]
-        total = max(self.sweep.trials if self.sweep.searcher.name == "optuna" else 0, len(trials))
         done = sum(counts.get(status, 0) for status in ("finished", "pruned", "failed"))
-        heading = Text(f"{done}/{total} trials", style="bold")
+        heading = Text(f"{done}/{self.total} trials", style="bold")
         parts = [f"{counts.get(status, 0)} {status}" for status in ("finished", "pruned", "failed")]
         heading.append(f"   {len(running)} running, " + ", ".join(parts), style="default")
         best = best_trial(table, self.sweep.mode)
         if best is not None:
             heading.append(f"   best {self.sweep.metric} {best['score']:.4f}", style="green")
-        heading.append(f"   {self._left(total - done)} left", style="cyan")
+        heading.append(f"   {self._left(self.total - done)} left", style="cyan")
         rows = Table(box=None, pad_edge=False)
         for name in ("trial", "epoch", self.sweep.metric, "time", "settings"):
             rows.add_column(name, no_wrap=True, overflow="ellipsis")

@@ -1,5 +1,6 @@
 """Work of one process, run where the cluster has the CPUs and GPUs for it: a driver's own node may have none."""
 
+import os
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -29,3 +30,12 @@ def as_task(cluster: ClusterConfig, function: Callable[..., T], *arguments: obje
     except ray.exceptions.RayError as error:
         reason = str(error).strip().splitlines()[0]
         raise TaskLostError(f"{function.__name__}: its process or node was lost ({reason})") from None
+
+
+def where_there_is_room(cluster: ClusterConfig, function: Callable[..., T], *arguments: object) -> T:
+    """`function` here, or `as_task` on a cluster that has, or may grow to, several nodes: a driver sits on its head,
+    which may have no CPU to spare."""
+    several = sum(node["Alive"] for node in ray.nodes()) > 1
+    if several or os.environ.get("RAYGREC_AUTOSCALING") == "1":
+        return as_task(cluster, function, *arguments)
+    return function(*arguments)

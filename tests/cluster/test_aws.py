@@ -22,7 +22,7 @@ GPU = {"CPU": 4, "GPU": 1, "accelerator_type:A10G": 1}
 
 @pytest.fixture(scope="module")
 def aws(tmp_path_factory):
-    """A new account: default network, no key, no role; and a security group as docs/CLUSTER.md has it made."""
+    """A new account: default network, no key, no role; and a security group as docs/CLUSTERS.md has it made."""
     from ray.autoscaler._private.aws import config, node_provider
 
     with pytest.MonkeyPatch.context() as patch, moto.mock_aws(config={"iam": {"load_aws_managed_policies": True}}):
@@ -52,7 +52,7 @@ def instance_types() -> list[dict]:
 
 
 def resolved(aws, **provider: object) -> dict:
-    """What `ray up` works with, once the account's own facts are in place as docs/CLUSTER.md puts them there."""
+    """What `ray up` works with, once the account's own facts are in place as docs/CLUSTERS.md puts them there."""
     from ray.autoscaler._private.commands import _bootstrap_config
 
     image = next(iter(aws.images.filter(Owners=["amazon"]))).id

@@ -4,7 +4,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -23,18 +22,20 @@ psutil = pytest.importorskip("psutil")
 for library in ("ray", "optuna", "plotly", "matplotlib"):
     pytest.importorskip(library)
 pytestmark = pytest.mark.cluster
-GOOD, BROKEN, IDLE = 0.01, 1e30, 1e-9  # learning rates: one that learns, one that overflows, one that does nothing
+# Learning rates: one that learns, one that overflows, two that do nothing.
+GOOD, BROKEN, IDLE, SLOW = 0.01, 1e30, 1e-9, 2e-9
 
 
 @pytest.fixture
 def space(tiny_store, tiny_backbone, tmp_path) -> Path:
-    """Three trials, one after another: one ends well, one fails, one is pruned."""
+    """Three trials, one after another: one ends well, one fails, one is pruned; a fourth where it is asked for."""
     job = tiny_sequential_config(tiny_store.path, tiny_backbone, tmp_path / "run", cluster={"workers": 1})
     (tmp_path / "job.yaml").write_text(job.model_dump_json())  # JSON is YAML
     content = {
         "job": str(tmp_path / "job.yaml"),
         "out": str(tmp_path / "sweep"),
-        "space": {"train.lr": {"choice": [GOOD, BROKEN, IDLE]}},
+        "space": {"train.lr": {"choice": [GOOD, BROKEN, IDLE, SLOW]}},
+        "trials": 3,
         "metric": "ndcg@3",
         "searcher": {"name": "grid"},
         "scheduler": {"name": "asha", "grace": 2, "reduction": 2},
@@ -67,21 +68,22 @@ def test_a_sweep_whose_driver_is_killed_goes_on_and_accounts_for_every_trial(spa
     first = next(place for _, place in folder.trials())
     metrics_file = first.run(0) / "metrics.json"
     written = metrics_file.stat().st_mtime_ns
-    process = started(space, "--resume", "--final-seeds", "1")
+    process = started(space, "trials=4", "--resume", "--final-seeds", "1")
     output, error = process.communicate(timeout=400)
     assert process.returncode == 0, error
     result = json.loads(output)
     trials = pd.read_parquet(folder.path / "trials.parquet")
-    assert trials["status"].tolist() == ["finished", "failed", "pruned"], error
+    assert trials["status"].tolist() == ["finished", "failed", "pruned", "pruned"], error
     assert {name: result[name] for name in ("trials", "finished", "failed", "pruned")} == {
-        "trials": 3,
+        "trials": 4,
         "finished": 1,
         "failed": 1,
-        "pruned": 1,
+        "pruned": 2,
     }
     assert result["left_groups"] == 0
     assert metrics_file.stat().st_mtime_ns == written, "a finished trial was run again"
     assert "the loss is" in trials["reason"][1]
+    assert not list(folder.path.rglob("*.pkl"))
     # A trial is the run that its config describes; no trial has read the test set.
     best = run_config(read_yaml(folder.best_file), "best.yaml")
     assert best.evaluate.test and best.train.lr == result["best"]["point"]["train.lr"]
@@ -103,35 +105,43 @@ def test_a_sweep_without_room_is_refused_with_the_arithmetic(space, tmp_path):
         run_sweep(read_sweep(space, ["cluster.gpus_per_worker=1"]))
 
 
-def trials_of(folder: SweepFolder, count: int) -> list[SimpleNamespace]:
-    """What Ray Tune hands to schedulers, each with a point of its own."""
-    return [
-        SimpleNamespace(
-            trial_id=str(n), config={"folder": str(folder.path), "point": {"train.lr": n}}, status="RUNNING"
-        )
-        for n in range(count)
-    ]
+def test_halving_forgets_nothing_over_a_restart_and_lets_the_last_epoch_end():
+    from raygrec.cluster.sweep import Halving, Past
 
-
-def test_halving_forgets_nothing_over_a_restart_and_lets_the_last_epoch_end(tmp_path):
-    from raygrec.cluster.sweep import Halving
-
-    folder = SweepFolder(tmp_path)
-    settings = {"epochs": 4, "mode": "max", "grace_period": 1, "reduction_factor": 2}
-    good, bad, late = trials_of(folder, 3)
-    place = folder.trial({"train.lr": 0})
-    place.path.mkdir(parents=True)
-    for epoch in (1.0, 2.0, 4.0):
-        place.report(Report(epoch, 0.5, 0.5, 1.0, {}))
-    good.status = "TERMINATED"
-    again = Halving(**settings)  # as after a restart of the driver
-    for trial in (good, bad, late):
+    good = Past("good", [{"epoch": epoch, "score": 0.5} for epoch in (1.0, 2.0, 4.0)])
+    bad, late = Past("bad", []), Past("late", [])
+    again = Halving([good], epochs=4, mode="max", grace_period=1, reduction_factor=2)  # after a restart of the driver
+    for trial in (bad, late):
         again.on_trial_add(None, trial)
     assert again.on_trial_result(None, bad, {"epoch": 1.0, "score": 0.4}) == "STOP"
     assert again.on_trial_result(None, late, {"epoch": 1.0, "score": 0.6}) == "CONTINUE"
     assert again.on_trial_result(None, late, {"epoch": 2.0, "score": 0.6}) == "CONTINUE"
     # Whoever has passed the rungs below the last epoch is left to end by itself.
     assert again.on_trial_result(None, late, {"epoch": 4.0, "score": 0.1}) == "CONTINUE"
+
+
+def test_optuna_knows_after_a_restart_what_trials_came_to_and_ends_what_was_begun(space, tmp_path):
+    from raygrec.cluster.space import read_sweep
+    from raygrec.cluster.sweep import _searcher
+
+    overrides = ["searcher.name=optuna", "searcher.startup=3", "trials=6"]
+    content = yaml.safe_load(space.read_text()) | {"space": {"train.lr": {"loguniform": [1e-4, 1e-2]}}}
+    space.write_text(yaml.safe_dump(content))
+    folder = SweepFolder(tmp_path / "sweep")
+    sweep = folder.start(read_sweep(space, overrides), resume=False)
+    for number, (lr, status) in enumerate([(0.001, "finished"), (0.002, "failed"), (0.003, "running")]):
+        place = folder.trial({"train.lr": lr})
+        place.ended(Outcome(place.path.name, number, {"train.lr": lr}, status))
+        if status == "finished":
+            place.report(Report(1.0, 0.5, 0.5, 1.0, {}))
+    searcher = _searcher(sweep, folder)
+    study = searcher._ot_study
+    assert [(trial.params, trial.value, trial.state.name) for trial in study.get_trials()[:2]] == [
+        ({"train.lr": 0.001}, 0.5, "COMPLETE"),
+        ({"train.lr": 0.002}, None, "FAIL"),
+    ]
+    assert searcher.suggest("a") == {"train.lr": 0.003}
+    assert searcher.suggest("b") != searcher.suggest("c")
 
 
 def test_a_budget_ends_the_sweep_and_counts_what_was_spent_before_a_restart(space, tmp_path):

@@ -70,15 +70,26 @@ def test_the_best_is_a_trial_that_ended_and_trains_as_it_stands(folder):
     assert best.cluster.workers == 3
 
 
-def test_a_folder_is_claimed_once_and_resumed_by_the_same_search_alone(sweep):
+def test_a_folder_is_claimed_once_and_resumed_by_the_same_search_alone(sweep, tmp_path):
     folder = SweepFolder(sweep.out)
-    folder.start(sweep, resume=False)
+    kept = folder.start(sweep, resume=False)
+    assert read_yaml(kept.job) == read_yaml(JOB)
+    assert folder.config() == kept
     with pytest.raises(InputError, match="holds a sweep already; pass --resume"):
         folder.start(sweep, resume=False)
     folder.start(sweep.model_copy(update={"trials": 99, "concurrency": 4}), resume=True)
     assert folder.config().trials == 99
     with pytest.raises(InputError, match="started with another 'seeds'"):
         folder.start(sweep.model_copy(update={"seeds": 2}), resume=True)
+    # Its job is the one it was started with, wherever that lay.
+    moved = tmp_path / "moved.yaml"
+    moved.write_text(JOB.read_text())
+    assert folder.start(sweep.model_copy(update={"job": moved, "trials": 99}), resume=True).job == kept.job
+    moved.write_text(JOB.read_text().replace("lr: 0.001", "lr: 0.5"))
+    with pytest.raises(InputError, match="started with another 'job'"):
+        folder.start(sweep.model_copy(update={"job": moved}), resume=True)
+    with folder.held(), pytest.raises(InputError, match="is at work there"), folder.held():
+        pass
 
 
 def test_a_folder_with_something_else_in_it_is_left_alone(sweep):

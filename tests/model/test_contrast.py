@@ -1,14 +1,12 @@
 """The contrastive terms against loops over numbers, and on real gloo groups against one plain process."""
 
 import math
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn import functional
 
@@ -22,6 +20,7 @@ from raygrec.model.contrast import (
     rank_share,
     uniformity,
 )
+from tests.ranks import run_ranks
 
 ANCHORS, EXTRA, WIDTH, TEMPERATURE = 5, 4, 3, 0.2
 NO_ROWS, NO_IDS = torch.zeros(0, WIDTH), torch.zeros(0, dtype=torch.int64)
@@ -337,8 +336,6 @@ def plain_run() -> list[dict[str, torch.Tensor]]:
 
 def worker(rank: int, split: list[int], folder: str) -> None:
     """One rank of a gloo group: the run on its rows of every global batch, then `gathered` by itself."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=len(split))
     encoder, queue, records = encoder_of(), NegativeQueue(LENGTH, WIDTH), []
     for update in range(UPDATES):
         first, second, ids = (tensor.split(split)[rank] for tensor in global_batch(update))
@@ -353,8 +350,6 @@ def worker(rank: int, split: list[int], folder: str) -> None:
         queue.enqueue(term.positives_ND, term.ids_N)
         records.append({"loss": loss, "weight": gradients[0], "bias": gradients[1], **queue.state()})
     torch.save((records, gathered_facts(rank, split)), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-    os._exit(0)  # at the interpreter's own end, a thread of the group may abort the process
 
 
 def gathered_facts(rank: int, split: list[int]) -> dict[str, object]:
@@ -378,7 +373,7 @@ def gathered_facts(rank: int, split: list[int]) -> dict[str, object]:
 def workers_run(request, tmp_path_factory) -> list[tuple[list[dict[str, torch.Tensor]], dict[str, object]]]:
     """What each rank of a group saw, for one split of every global batch over its ranks."""
     folder: Path = tmp_path_factory.mktemp("group")
-    mp.spawn(worker, (request.param, str(folder)), nprocs=len(request.param))
+    run_ranks(worker, len(request.param), request.param, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(len(request.param))]
 
 

@@ -1,14 +1,11 @@
 import json
 import math
-import os
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from raygrec.draws import Draws
@@ -26,7 +23,8 @@ from raygrec.train.engine import (
 from raygrec.train.folder import LoopState, RunFolder
 from raygrec.train.loop import ORDER, Stage, _resume, epoch_order, learning_rate, portions, run_stage, weighted_loss
 from raygrec.train.settings import RunConfig, StageConfig
-from tests.train.workers import tiny_config
+from tests.ranks import run_ranks
+from tests.train.workers import Silent, tiny_config
 
 LR, DECAY, BETAS, CLIP = 0.1, 0.04, (0.8, 0.9), 2.0
 
@@ -201,21 +199,16 @@ def test_what_is_not_partitioned_is_not_offloaded(config, message):
 
 def shares_worker(rank: int, folder: str) -> None:
     """One of two ranks, whose slopes add to those of the test in one process; every ZeRO stage."""
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     slopes = [[2.5, 1.0, -1.0], [0.5, -2.0, 3.0]][rank]
     found = {}
     for stage in (0, 1, 2, 3):
         config = EngineConfig(weight_decay=DECAY, betas=BETAS, clip=100.0, zero_stage=stage)
         found[stage] = updated(config, True, slopes)
     torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-    os._exit(0)  # at the interpreter's own end, a thread of the group may abort the process
 
 
 def test_parts_learn_at_their_share_of_the_rate_under_every_zero_stage(tmp_path):
-    mp.spawn(shares_worker, (str(tmp_path),), nprocs=2)
+    run_ranks(shares_worker, 2, str(tmp_path))
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")
         assert set(found) == {0, 1, 2, 3}
@@ -237,9 +230,6 @@ def faults_worker(rank: int, folder: str) -> None:
 
     Then what rank 0 alone decides: a checkpoint that rank 1 could not see, and an error.
     """
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     found = {}
     for settings in POISONED:
         for kind, poison in {"nan": [1.0, math.nan], "sum": [3e38, 3e38]}.items():
@@ -264,8 +254,6 @@ def faults_worker(rank: int, folder: str) -> None:
         from_rank_0(lambda: RunFolder(Path(f"{folder}/nothing-{rank}")).config())
     except InputError as error:
         torch.save((found, state.step, str(error)), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-    os._exit(0)  # at the interpreter's own end, a thread of the group may abort the process
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +265,7 @@ def two_ranks(tmp_path_factory) -> list[tuple[dict[str, tuple[bool, str]], int, 
     for step in (1, 2):
         run.save_checkpoint(LoopState("train", step, records=0), tensors)
     (run.checkpoints / "train-00000002" / "loop.json").write_text("{}")
-    mp.spawn(faults_worker, (str(path),), nprocs=2)
+    run_ranks(faults_worker, 2, str(path))
     return [torch.load(path / f"{rank}.pt") for rank in range(2)]
 
 
@@ -539,19 +527,6 @@ def train(
     )
     run_stage(stage, local, 0, RunFolder(out), Silent(), chunks)
     return local
-
-
-class Silent:
-    def progress(self, task: str, done: int, total: int, note: str = "") -> None: ...
-
-    def report(self, record: dict[str, object]) -> None: ...
-
-    def at(self, task: str, step: int) -> None: ...
-
-    def wants_checkpoint(self) -> bool:
-        return False
-
-    def warn(self, line: str) -> None: ...
 
 
 def assert_same_parameters(first: LocalEngine, second: LocalEngine, tolerance: float = 1e-5) -> None:

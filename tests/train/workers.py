@@ -1,64 +1,35 @@
 """Runs the pipeline on n real worker processes of one gloo group, for tests of distribution."""
 
-import json
 import os
-import subprocess
-import sys
+from contextlib import suppress
 from pathlib import Path
 
+from raygrec.train import loop, pipeline
 from raygrec.train.assembly import prepare_run
 from raygrec.train.folder import RunFolder
 from raygrec.train.settings import RunConfig, run_config
-
-SCRIPT = """
-import json, os, sys
-import torch
-torch.set_num_threads(1)
-import torch.distributed as dist
-from pathlib import Path
-from raygrec.train.folder import RunFolder
-from raygrec.train import loop, pipeline
 from raygrec.train.writer import CheckpointWriter
-dist.init_process_group("gloo")
-stop, gently = json.loads(sys.argv[2]), len(json.loads(sys.argv[1])) > 1
-class Cut(Exception): pass
-if stop:
-    # Cut off for real: the process ends in the middle of a stage, right after an update.
-    step = loop._step
-    seen = [0]
-    def counted(*arguments):
-        seen[0] += 1
-        if seen[0] > stop:
-            seen[0] = 0
-            if not gently:
-                # Which checkpoint is the last is then no matter of chance.
-                for writer in writers:
-                    writer.wait()
-                os._exit(9)
-            raise Cut
-        return step(*arguments)
-    loop._step = counted
-    writers, enter = [], CheckpointWriter.__enter__
-    def entered(self):
-        writers[:] = [self]
-        return enter(self)
-    CheckpointWriter.__enter__ = entered
+from tests.ranks import run_ranks
+
+CUT = 9  # exit code of a process that was cut off
+
+
+class Cut(Exception):
+    """In a process that has other runs to do."""
+
+
 class Silent:
-    def progress(self, *a, **k): pass
-    def report(self, *a, **k): pass
-    def at(self, *a): pass
-    def wants_checkpoint(self): return False
-    def warn(self, line): print(line)
-for out in json.loads(sys.argv[1]):
-    folder = RunFolder(Path(out))
-    try:
-        pipeline.run(folder.config(), folder, Silent(), distributed=True)
-    except Cut:
-        pass
-    dist.barrier()
-# Without the interpreter's own end, at which a thread of the process group may still run and abort the process.
-os._exit(0)
-"""
+    def progress(self, *arguments, **more) -> None: ...
+
+    def report(self, record) -> None: ...
+
+    def at(self, task, step) -> None: ...
+
+    def wants_checkpoint(self) -> bool:
+        return False
+
+    def warn(self, line) -> None:
+        print(line)
 
 
 def run_workers(config: RunConfig, workers: int, stop_after: int = 0, seconds: float = 300) -> RunFolder:
@@ -72,30 +43,42 @@ def run_several(configs: list[RunConfig], workers: int, stop_after: int = 0, sec
     for folder, config in zip(folders, configs, strict=True):
         folder.start(config, resume=True)
         prepare_run(config, folder)
-    port = str(20000 + os.getpid() % 20000 + workers)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, json.dumps([str(config.out) for config in configs]), json.dumps(stop_after)],
-            env=os.environ
-            | {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(workers),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-                "OMP_NUM_THREADS": "1",
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(workers)
-    ]
-    for process in processes:
-        output, _ = process.communicate(timeout=seconds)
-        if process.returncode != (9 if stop_after and len(configs) == 1 else 0):
-            raise AssertionError(f"a worker ended with {process.returncode}:\n{output}")
+    outs = [folder.path for folder in folders]
+    cut_off = bool(stop_after) and len(configs) == 1
+    run_ranks(_work, workers, outs, stop_after, ends=CUT if cut_off else 0, seconds=seconds)
     return folders
+
+
+def _work(rank: int, outs: list[Path], stop_after: int) -> None:
+    if stop_after:
+        _cut_off(stop_after, ends=len(outs) == 1)
+    for out in outs:
+        folder = RunFolder(out)
+        with suppress(Cut):
+            pipeline.run(folder.config(), folder, Silent(), distributed=True)
+
+
+def _cut_off(after: int, ends: bool) -> None:
+    """Right after an update, in the middle of a stage; `ends`: the process with it."""
+    step, seen = loop._step, 0
+    writers, enter = [], CheckpointWriter.__enter__
+
+    def entered(writer):
+        writers.append(writer)
+        return enter(writer)
+
+    def counted(*arguments):
+        nonlocal seen
+        seen += 1
+        if seen > after:
+            seen = 0
+            if ends:
+                writers[-1].wait()  # which checkpoint is the newest is then no matter of chance
+                os._exit(CUT)
+            raise Cut
+        return step(*arguments)
+
+    loop._step, CheckpointWriter.__enter__ = counted, entered
 
 
 def tiny_config(store: Path, backbone: Path, out: Path, **changes: object) -> RunConfig:
