@@ -154,8 +154,7 @@ def train_on_ray(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     config = with_absolute_paths(config)
     refuse_jobs_copy(config.out)
     folder = RunFolder(config.out)
-    if resume:
-        restore(config, folder)
+    restore(config, folder, resume)
     started_here = False
     try:
         with folder.held():

@@ -45,8 +45,7 @@ def train_here(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     """Trains in this process and returns the final metrics; `InputError` where the run folder is taken."""
     config = with_absolute_paths(config)
     folder = RunFolder(config.out)
-    if resume:
-        restore(config, folder)
+    restore(config, folder, resume)
     with folder.held():
         with folder.claimed(config, resume):
             prepare_run(config, folder)

@@ -69,9 +69,10 @@ class Mirror:
         files = sorted(place.iterdir(), key=lambda file: file.name == manifest.NAME)  # last
         for file in files:
             there.put(file, f"{name}/{file.name}")
-        stage = place.name.rpartition("-")[0]
-        for old in _complete(there.files())[stage][:-KEEP]:
-            there.remove(f"{FOLDER}/{old}")
+        complete = _complete(there.files())[place.name.rpartition("-")[0]]
+        newest = complete.index(place.name) + 1  # later ones are of a try before this one
+        for other in (*complete[: max(newest - KEEP, 0)], *complete[newest:]):
+            there.remove(f"{FOLDER}/{other}")
 
     def __enter__(self) -> Self:
         return self
@@ -82,10 +83,11 @@ class Mirror:
         self._thread.shutdown()  # waits
 
 
-def restore(config: RunConfig, folder: RunFolder) -> None:
+def restore(config: RunConfig, folder: RunFolder, resume: bool) -> None:
     """Fetches the run at `config.upload` where its folder is not there, with the newest whole checkpoint of each stage.
 
-    Raises `InputError` where there is one that cannot be read. Where there is none, nothing happens.
+    Where the address holds no run, or the folder is there, nothing happens. Raises `InputError` where the run cannot
+    be read, and for a new run at an address that has one: their checkpoints would mix.
     """
     if not config.upload_checkpoints or folder.config_file.exists():
         return
@@ -95,20 +97,30 @@ def restore(config: RunConfig, folder: RunFolder) -> None:
         files = there.files()
         if folder.config_file.name not in files:
             return
-        shutil.rmtree(draft, ignore_errors=True)
-        for name, size in files.items():
-            if not _CHECKPOINT.fullmatch(name):
-                there.get(name, draft, size)
-        for names in _complete(files).values():
-            _fetch_newest(there, files, names, draft)
+        if not resume:
+            raise InputError(
+                f"{config.upload}: holds a run already; pass --resume to fetch it and go on, or name another upload"
+            )
+        _fetch(there, files, draft)
         if folder.path.exists():
             folder.path.rmdir()
         draft.rename(folder.path)
     except (OSError, ValueError, NotImplementedError) as error:
-        raise InputError(f"{config.upload}: the run cannot be fetched to {folder.path} ({one_line(error)})") from None
+        raise InputError(
+            f"{config.upload}: cannot be read, or not fetched to {folder.path} ({one_line(error)})"
+        ) from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     tell(f"{folder.path}: fetched from {config.upload}")
+
+
+def _fetch(there: Place, files: dict[str, int], draft: Path) -> None:
+    shutil.rmtree(draft, ignore_errors=True)
+    for name, size in files.items():
+        if not _CHECKPOINT.fullmatch(name):
+            there.get(name, draft, size)
+    for names in _complete(files).values():
+        _fetch_newest(there, files, names, draft)
 
 
 def _fetch_newest(there: Place, files: dict[str, int], names: list[str], draft: Path) -> None:

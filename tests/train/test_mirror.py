@@ -57,6 +57,23 @@ def test_the_newest_checkpoints_are_kept_there_too(folder, tmp_path, monkeypatch
     assert order[-1].endswith("manifest.json")
 
 
+def test_checkpoints_of_a_try_before_are_not_kept_there(folder, tmp_path):
+    """Those after the step that the run went on from, and one at a step that has come again."""
+    with Mirror(folder, f"file://{tmp_path}/there") as mirror:
+        folder.saved = mirror.ask
+        for step in (2, 3, 4, 3):
+            folder.save_checkpoint(LoopState("train", step), {"param/w": torch.rand(3)})
+            mirror._waiting.result()
+            if step == 4:
+                shutil.rmtree(folder.checkpoints / "train-00000004")
+    assert [name for name in there(tmp_path / "there") if "manifest" in name] == [
+        "checkpoints/train-00000003/manifest.json"
+    ]
+    for file in FILES:
+        here = folder.checkpoints / "train-00000003" / file
+        assert (tmp_path / "there" / "checkpoints" / "train-00000003" / file).read_bytes() == here.read_bytes()
+
+
 def test_a_slow_address_holds_up_nothing_and_misses_what_is_old(folder, tmp_path, monkeypatch):
     gate, put = threading.Event(), remote.Place.put
     monkeypatch.setattr(remote.Place, "put", lambda *arguments: (gate.wait(30), put(*arguments)))
@@ -138,8 +155,11 @@ def test_a_run_whose_folder_is_lost_goes_on_from_the_address(whole, s3, tmp_path
     assert_same_end(folder, whole)
     assert [record["loss"] for record in folder.history()] == [record["loss"] for record in whole.history()]
     assert f"{config.out}: fetched from {address}" in capsys.readouterr().err
-    # A run that was finished comes back whole.
+    # A run that was finished comes back whole, and no other one takes its place.
     shutil.rmtree(config.out)
+    with pytest.raises(InputError, match=r"run.*: holds a run already; pass --resume to fetch it and go on, or name"):
+        train_here(config)
+    assert not config.out.exists()
     train_here(config, resume=True)
     assert len(steps) == 16 - (4 if kind == "file" else 6)
     assert_same_end(folder, whole)
@@ -148,13 +168,11 @@ def test_a_run_whose_folder_is_lost_goes_on_from_the_address(whole, s3, tmp_path
 def test_where_nothing_is_fetched(whole, tmp_path):
     settings = {"out": tmp_path / "run", "upload": f"file://{tmp_path}/nothing", "upload_checkpoints": True}
     config = whole.config().model_copy(update=settings)
-    restore(config, RunFolder(config.out))
+    restore(config, RunFolder(config.out), resume=True)
     assert not config.out.exists()
-    restore(config.model_copy(update={"out": whole.path}), whole)
-    with pytest.raises(InputError, match=r"s3://nobody/here.*: the run cannot be fetched to "):
-        restore(
-            config.model_copy(update={"upload": "s3://nobody/here?scheme=http&endpoint_override=127.0.0.1:9"}),
-            RunFolder(config.out),
-        )
+    restore(config.model_copy(update={"out": whole.path}), whole, resume=True)
+    gone = config.model_copy(update={"upload": "s3://nobody/here?nonsense=1"})
+    with pytest.raises(InputError, match=r"s3://nobody/here.*: cannot be read, or not fetched to .*run \("):
+        restore(gone, RunFolder(config.out), resume=True)
     with pytest.raises(InputError, match="upload_checkpoints=true needs an address in upload"):
         run_config({"store": "s", "out": "o", "upload_checkpoints": True}, "run.yaml")
