@@ -2,25 +2,19 @@
 
 import json
 import os
-import shutil
-import socket
 import subprocess
-import sys
-import tempfile
 import urllib.error
-import urllib.request
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from raygrec.train.folder import RunFolder
 from raygrec.train.local import train_here
+from tests.cluster.head import Head, ray
 from tests.cluster.test_launcher import wait_for
 from tests.train.workers import tiny_sequential_config
 
 pytest.importorskip("ray")
-psutil = pytest.importorskip("psutil")
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.skipif(not os.environ.get("RAYGREC_SLOW"), reason="takes two minutes; RAYGREC_SLOW=1 runs it"),
@@ -28,61 +22,21 @@ pytestmark = [
 
 ROOT = Path(__file__).parent.parent.parent
 DRIVER = '{"train_driver": 1}'
-TOKEN = "a-token-of-this-test-and-of-no-other-cluster"
 # Long enough to be stopped in the middle of it.
 LONG = {"epochs": 40, "patience": 40, "evaluate_every": 10, "checkpoint_every": 100}
 
 
 @pytest.fixture(scope="module")
-def submit(tmp_path_factory):
+def submit():
     """Calls `ray job …` against a head of its own, which two drivers and four CPUs fit on."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "RAYGREC_"))}
-    token = tmp_path_factory.mktemp("token") / "token"
-    token.write_text(f"{TOKEN}\n")
-    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
-    ports = free_ports(2)
-    environment["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{ports[1]}"
-    session = tempfile.mkdtemp(prefix="rg", dir="/tmp")  # sockets want short paths
-    command = ["start", "--head", "--block", f"--port={ports[0]}", f"--dashboard-port={ports[1]}", "--num-cpus=4"]
-    command += ['--resources={"train_driver": 2}', f"--temp-dir={session}", "--disable-usage-stats"]
-    log = Path(session) / "head.log"
-    with log.open("w") as output:
-        head = subprocess.Popen(ray(*command), env=environment, stdout=output, stderr=output)
+    with Head("--num-cpus=4", '--resources={"train_driver": 2}') as head:
 
-    def call(*arguments: object) -> subprocess.CompletedProcess:
-        return subprocess.run(ray("job", *arguments), env=environment, cwd=ROOT, capture_output=True, text=True)
+        def call(*arguments: object) -> subprocess.CompletedProcess:
+            command = ray("job", *arguments)
+            return subprocess.run(command, env=head.environment, cwd=ROOT, capture_output=True, text=True)
 
-    def ask(path: str, method: str = "GET", bearer: str = TOKEN) -> dict:
-        """What the head answers: `ray job stop` asks the same, but takes seconds to start."""
-        headers = {"Authorization": f"Bearer {bearer}"}
-        request = urllib.request.Request(f"http://127.0.0.1:{ports[1]}/api/jobs/{path}", headers=headers, method=method)
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return json.load(answer)
-
-    call.ask = ask
-    try:
-        wait_for(lambda: call("list").returncode == 0 or head.poll() is not None, 90)
-        assert head.poll() is None, log.read_text()
+        call.ask = lambda path, *how, **more: head.ask(f"api/jobs/{path}", *how, **more)
         yield call
-    finally:
-        # Not `ray stop`, which ends every Ray of the machine.
-        for process in [*psutil.Process(head.pid).children(recursive=True), head]:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        head.wait(10)
-        shutil.rmtree(session, ignore_errors=True)
-
-
-def ray(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "ray.scripts.scripts", *map(str, arguments)]
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 def job(submit, name: str, *command: object, wait: bool = True) -> subprocess.CompletedProcess:
