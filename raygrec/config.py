@@ -87,6 +87,14 @@ def nearest_key(key: str, known: list[str]) -> str:
     return f"; the nearest known key is '{nearest[0]}'" if nearest else ""
 
 
+def flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Sections as dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
 def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     """All keys of a config, dotted, those of sections and their sections included."""
     keys: list[str] = []

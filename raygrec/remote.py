@@ -55,12 +55,12 @@ def fetch(address: str, needed: str, check: Callable[[Path], None] | None = None
         with FileLock(cache / f".{name}-{version}.lock"):
             if not place.exists():
                 shutil.rmtree(draft, ignore_errors=True)
-                _copy_down(system, root, files, draft)
+                _copy_down(Place(address), files, draft)
                 if check:
                     check(draft)
                 draft.rename(place)
     except (OSError, ValueError, NotImplementedError) as error:
-        raise InputError(f"{address}: cannot be fetched ({_one_line(error)})") from None
+        raise InputError(f"{address}: cannot be fetched ({one_line(error)})") from None
     return place
 
 
@@ -69,7 +69,6 @@ def upload(folder: Path, address: str, last: str, without: tuple[str, ...] = ())
 
     Raises `RuntimeError` where it cannot be written.
     """
-    from pyarrow import fs
 
     def wanted(path: Path) -> bool:
         parts = path.relative_to(folder).parts
@@ -77,14 +76,51 @@ def upload(folder: Path, address: str, last: str, without: tuple[str, ...] = ())
 
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if wanted(path))
     try:
-        system, root = _filesystem(address)
+        there = Place(address)
         for name in [*(name for name in names if name != last), last]:
-            target = f"{root}/{name}"
-            if system.type_name == "local":
-                system.create_dir(os.path.dirname(target), recursive=True)
-            fs.copy_files(str(folder / name), target, fs.LocalFileSystem(), system)
+            there.put(folder / name, name)
     except (OSError, ValueError, NotImplementedError) as error:
-        raise RuntimeError(f"{folder} is finished, but could not be copied to {address} ({_one_line(error)})") from None
+        raise RuntimeError(f"{folder} is finished, but could not be copied to {address} ({one_line(error)})") from None
+
+
+class Place:
+    """The folder at an address, file by file; what cannot be done is an OSError, ValueError or NotImplementedError."""
+
+    def __init__(self, address: str) -> None:
+        self._system, self._root = _filesystem(address)
+
+    def files(self) -> dict[str, int]:
+        """The size of each file, by its name in the folder; none where there is no folder."""
+        return {name: size for name, (size, _) in _listing(self._system, self._root, missing=True).items()}
+
+    def put(self, file: Path, name: str) -> None:
+        """Copies a file there."""
+        from pyarrow import fs
+
+        target = f"{self._root}/{name}"
+        if self._system.type_name == "local":
+            self._system.create_dir(os.path.dirname(target), recursive=True)
+        fs.copy_files(str(file), target, fs.LocalFileSystem(), self._system)
+
+    def get(self, name: str, folder: Path, size: int) -> None:
+        """Copies a file from there to the same name in `folder`, and looks that it comes whole."""
+        from pyarrow import fs
+
+        target = folder / name
+        if not target.resolve().is_relative_to(folder.resolve()):
+            raise OSError(f"'{name}' points out of the folder")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fs.copy_files(f"{self._root}/{name}", str(target), self._system, fs.LocalFileSystem())
+        if target.stat().st_size != size:
+            raise OSError(f"'{name}' came with {target.stat().st_size} of {size} bytes")
+
+    def remove(self, name: str) -> None:
+        """Removes a folder of it, with all in it, where there is one."""
+        from pyarrow import fs
+
+        path = f"{self._root}/{name}"
+        if self._system.get_file_info(path).type == fs.FileType.Directory:
+            self._system.delete_dir(path)
 
 
 def _filesystem(address: str) -> tuple:
@@ -94,26 +130,19 @@ def _filesystem(address: str) -> tuple:
     return system, root.rstrip("/")
 
 
-def _listing(system, root: str) -> dict[str, tuple[int, int | None]]:  # noqa: ANN001
+def _listing(system, root: str, missing: bool = False) -> dict[str, tuple[int, int | None]]:  # noqa: ANN001
     from pyarrow import fs
 
-    entries = system.get_file_info(fs.FileSelector(root, recursive=True))
+    entries = system.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=missing))
     files = (entry for entry in entries if entry.type == fs.FileType.File)
     return {os.path.relpath(entry.path, root): (entry.size, entry.mtime_ns) for entry in files}
 
 
-def _copy_down(system, root: str, files: dict[str, tuple[int, int | None]], draft: Path) -> None:  # noqa: ANN001
-    from pyarrow import fs
-
+def _copy_down(place: Place, files: dict[str, tuple[int, int | None]], draft: Path) -> None:
     for name, (size, _) in files.items():
-        target = draft / name
-        if not target.resolve().is_relative_to(draft.resolve()):
-            raise OSError(f"'{name}' points out of the folder")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        fs.copy_files(f"{root}/{name}", str(target), system, fs.LocalFileSystem())
-        if target.stat().st_size != size:
-            raise OSError(f"'{name}' came with {target.stat().st_size} of {size} bytes")
+        place.get(name, draft, size)
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """An error of a file system, as the end of a sentence."""
     return " ".join(str(error).split())[:300]

@@ -32,3 +32,20 @@ def tiny_unordered_store(tmp_path_factory: pytest.TempPathFactory):
 def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A two-layer random BERT with a word-piece tokenizer, as a folder in `transformers` format."""
     return make_backbone(tmp_path_factory.mktemp("backbone"))
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory):
+    """A server that speaks S3, with a bucket; calls with a folder give its address."""
+    server = pytest.importorskip("moto.server", reason="moto's server needs flask")
+    boto3 = pytest.importorskip("boto3")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "testing")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        running = server.ThreadedMotoServer(port=0, verbose=False)
+        running.start()
+        host, port = running.get_host_and_port()
+        boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1").create_bucket(Bucket="bucket")
+        yield lambda name: f"s3://bucket/{name}?scheme=http&endpoint_override={host}:{port}&region=us-east-1"
+        running.stop()

@@ -23,23 +23,6 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory):
-    """A server that speaks S3, with a bucket; calls with a folder give its address."""
-    server = pytest.importorskip("moto.server", reason="moto's server needs flask")
-    boto3 = pytest.importorskip("boto3")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "testing")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        running = server.ThreadedMotoServer(port=0, verbose=False)
-        running.start()
-        host, port = running.get_host_and_port()
-        boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1").create_bucket(Bucket="bucket")
-        yield lambda name: f"s3://bucket/{name}?scheme=http&endpoint_override={host}:{port}&region=us-east-1"
-        running.stop()
-
-
 @pytest.fixture
 def store_address(tiny_store, tmp_path):
     """A copy of the tiny store, as prepared, at a file:// address."""

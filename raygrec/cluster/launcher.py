@@ -18,6 +18,7 @@ from raygrec.train.assembly import prepare_run
 from raygrec.train.engine import NonFiniteError, from_rank_0
 from raygrec.train.folder import RunFolder, with_absolute_paths
 from raygrec.train.local import BarReporter
+from raygrec.train.mirror import restore
 from raygrec.train.settings import ClusterConfig, RunConfig, run_config
 
 # Ray reads these when it is imported or started.
@@ -31,6 +32,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raygrec.cluster.gauges import Gauges
 from raygrec.cluster.heartbeat import Heart, Pulses, Watch
 from raygrec.cluster.task import as_task, where_there_is_room
 
@@ -152,6 +154,7 @@ def train_on_ray(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     config = with_absolute_paths(config)
     refuse_jobs_copy(config.out)
     folder = RunFolder(config.out)
+    restore(config, folder, resume)
     started_here = False
     try:
         with folder.held():
@@ -358,7 +361,7 @@ def _worker(arguments: dict[str, Any]) -> None:
         reporter.progress(STARTING, context.get_world_size(), context.get_world_size())
     try:
         with heart.beating():
-            run(config, RunFolder(config.out), reporter, distributed=True)
+            run(config, RunFolder(config.out), reporter, distributed=True, trackers=[Gauges(config.out)])
     except Exception as error:
         if _recurs(error):
             ray.get(board.fail.remote(_as_failure(error)))

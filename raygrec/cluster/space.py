@@ -217,7 +217,9 @@ def trial_config(sweep: SweepConfig, point: Point, out: Path, seed: int | None =
     content = with_values(base_config(sweep), point) | {"out": str(out)}
     if seed is not None:
         content["seed"] = seed
-    return run_config(with_values(content, {"evaluate.test": test}), str(sweep.job))
+    # All trials would copy theirs to one address.
+    own = {"evaluate.test": test, "upload_checkpoints": False}
+    return run_config(with_values(content, own), str(sweep.job))
 
 
 def check_space(sweep: SweepConfig, source: str) -> None:

@@ -21,7 +21,7 @@ from raygrec.draws import Draws
 from raygrec.graph.lightgcn import NodeEmbeddings
 from raygrec.graph.neighbours import NeighbourConfig, NeighbourSampler
 from raygrec.model.backbone import Backbone, LoRAConfig
-from raygrec.model.contrast import MomentumCopy, NegativeQueue, contrast_terms
+from raygrec.model.contrast import EMPTY, MomentumCopy, NegativeQueue, contrast_terms
 from raygrec.model.dropout import keyed_dropout
 from raygrec.model.head import CatalogueHead, Targets, catalogue_cross_entropy
 from raygrec.model.nodes import NODE_SCALE, NodeTables, projector, scaled_texts
@@ -442,6 +442,12 @@ class GALRec(nn.Module):
         for side, rows_ND, nodes_N in self._fresh:
             self.queues[side].enqueue(rows_ND, nodes_N)
         self._fresh = []
+
+    def figures(self) -> dict[str, float]:
+        """What is worth watching while it trains: the share of the queues that holds representations."""
+        filled = sum(int((queue.ids() != EMPTY).sum()) for queue in self.queues.values())
+        places = sum(len(queue.ids()) for queue in self.queues.values())
+        return {"queue_fill": filled / places} if places else {}
 
     def carried_state(self) -> dict[str, torch.Tensor]:
         """What a checkpoint needs besides parameters: the queues and the momentum copy."""

@@ -25,6 +25,7 @@ from raygrec.train import manifest
 from raygrec.train.engine import device, full_tensor, loading
 from raygrec.train.folder import RunFolder
 from raygrec.train.settings import GALRecRun, GLTARun, GraphRun, RunConfig, SequentialRun
+from raygrec.train.trackers import check_packages
 
 Model = GLTA | GALRec | Sequential | GraphModel
 Prompts = PromptBuilder | HopPrompts | SequencePrompts | GraphPrompts
@@ -60,6 +61,7 @@ def truncated_to(rows: CSR, lengths: np.ndarray) -> CSR:
 
 def prepare_run(config: RunConfig, folder: RunFolder) -> None:
     """What must exist before workers start: token ids, node embeddings, generated texts. Each is made once."""
+    check_packages(config.track)
     store = _prepare_store(config)
     if config.reads_graph and not folder.nodes_file.exists():
         _nodes(config, store).save(folder.nodes_file, {"source": "LightGCN", "seed": config.seed})

@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from raygrec.config import read_yaml
+from raygrec.config import flat, read_yaml
 from raygrec.errors import InputError
 from raygrec.progress import tell
 from raygrec.remote import fetch, is_address, upload
@@ -26,6 +26,7 @@ from raygrec.train.settings import RunConfig, run_config
 KEEP = 2  # checkpoints
 STEP_DIGITS = 8
 METRICS = "metrics.json"
+MAY_DIFFER = {"cluster", "out", "upload", "upload_checkpoints", "track"}
 LOCK, WRITER_LOCK = ".lock", ".writer.lock"  # of the process that started the run, and of its rank 0
 
 
@@ -75,6 +76,8 @@ class RunFolder:
         self.model_folder = path / "model"
         self.model_file = self.model_folder / "model.safetensors"
         self.backbone_folder = self.model_folder / "backbone"
+        self.saved: Callable[[str], None] | None = None
+        """Hears the name of each checkpoint that is complete."""
 
     @contextmanager
     def held(self, lock: str = LOCK, wait: float = 0.0) -> Iterator[None]:
@@ -101,7 +104,7 @@ class RunFolder:
     def start(self, config: RunConfig, resume: bool) -> None:
         """Claims the folder; an existing run is refused unless `resume`, and then its config must be the same.
 
-        `cluster` and `upload` may differ: a run may go on with another number of workers.
+        `MAY_DIFFER` names what may be another: a run may go on with more workers, and tell others how it is doing.
         """
         if self.config_file.exists():
             if not resume:
@@ -134,7 +137,7 @@ class RunFolder:
 
     def _refuse_other(self, config: RunConfig) -> None:
         before, given = (
-            _flat(with_absolute_paths(one).model_dump(mode="json", exclude={"cluster", "out", "upload"}))
+            flat(with_absolute_paths(one).model_dump(mode="json", exclude=MAY_DIFFER))
             for one in (self.config(), config)
         )
         for key in (key for key, value in given.items() if before.get(key) != value):
@@ -148,6 +151,13 @@ class RunFolder:
         if not self.config_file.is_file():
             raise InputError(f"{self.path}: no run there (config.yaml is missing)")
         return run_config(read_yaml(self.config_file), str(self.config_file))
+
+    def kept(self, name: str, make: Callable[[], str]) -> str:
+        """What `make` returned when it was first asked for the id `name` in this folder."""
+        file = self.path / f"{name}.id"
+        if not file.exists():
+            self._write(file, make())
+        return file.read_text(encoding="utf-8")
 
     def report(self, record: dict[str, Any]) -> None:
         """Appends one line to history.jsonl."""
@@ -178,6 +188,8 @@ class RunFolder:
             (draft / "loop.json").write_text(json.dumps(asdict(state)) + "\n", encoding="utf-8")
         for old in self._checkpoints(state.stage)[:-KEEP]:
             _remove(old)
+        if self.saved is not None:
+            self.saved(_name(state))
 
     @contextmanager
     def drafted(self, place: Path, needed: int | None = None) -> Iterator[Path]:
@@ -283,7 +295,7 @@ class RunFolder:
     def publish(self, config: RunConfig) -> None:
         """Copies the finished run to where its config wants it, metrics.json last of all."""
         if config.upload:
-            upload(self.path, config.upload, METRICS, without=("checkpoints", "ray"))
+            upload(self.path, config.upload, METRICS, without=("checkpoints", "ray", "wandb"))
 
     def metrics(self) -> dict[str, Any] | None:
         """The final metrics, or None while the run has not finished."""
@@ -318,11 +330,3 @@ def _remove(place: Path) -> None:
         place.unlink()
     else:
         shutil.rmtree(place, ignore_errors=True)
-
-
-def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Sections as dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

@@ -7,6 +7,7 @@ from typing import Any
 from raygrec.progress import progress_bar, tell
 from raygrec.train.assembly import prepare_run
 from raygrec.train.folder import RunFolder, with_absolute_paths
+from raygrec.train.mirror import restore
 from raygrec.train.pipeline import run
 from raygrec.train.settings import RunConfig
 
@@ -44,6 +45,7 @@ def train_here(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     """Trains in this process and returns the final metrics; `InputError` where the run folder is taken."""
     config = with_absolute_paths(config)
     folder = RunFolder(config.out)
+    restore(config, folder, resume)
     with folder.held():
         with folder.claimed(config, resume):
             prepare_run(config, folder)

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -15,8 +15,10 @@ from raygrec.model.prompts import PromptBatch
 from raygrec.train.engine import Engine, NonFiniteError, from_rank_0, peak_memory_mib, sum_over_ranks, world
 from raygrec.train.folder import LoopState, RunFolder
 from raygrec.train.settings import StageConfig
+from raygrec.train.writer import CheckpointWriter
 
 ASK_EVERY = 5.0  # seconds between two questions whether the run will soon be ended from outside
+VALID = "valid/"  # what the names of a validation's figures begin with
 ORDER = 2**32  # keeps the draws of an epoch's order apart from those of its steps
 
 
@@ -40,6 +42,16 @@ class Reporter(Protocol):
 
     def warn(self, line: str) -> None:
         """Something that does not end the run and that its user should know."""
+
+
+class Watcher(Reporter, Protocol):
+    """A reporter that rank 0 tells live figures, too."""
+
+    every: int
+    """Updates between two calls of `point`, besides those at validations; 0: nobody watches."""
+
+    def point(self, stage: str, step: int, values: dict[str, float]) -> None:
+        """Live figures of update `step` of a stage, see `_figures`; those of a validation are named `valid/…`."""
 
 
 @dataclass(frozen=True)
@@ -94,25 +106,75 @@ def portions(batch: int, micro_batch: int, workers: int) -> int:
     return -(-batch // (min(micro_batch, batch) * workers))
 
 
+class Update(NamedTuple):
+    """What an update has shown, the same on every rank.
+
+    sums: each term's sum over all ranks. counts: what it was summed over. tokens: symbols that all ranks have read.
+    places: rows · width of the batches they came in. norm: of the gradient. ask: whether any rank wanted that.
+    """
+
+    sums: list[float]
+    counts: list[float]
+    tokens: float
+    places: float
+    norm: float
+    ask: bool
+
+
+class Pace:
+    """Tokens per second since it was made or set back."""
+
+    def __init__(self) -> None:
+        self.set_back()
+
+    def set_back(self) -> None:
+        self.tokens, self._since = 0.0, time.monotonic()
+
+    def rate(self) -> float:
+        return self.tokens / (time.monotonic() - self._since)
+
+
 def run_stage(
     stage: Stage,
     engine: Engine,
     seed: int,
     folder: RunFolder,
-    reporter: Reporter,
+    reporter: Reporter | Watcher,
     chunks: int,
 ) -> LoopState:
     """Runs a stage to its end, from its last checkpoint where there is one.
 
     The trained parameters end in `folder.parts_file(stage.name)`: the best by validation, else the last.
     """
+    state = _resume(stage, engine, seed, folder, reporter, chunks) or _fresh(stage, folder)
+    with CheckpointWriter(folder) as writer:
+        _updates(stage, engine, seed, folder, reporter, chunks, state, writer)
+    if stage.validate is None:
+        parts = _parameters(engine.state())
+        if world()[0] == 0:
+            folder.save_parts(folder.parts_file(stage.name), parts)
+    _barrier()
+    return state
+
+
+def _updates(
+    stage: Stage,
+    engine: Engine,
+    seed: int,
+    folder: RunFolder,
+    reporter: Reporter | Watcher,
+    chunks: int,
+    state: LoopState,
+    writer: CheckpointWriter,
+) -> None:
+    """From where `state` is to the last update, or to where validation has waited long enough."""
     config, rank = stage.config, world()[0]
     batch = min(config.batch, len(stage.lengths) // stage.per_prompt) * stage.per_prompt
     steps_per_epoch = len(stage.lengths) // batch
     total = steps_per_epoch * config.epochs
-    state = _resume(stage, engine, seed, folder, reporter, chunks) or _fresh(stage, folder)
     terms = engine.model.terms
-    tokens, started = 0, time.monotonic()
+    every = getattr(reporter, "every", 0)
+    of_epoch, of_point = Pace(), Pace()
     order, asked = np.zeros((0, batch)), time.monotonic()
     while state.step < total and state.waited < config.patience:
         epoch, place = divmod(state.step, steps_per_epoch)
@@ -123,68 +185,110 @@ def run_stage(
         reporter.at(stage.title, state.step + 1)
         ask = rank == 0 and time.monotonic() - asked > ASK_EVERY
         try:
-            sums, counts, read, norm, ask = _step(stage, engine, order[place], draws, rate, chunks, ask)
+            update = _step(stage, engine, order[place], draws, rate, chunks, ask)
         except NonFiniteError as error:
             raise _with_batch(error, stage, state.step + 1, epoch + 1, order[place], folder) from None
-        state.add(sums, counts)
-        tokens, state.step = tokens + read, state.step + 1
-        if rank == 0:
-            reporter.progress(stage.title, state.step, total, f"loss {weighted_loss(terms, sums, counts):.3f}")
+        state.add(update.sums, update.counts)
+        state.step += 1
         ends_epoch = state.step % steps_per_epoch == 0
-        if ends_epoch or state.step == total:
-            record = {
-                "stage": stage.name,
-                "step": state.step,
-                "epoch": state.step / steps_per_epoch,
-                "loss": weighted_loss(terms, state.sums, state.counts),
-                "lr": rate,
-                "gradient_norm": norm,
-                "tokens_per_second": tokens / (time.monotonic() - started),
-                "workers": world()[1],
-                "peak_memory_mib": peak_memory_mib(),
-            }
-            if len(terms) > 1:
-                record["terms"] = dict(zip(terms, _means(state.sums, state.counts), strict=True))
-            if stage.validate and _is_due(stage, state.step, steps_per_epoch, total):
+        validates = ends_epoch and stage.validate is not None and _is_due(stage, state.step, steps_per_epoch, total)
+        figures: dict[str, float] = {}
+        if rank == 0:
+            loss = weighted_loss(terms, update.sums, update.counts)
+            reporter.progress(stage.title, state.step, total, f"loss {loss:.3f}")
+            for pace in (of_epoch, of_point):
+                pace.tokens += update.tokens
+            if every and (validates or state.step % every == 0):
+                figures = _figures(update, rate, of_point.rate(), engine.model)
+                of_point.set_back()
+        improved = False
+        if ends_epoch:
+            record = _record(stage, state, state.step / steps_per_epoch, rate, update.norm, of_epoch.rate(), terms)
+            if validates:
                 record["valid"] = stage.validate()
-                _keep_best(stage, engine, folder, state, record["valid"][stage.metric])
+                improved = _improves(state, record["valid"][stage.metric])
+                figures |= {VALID + name.replace("@", "_at_"): value for name, value in record["valid"].items()}
             state.records += 1
             if rank == 0:
                 folder.report(record)
                 reporter.report(record)
-            state.sums, state.counts, tokens, started = [], [], 0, time.monotonic()
-        asked = time.monotonic() if ask else asked
-        wanted = ask and reporter.wants_checkpoint()
+            state.sums, state.counts = [], []
+            of_epoch.set_back()
+            of_point.set_back()
+        if rank == 0 and every and figures:
+            reporter.point(stage.name, state.step, figures)
+        asked = time.monotonic() if update.ask else asked
+        wanted = update.ask and reporter.wants_checkpoint()
+        writer.check()
         if ends_epoch or wanted or state.step % config.checkpoint_every == 0:
+            writer.wait()  # before there is another copy of the state in memory
             tensors = engine.state()
             if rank == 0:
-                folder.save_checkpoint(state, tensors)
-    if stage.validate is None:
-        parts = _parameters(engine)
-        if rank == 0:
-            folder.save_parts(folder.parts_file(stage.name), parts)
-    _barrier()
-    return state
+                writer.save(state, tensors, _parameters(tensors) if improved else None)
+            if wanted:
+                writer.wait()  # there may be no later
+
+
+def _figures(update: Update, rate: float, tokens_per_second: float, model: Any) -> dict[str, float]:
+    """What is told of one update while the run goes on, apart from validations.
+
+    loss: Σ weight · mean, of which `terms/…` are the parts. padding: the share of places without a symbol, of what all
+    ranks have read. tokens_per_second: of all ranks, since the point before or the epoch's start. peak_memory_mib: of
+    rank 0. What the model itself tells comes besides: GAL-Rec's `queue_fill`.
+    """
+    figures = {
+        "loss": weighted_loss(model.terms, update.sums, update.counts),
+        "lr": rate,
+        "gradient_norm": update.norm,
+        "tokens_per_second": tokens_per_second,
+        "padding": 1 - update.tokens / max(update.places, 1),
+        "peak_memory_mib": peak_memory_mib(),
+    }
+    if len(model.terms) > 1:
+        means = _means(update.sums, update.counts)
+        weighted = zip(model.terms.items(), means, strict=True)
+        figures |= {f"terms/{name}": weight * mean for (name, weight), mean in weighted}
+    return figures | (model.figures() if hasattr(model, "figures") else {})
+
+
+def _record(
+    stage: Stage, state: LoopState, epoch: float, rate: float, norm: float, tokens_per_second: float, terms: dict
+) -> dict[str, Any]:
+    """The line of history.jsonl for what has been trained since the last one."""
+    record = {
+        "stage": stage.name,
+        "step": state.step,
+        "epoch": epoch,
+        "loss": weighted_loss(terms, state.sums, state.counts),
+        "lr": rate,
+        "gradient_norm": norm,
+        "tokens_per_second": tokens_per_second,
+        "workers": world()[1],
+        "peak_memory_mib": peak_memory_mib(),
+    }
+    if len(terms) > 1:
+        record["terms"] = dict(zip(terms, _means(state.sums, state.counts), strict=True))
+    return record
 
 
 def _step(
     stage: Stage, engine: Engine, things: np.ndarray, draws: Draws, rate: float, chunks: int, ask: bool
-) -> tuple[list[float], list[float], int, float, bool]:
-    """One update; returns each term's sum over all ranks, what it was summed over, tokens read here, gradient norm.
-
-    ask: whether this rank wants something asked; the last thing returned, on all ranks, is whether any does.
-    """
+) -> Update:
+    """One update of `things`, of which this rank reads its share; ask: whether this rank wants something asked."""
     rank, workers = world()
     prompts = things if stage.per_prompt == 1 else things.reshape(-1, stage.per_prompt)
     pieces = portions(len(prompts), stage.config.micro_batch, workers)
     mine = np.array_split(prompts, workers * pieces)[rank::workers]
-    batches = [stage.build(piece, draws).to(engine.device) for piece in mine]
+    batches = [stage.build(piece, draws) for piece in mine]
     counts = torch.stack([batch.counts for batch in batches]).sum(0)
-    counts, asks = sum_over_ranks(torch.cat([counts, counts.new_tensor([ask])])).split([len(counts), 1])
+    tokens = sum(int((batch.symbols >= 0).sum()) for batch in batches)
+    places = sum(batch.symbols.numel() for batch in batches)
+    told = counts.new_tensor([tokens, places, ask])
+    counts, told = sum_over_ranks(torch.cat([counts, told])).split([len(counts), len(told)])
     share = torch.tensor(list(engine.model.terms.values()), dtype=torch.float64) / counts.clamp(min=1)
     sums = torch.zeros_like(counts)
     for number, batch in enumerate(batches):
-        terms = engine.loss(batch, chunks).reshape(-1)
+        terms = engine.loss(batch.to(engine.device), chunks).reshape(-1)
         sums += terms.detach().cpu()
         engine.backward((terms * share.to(terms)).sum(), last=number == len(batches) - 1)
     sums = sum_over_ranks(sums)
@@ -194,7 +298,8 @@ def _step(
     norm = engine.update(rate)
     if hasattr(engine.model, "after_update"):
         engine.model.after_update()
-    return sums.tolist(), counts.tolist(), sum(int((batch.symbols >= 0).sum()) for batch in batches), norm, bool(asks)
+    tokens, places, asks = told.tolist()
+    return Update(sums.tolist(), counts.tolist(), tokens, places, norm, bool(asks))
 
 
 def _with_batch(
@@ -224,19 +329,19 @@ def _is_due(stage: Stage, step: int, steps_per_epoch: int, total: int) -> bool:
     return step == total or (step // steps_per_epoch) % stage.config.evaluate_every == 0
 
 
-def _keep_best(stage: Stage, engine: Engine, folder: RunFolder, state: LoopState, metric: float) -> None:
+def _improves(state: LoopState, metric: float) -> bool:
+    """Takes a validation into the state; whether the parameters are the best so far."""
     if metric <= state.best:
         state.waited += 1
-        return
+        return False
     state.best, state.best_step, state.waited = metric, state.step, 0
-    parts = _parameters(engine)
-    if world()[0] == 0:
-        folder.save_parts(folder.parts_file(stage.name), parts)
+    return True
 
 
-def _parameters(engine: Engine) -> dict[str, torch.Tensor]:
+def _parameters(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The parameters in an engine's state, by their own names."""
     prefix = "param/"
-    return {name.removeprefix(prefix): value for name, value in engine.state().items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _fresh(stage: Stage, folder: RunFolder) -> LoopState:

@@ -37,7 +37,9 @@ from raygrec.train.engine import (
 )
 from raygrec.train.folder import WRITER_LOCK, RunFolder
 from raygrec.train.loop import Reporter, Stage, portions, run_stage
+from raygrec.train.mirror import Mirror
 from raygrec.train.settings import GLTARun, GraphRun, RunConfig, StageConfig
+from raygrec.train.trackers import Tracker, tracked
 
 POSITIONS_PER_CHUNK = 4096  # answer positions whose logits stand in memory at once
 PREDECESSOR = 60.0  # seconds to let an earlier rank 0 of the same run end
@@ -48,22 +50,29 @@ Parts = dict[str, torch.Tensor]  # trained parameters by name
 Ranker = Callable[[np.ndarray, CSR], torch.Tensor]
 
 
-def run(config: RunConfig, folder: RunFolder, reporter: Reporter, distributed: bool) -> dict[str, Any]:
+def run(
+    config: RunConfig, folder: RunFolder, reporter: Reporter, distributed: bool, trackers: Sequence[Tracker] = ()
+) -> dict[str, Any]:
     """The recipe's stages, then the one reading of the test data by the checkpoint that validation chose.
 
     Continues from whatever the folder holds. Returns (on every rank) and writes metrics.json's content.
+    trackers: besides those of the config; rank 0 tells them how the training goes.
     """
     with ExitStack() as stack:
         # The driver holds the folder too, but its workers may outlive it, or a restarted group meet the one before.
         from_rank_0(lambda: stack.enter_context(folder.held(WRITER_LOCK, PREDECESSOR)))
+        done = from_rank_0(folder.metrics)
+        if done is not None:
+            return done
+        if world()[0] == 0:
+            reporter = stack.enter_context(tracked(reporter, config, folder, trackers))
+            if config.upload_checkpoints:
+                folder.saved = stack.enter_context(Mirror(folder, config.upload, reporter.warn)).ask
         return _run(config, folder, reporter, distributed)
 
 
 def _run(config: RunConfig, folder: RunFolder, reporter: Reporter, distributed: bool) -> dict[str, Any]:
     torch.manual_seed(config.seed)
-    done = from_rank_0(folder.metrics)
-    if done is not None:
-        return done
     store = Store.open(config.store)
     builder = build_prompts(config, store, folder)
     parts: Parts = {}

@@ -106,6 +106,19 @@ class ClusterConfig(StrictConfig):
         return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
+class TrackConfig(StrictConfig):
+    """Where live figures of the training go besides history.jsonl; Ray's own metrics have them in any case."""
+
+    every: int = Field(10, ge=1)
+    """Updates between two points; each validation is one, too."""
+    tensorboard: bool = False
+    """Event files in RUN/tensorboard."""
+    mlflow: str | None = Field(None, min_length=1)
+    """The URI of a tracking server or store."""
+    wandb: str | None = Field(None, min_length=1)
+    """A project of Weights & Biases."""
+
+
 class RunConfig(StrictConfig):
     """What every recipe's run depends on; written to its folder as config.yaml."""
 
@@ -116,6 +129,8 @@ class RunConfig(StrictConfig):
     """The run folder; on a cluster, a path that all nodes share."""
     upload: Address | None = None
     """An address that the finished run is copied to, without its checkpoints."""
+    upload_checkpoints: bool = False
+    """Whether each checkpoint is copied there too, in the background; `--resume` fetches them where `out` is gone."""
     seed: int = 0
     graph: LightGCNConfig = LightGCNConfig()
     backbone: BackboneConfig = BackboneConfig()
@@ -124,6 +139,13 @@ class RunConfig(StrictConfig):
     engine: EngineConfig = EngineConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     cluster: ClusterConfig = ClusterConfig()
+    track: TrackConfig = TrackConfig()
+
+    @model_validator(mode="after")
+    def _checkpoints_have_an_address(self) -> Self:
+        if self.upload_checkpoints and self.upload is None:
+            raise ValueError("upload_checkpoints=true needs an address in upload")
+        return self
 
     @property
     def name(self) -> str:

@@ -372,6 +372,55 @@ def test_what_a_model_carries_and_the_sums_of_an_epoch_survive_a_cut(tmp_path, m
     ] * 2
 
 
+class Padded(Numbers):
+    """Of each number n, the n mod 4 + 1 first of four places hold a symbol."""
+
+    def __init__(self, things: np.ndarray) -> None:
+        super().__init__(things)
+        self.symbols = torch.where(torch.arange(4) <= self.symbols[:, None] % 4, 1, -1)
+
+
+class Watched(loop.Reporter):
+    """Keeps the points."""
+
+    def __init__(self, every: int) -> None:
+        self.every, self.points = every, {}
+
+    def point(self, stage: str, step: int, values: dict[str, float]) -> None:
+        assert (stage, step in self.points) == ("train", False)
+        self.points[step] = values
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_live_figures_by_hand(tmp_path, every):
+    reporter = Watched(every)
+    validated = iter([0.5, 0.25])
+    stage = replace(
+        two_terms_stage(),
+        build=lambda things, draws: Padded(things),
+        validate=lambda: {"ndcg@3": next(validated)},
+        metric="ndcg@3",
+    )
+    run_stage(stage, LocalEngine(TwoTerms(), EngineConfig()), 0, RunFolder(tmp_path), reporter, 1)
+    # Two updates are an epoch, after which it is validated.
+    assert sorted(reporter.points) == ([1, 2, 3, 4] if every == 1 else [2, 3, 4])
+    for step, values in reporter.points.items():
+        things = epoch_order(stage.lengths, 4, Draws(0, 1, ORDER, (step - 1) // 2))[(step - 1) % 2]
+        assert values["terms/first"] == pytest.approx(things.mean(), rel=1e-6)
+        assert values["terms/second"] == pytest.approx(0.5 * 40 / 2)
+        assert values["loss"] == pytest.approx(values["terms/first"] + values["terms/second"])
+        assert values["lr"] == learning_rate(step - 1, 4, stage.config)
+        assert values["padding"] == pytest.approx(1 - (things % 4 + 1).sum() / 16)
+        assert values["gradient_norm"] == pytest.approx(np.hypot(2 / 4, 2 * 0.5 / 2))  # of two micro-batches
+        assert values["tokens_per_second"] > 0 < values["peak_memory_mib"]
+        assert values.get("valid/ndcg_at_3") == {2: 0.5, 4: 0.25}.get(step)
+
+
+def test_nobody_watches_unless_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "_figures", None)
+    run_stage(two_terms_stage(), LocalEngine(TwoTerms(), EngineConfig()), 0, RunFolder(tmp_path), Silent(), 1)
+
+
 @pytest.mark.parametrize(("every", "asked", "saved"), [(-1.0, 8, [3, 4, 8]), (3600.0, 0, [4, 8])])
 def test_a_checkpoint_is_written_when_the_reporter_wants_one(tmp_path, monkeypatch, every, asked, saved):
     """Beside those at the ends of epochs; and it is not asked all the time."""

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,19 @@ from raygrec.train import folder as folder_module
 from raygrec.train import loop, manifest
 from raygrec.train.folder import LoopState, RunFolder
 from raygrec.train.local import train_here
+from raygrec.train.writer import CheckpointWriter
 from tests.train.test_folder import flip
 from tests.train.workers import tiny_sequential_config
 
 TENSORS = [{"param/w": torch.full((1000,), float(step))} for step in range(3)]
 
 
-def killed_while_saving(folder: RunFolder, module: object, function: str, before: bool) -> None:
+def in_background(folder: RunFolder, *arguments: object) -> None:
+    with CheckpointWriter(folder) as writer:
+        writer.save(*arguments)
+
+
+def killed_while_saving(folder: RunFolder, save: Callable, module: object, function: str, before: bool) -> None:
     """A process of its own saves step 2, and is killed before or after it calls `function`."""
     child = os.fork()
     if not child:
@@ -33,12 +40,13 @@ def killed_while_saving(folder: RunFolder, module: object, function: str, before
             os.kill(os.getpid(), signal.SIGKILL)
 
         setattr(module, function, deadly)
-        folder.save_checkpoint(LoopState("train", 2), TENSORS[2])
+        save(folder, LoopState("train", 2), TENSORS[2])
         os._exit(0)
     _, status = os.waitpid(child, 0)
     assert os.WTERMSIG(status) == signal.SIGKILL
 
 
+@pytest.mark.parametrize("save", [RunFolder.save_checkpoint, in_background], ids=["here", "background"])
 @pytest.mark.parametrize(
     ("module", "function", "before", "step"),
     [
@@ -50,10 +58,10 @@ def killed_while_saving(folder: RunFolder, module: object, function: str, before
         (Path, "rename", False, 2),
     ],
 )
-def test_killed_while_it_saves(tmp_path, module, function, before, step):
+def test_killed_while_it_saves(tmp_path, save, module, function, before, step):
     folder, lines = RunFolder(tmp_path), []
     folder.save_checkpoint(LoopState("train", 1), TENSORS[1])
-    killed_while_saving(folder, module, function, before)
+    killed_while_saving(folder, save, module, function, before)
     state, tensors = folder.last_checkpoint("train", lines.append)
     assert state.step == step
     assert torch.equal(tensors["param/w"], TENSORS[step]["param/w"])

@@ -16,6 +16,7 @@ from raygrec.train import loop
 from raygrec.train.assembly import load_model
 from raygrec.train.folder import RunFolder
 from raygrec.train.local import train_here
+from tests.train.test_trackers import scalars
 from tests.train.workers import (
     run_several,
     run_workers,
@@ -26,10 +27,21 @@ from tests.train.workers import (
 )
 
 STAGES = ("alignment", "histories", "train")
+TRACK = {"tensorboard": True, "every": 2}
 
 
 def curve(folder: RunFolder) -> list[float]:
     return [record["loss"] for record in folder.history()]
+
+
+def assert_same_figures(folder: RunFolder, expected: RunFolder, names: set[str]) -> None:
+    """What was told of every second update while the runs went on."""
+    for stage in (path.name for path in (expected.path / "tensorboard").iterdir()):
+        found, wanted = (scalars(one.path / "tensorboard" / stage) for one in (folder, expected))
+        assert found.keys() == wanted.keys() >= names
+        for name in names:
+            assert len(found[name]) == len(wanted[name]) > 0
+            np.testing.assert_allclose(found[name], wanted[name], rtol=1e-3, err_msg=f"{stage}, {name}")
 
 
 def final(folder: RunFolder) -> dict[str, torch.Tensor]:
@@ -44,7 +56,7 @@ def final(folder: RunFolder) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def alone(tiny_store, tiny_backbone, tmp_path_factory) -> RunFolder:
     """The run in one process, plain torch: what all others must reproduce."""
-    config = tiny_config(tiny_store.path, tiny_backbone, tmp_path_factory.mktemp("alone") / "run")
+    config = tiny_config(tiny_store.path, tiny_backbone, tmp_path_factory.mktemp("alone") / "run", track=TRACK)
     train_here(config)
     return RunFolder(config.out)
 
@@ -67,7 +79,7 @@ def finished(tiny_store, tiny_backbone, tmp_path_factory) -> Callable[[int, int]
     @functools.cache
     def run(workers: int, zero_stage: int) -> RunFolder:
         out = tmp_path_factory.mktemp("finished") / "run"
-        config = tiny_config(tiny_store.path, tiny_backbone, out, engine={"zero_stage": zero_stage})
+        config = tiny_config(tiny_store.path, tiny_backbone, out, engine={"zero_stage": zero_stage}, track=TRACK)
         return run_workers(config, workers)
 
     return run
@@ -80,6 +92,8 @@ def test_workers_and_zero_stages_do_not_change_the_curve(alone, finished, worker
     for split in ("valid", "test"):
         assert folder.metrics()[split] == pytest.approx(alone.metrics()[split], abs=1e-6)
     assert len(folder.metrics()["peak_memory_mib"]) == workers
+    # On one and two workers micro-batches are the same here, and so is the padding of all of them.
+    assert_same_figures(folder, alone, {"loss", "lr", "gradient_norm"} | ({"padding"} if workers <= 2 else set()))
 
 
 @pytest.mark.parametrize(
@@ -116,7 +130,8 @@ def queues(folder: RunFolder) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def galrec_alone(tiny_store, tiny_backbone, tmp_path_factory) -> RunFolder:
-    config = tiny_galrec_config(tiny_store.path, tiny_backbone, tmp_path_factory.mktemp("galrec") / "run")
+    out = tmp_path_factory.mktemp("galrec") / "run"
+    config = tiny_galrec_config(tiny_store.path, tiny_backbone, out, track=TRACK)
     train_here(config)
     return RunFolder(config.out)
 
@@ -128,7 +143,7 @@ def galrec_finished(tiny_store, tiny_backbone, tmp_path_factory) -> Callable[[in
     @functools.cache
     def run(workers: int, zero_stage: int) -> RunFolder:
         out = tmp_path_factory.mktemp("galrec-finished") / "run"
-        config = tiny_galrec_config(tiny_store.path, tiny_backbone, out, engine={"zero_stage": zero_stage})
+        config = tiny_galrec_config(tiny_store.path, tiny_backbone, out, engine={"zero_stage": zero_stage}, track=TRACK)
         return run_workers(config, workers)
 
     return run
@@ -152,6 +167,13 @@ def test_galrec_learns_and_reports_its_terms(galrec_alone, tiny_store):
     assert found["carried/user/ids"].min() >= 0
     assert found["carried/user/ids"].max() > 24 > found["carried/item/ids"].max()
     load_model(galrec_alone.config(), galrec_alone, tiny_store)
+    points = scalars(galrec_alone.path / "tensorboard" / "train")
+    fill = [value for _, value in points["queue_fill"]]
+    assert 0 < fill[0] < fill[-1] <= 1
+    parts = [points[f"terms/{name}"] for name in weights]
+    assert [sum(value for _, value in one) for one in zip(*parts, strict=True)] == pytest.approx(
+        [value for _, value in points["loss"]], rel=1e-5
+    )
 
 
 @pytest.mark.parametrize(("workers", "zero_stage"), [(1, 0), (2, 2), (2, 3), (4, 2)])
@@ -166,6 +188,7 @@ def test_workers_and_zero_stages_do_not_change_galrec(galrec_alone, galrec_finis
     found = queues(folder)
     for name, value in queues(galrec_alone).items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-3, msg=name)
+    assert_same_figures(folder, galrec_alone, {"loss", "terms/l1", "terms/cross_entropy", "queue_fill"})
 
 
 @pytest.mark.parametrize(

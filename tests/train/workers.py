@@ -8,6 +8,7 @@ from raygrec.train import loop, pipeline
 from raygrec.train.assembly import prepare_run
 from raygrec.train.folder import RunFolder
 from raygrec.train.settings import RunConfig, run_config
+from raygrec.train.writer import CheckpointWriter
 from tests.ranks import run_ranks
 
 CUT = 9  # exit code of a process that was cut off
@@ -60,6 +61,11 @@ def _work(rank: int, outs: list[Path], stop_after: int) -> None:
 def _cut_off(after: int, ends: bool) -> None:
     """Right after an update, in the middle of a stage; `ends`: the process with it."""
     step, seen = loop._step, 0
+    writers, enter = [], CheckpointWriter.__enter__
+
+    def entered(writer):
+        writers.append(writer)
+        return enter(writer)
 
     def counted(*arguments):
         nonlocal seen
@@ -67,11 +73,12 @@ def _cut_off(after: int, ends: bool) -> None:
         if seen > after:
             seen = 0
             if ends:
+                writers[-1].wait()  # which checkpoint is the newest is then no matter of chance
                 os._exit(CUT)
             raise Cut
         return step(*arguments)
 
-    loop._step = counted
+    loop._step, CheckpointWriter.__enter__ = counted, entered
 
 
 def tiny_config(store: Path, backbone: Path, out: Path, **changes: object) -> RunConfig:
