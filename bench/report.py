@@ -26,6 +26,9 @@ def write_report(results: Path, out: Path, suites: dict[str, Any]) -> None:
     zero = results / "zero.json"
     if zero.exists():
         sections.append(_zero(json.loads(zero.read_text())))
+    faults = results / "faults.json"
+    if faults.exists():
+        sections.append(_faults(json.loads(faults.read_text())))
     out.write_text("\n".join(sections))
     print(f"{out}: {len(sections) - 1} sections")
 
@@ -152,4 +155,26 @@ def _zero(results: dict[str, Any]) -> str:
     for stage, row in results["stages"].items():
         memory = ", ".join(f"{value:.0f}" for value in row["peak_memory_mib"])
         lines.append(f"| {stage} | {row['valid']:.6f} | {row['test']:.6f} | {row['loss']:.6f} | {memory} |")
+    return "\n".join(lines) + "\n"
+
+
+def _faults(found: list[dict[str, Any]]) -> str:
+    """How runs ended that something happened to, beside runs that nothing happened to."""
+    lines = [
+        "## Faults\n",
+        "GAL-Rec in small on real local Ray nodes; each fault comes at a random update, and the run's losses, metrics "
+        "and parameters are compared with those of an uninterrupted run: `python -m tests.faults --json "
+        "docs/results/faults.json`. Seconds until the run was past the fault again are those of two busy cores.\n",
+        "| row | done | after update | beside the uninterrupted run | seconds | |",
+        "|---|---|---:|---|---:|---|",
+    ]
+    for name in dict.fromkeys(one["row"] for one in found):
+        tries = [one for one in found if one["row"] == name]
+        done = "; then ".join(dict.fromkeys(tries[0]["done"]))
+        after = ", ".join(str(step) for one in tries for step in one["after"])
+        equal = ", ".join(dict.fromkeys(value for one in tries for value in one["equal"]))
+        lost = [one["lost"] for one in tries if one["lost"] is not None]
+        seconds = f"{statistics.median(lost):.0f}" if lost else ""
+        held = sum(one["verdict"] == "holds" for one in tries)
+        lines.append(f"| {name} | {done} | {after} | {equal} | {seconds} | {held} of {len(tries)} hold |")
     return "\n".join(lines) + "\n"

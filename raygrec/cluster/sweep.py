@@ -65,7 +65,7 @@ def run_sweep(sweep: SweepConfig, resume: bool = False, final_seeds: int = 0) ->
 
     final_seeds: the best configuration is then trained with so many seeds and read on test once. Returns counts,
     the best trial and, where asked, the final metrics. Raises `InputError` for wrong input, also where the cluster
-    can never hold a trial.
+    can never hold a trial, and `WorkerError` where no trial has a score.
     """
     check_packages()
     sweep = sweep.model_copy(update={"out": sweep.out.absolute(), "job": sweep.job.absolute()})
@@ -452,7 +452,8 @@ def _concluded(sweep: SweepConfig, folder: SweepFolder, trials: Any, final_seeds
     result["left_groups"] = _left_groups()
     best = best_trial(trials, sweep.mode)
     if best is None:
-        return result
+        why = next((f": {reason}" for reason in trials.get("reason", []) if reason), "")
+        raise WorkerError(f"{folder.path}: no trial has a score{why}")
     score, point = float(best[SCORE]), folder.point(best["trial"])
     result["best"] = {"trial": best["trial"], SCORE: score, "point": point, "config": str(folder.best_file)}
     if final_seeds:

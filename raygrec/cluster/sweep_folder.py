@@ -15,7 +15,7 @@ import yaml
 from raygrec.cluster.space import Point, SweepConfig, trial_config
 from raygrec.config import read_yaml, validate
 from raygrec.errors import InputError
-from raygrec.evaluate.sweeps import best_trial
+from raygrec.evaluate.sweeps import REPORT_COLUMNS, TRIAL_COLUMNS, best_trial
 from raygrec.storage import replaced
 from raygrec.train.lock import held
 
@@ -211,7 +211,8 @@ class SweepFolder:
                 for one in reports
                 if one.seeds is None
             ]
-        return pd.DataFrame(rows), pd.DataFrame(lines)
+        # Columns without rows, too: where every trial has failed, there is still a report.
+        return pd.DataFrame(rows, columns=None if rows else TRIAL_COLUMNS), pd.DataFrame(lines, columns=REPORT_COLUMNS)
 
     def write_results(self) -> pd.DataFrame:
         """trials.parquet, reports.parquet and, where a trial has a score, best.yaml; returns the trials."""

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raygrec.train.settings import ClusterConfig
 
@@ -22,7 +23,8 @@ def as_task(cluster: ClusterConfig, function: Callable[..., T], *arguments: obje
     `TaskLostError`.
     """
     resources = {"num_cpus": cluster.cpus_per_worker, "num_gpus": cluster.gpus_per_worker}
-    task = ray.remote(**resources, max_retries=cluster.max_failures)(function)
+    anywhere = PlacementGroupSchedulingStrategy(placement_group=None)  # not inside the caller's, as a trial's would
+    task = ray.remote(**resources, max_retries=cluster.max_failures, scheduling_strategy=anywhere)(function)
     try:
         return ray.get(task.remote(*arguments))
     except ray.exceptions.RayTaskError as error:

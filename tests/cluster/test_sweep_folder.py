@@ -9,6 +9,7 @@ from raygrec.cluster.space import SweepConfig, read_sweep
 from raygrec.cluster.sweep_folder import Outcome, Report, SweepFolder
 from raygrec.config import read_yaml
 from raygrec.errors import InputError
+from raygrec.evaluate.sweeps import best_trial, write_report
 from raygrec.train.settings import run_config
 
 JOB = Path(__file__).parent.parent.parent / "jobs" / "galrec.yaml"
@@ -107,3 +108,18 @@ def test_a_report_that_was_cut_off_does_not_count(folder):
     assert [report.epoch for report in place.reports()] == [1.0, 2.0, 2.0]
     place.report(Report(3.0, 0.1, 0.1, 60.0, VALID))
     assert [report.epoch for report in place.reports()] == [1.0, 2.0, 2.0, 3.0]
+
+
+def test_a_sweep_whose_trials_all_failed_has_tables_and_a_report(sweep):
+    folder = SweepFolder(sweep.out)
+    folder.start(sweep, resume=False)
+    folder.write_results()  # of no trial at all
+    point = {"train.lr": 0.001}
+    place = folder.trial(point)
+    place.ended(Outcome(place.path.name, 0, point, "failed", "the node was lost"))
+    trials = folder.write_results()
+    assert best_trial(trials, "max") is None
+    assert not folder.best_file.exists()
+    page = write_report(folder.path, "ndcg@10", "max", "a sweep").read_text(encoding="utf-8")
+    assert "all of them failed" in page
+    assert "the node was lost" in page
