@@ -100,7 +100,6 @@ def run_stage(
     seed: int,
     folder: RunFolder,
     reporter: Reporter,
-    chunks: int,
 ) -> LoopState:
     """Runs a stage to its end, from its last checkpoint where there is one.
 
@@ -110,7 +109,7 @@ def run_stage(
     batch = min(config.batch, len(stage.lengths) // stage.per_prompt) * stage.per_prompt
     steps_per_epoch = len(stage.lengths) // batch
     total = steps_per_epoch * config.epochs
-    state = _resume(stage, engine, seed, folder, reporter, chunks) or _fresh(stage, folder)
+    state = _resume(stage, engine, seed, folder, reporter) or _fresh(stage, folder)
     terms = engine.model.terms
     tokens, started = 0, time.monotonic()
     order, asked = np.zeros((0, batch)), time.monotonic()
@@ -123,7 +122,7 @@ def run_stage(
         reporter.at(stage.title, state.step + 1)
         ask = rank == 0 and time.monotonic() - asked > ASK_EVERY
         try:
-            sums, counts, read, norm, ask = _step(stage, engine, order[place], draws, rate, chunks, ask)
+            sums, counts, read, norm, ask = _step(stage, engine, order[place], draws, rate, ask)
         except NonFiniteError as error:
             raise _with_batch(error, stage, state.step + 1, epoch + 1, order[place], folder) from None
         state.add(sums, counts)
@@ -168,7 +167,7 @@ def run_stage(
 
 
 def _step(
-    stage: Stage, engine: Engine, things: np.ndarray, draws: Draws, rate: float, chunks: int, ask: bool
+    stage: Stage, engine: Engine, things: np.ndarray, draws: Draws, rate: float, ask: bool
 ) -> tuple[list[float], list[float], int, float, bool]:
     """One update; returns each term's sum over all ranks, what it was summed over, tokens read here, gradient norm.
 
@@ -184,7 +183,7 @@ def _step(
     share = torch.tensor(list(engine.model.terms.values()), dtype=torch.float64) / counts.clamp(min=1)
     sums = torch.zeros_like(counts)
     for number, batch in enumerate(batches):
-        terms = engine.loss(batch, chunks).reshape(-1)
+        terms = engine.loss(batch).reshape(-1)
         sums += terms.detach().cpu()
         engine.backward((terms * share.to(terms)).sum(), last=number == len(batches) - 1)
     sums = sum_over_ranks(sums)
@@ -248,9 +247,7 @@ def _fresh(stage: Stage, folder: RunFolder) -> LoopState:
     return state
 
 
-def _resume(
-    stage: Stage, engine: Engine, seed: int, folder: RunFolder, reporter: Reporter, chunks: int
-) -> LoopState | None:
+def _resume(stage: Stage, engine: Engine, seed: int, folder: RunFolder, reporter: Reporter) -> LoopState | None:
     """The state of the checkpoint that rank 0 has chosen, loaded on all; None where there is none."""
     place = from_rank_0(lambda: folder.newest_checkpoint(stage.name, reporter.warn))
     if place is None:
@@ -261,7 +258,7 @@ def _resume(
         raise InputError(f"{best}: is missing or damaged, and no other file holds the best parameters; train again")
     things = np.arange(stage.per_prompt)
     example = stage.build(things if stage.per_prompt == 1 else things[None], Draws(seed)).to(engine.device)
-    engine.load_state(tensors, state.step, (example, chunks))
+    engine.load_state(tensors, state.step, (example,))
     if world()[0] == 0:
         folder.go_on_from(state)
     _barrier()

@@ -39,7 +39,6 @@ from raygrec.train.folder import WRITER_LOCK, RunFolder
 from raygrec.train.loop import Reporter, Stage, portions, run_stage
 from raygrec.train.settings import GLTARun, GraphRun, RunConfig, StageConfig
 
-POSITIONS_PER_CHUNK = 4096  # answer positions whose logits stand in memory at once
 PREDECESSOR = 60.0  # seconds to let an earlier rank 0 of the same run end
 ALIGNMENT, TRAINING, HISTORIES = 1, 2, 3  # stage numbers, part of every draw's key
 
@@ -109,7 +108,7 @@ def _align_items(
             per_prompt=size,
         )
         engine = _engine(config, model, config.alignment, distributed)
-        run_stage(stage, engine, config.seed, folder, reporter, _chunks(config.alignment, size))
+        run_stage(stage, engine, config.seed, folder, reporter)
     return folder.load_parts(file)
 
 
@@ -138,8 +137,7 @@ def _read_histories(
             numbers=trainable,
         )
         engine = _engine(config, model, config.histories, distributed)
-        chunks = _chunks(config.histories, config.model.max_history)
-        run_stage(stage, engine, config.seed, folder, reporter, chunks)
+        run_stage(stage, engine, config.seed, folder, reporter)
     return {**parts, **folder.load_parts(file)}
 
 
@@ -173,8 +171,7 @@ def _train(
         validate=validate,
         metric=f"ndcg@{max(config.evaluate.ks)}",
     )
-    positions = builder.symbols.slots + (config.model.max_history if builder.causal else 0)
-    run_stage(stage, engine, config.seed, folder, reporter, _chunks(config.train, positions))
+    run_stage(stage, engine, config.seed, folder, reporter)
     engine.load_state(
         {f"param/{name}": value for name, value in folder.load_parts(folder.parts_file("train")).items()},
         0,
@@ -301,12 +298,6 @@ def _score_ranker(score: Callable[[np.ndarray], torch.Tensor], config: RunConfig
 def _engine(config: RunConfig, model: Model, stage: StageConfig, distributed: bool) -> Engine:
     pieces = portions(stage.batch, stage.micro_batch, world()[1])
     return make_engine(model, config.engine, pieces, distributed)
-
-
-def _chunks(stage: StageConfig, positions: int) -> int:
-    """Parts of the cross-entropy, from what a micro-batch may hold at most: the same number on every rank."""
-    most = -(-stage.batch // (world()[1] * portions(stage.batch, stage.micro_batch, world()[1]))) * positions
-    return max(1, -(-most // POSITIONS_PER_CHUNK))
 
 
 def users_of(store: Store, config: RunConfig, split: str) -> tuple[Histories, np.ndarray, int]:

@@ -315,7 +315,7 @@ class TwoTerms(nn.Module):
         self.weight = nn.Parameter(torch.zeros(2))
         self.updates, self.passes = 0, 0
 
-    def forward(self, batch: "Numbers", chunks: int) -> torch.Tensor:
+    def forward(self, batch: "Numbers") -> torch.Tensor:
         self.passes += 1
         return torch.stack([batch.things.sum() + self.weight[0], 10.0 * len(batch.things) + self.weight[1]])
 
@@ -350,7 +350,7 @@ def two_terms_stage(epochs: int = 2) -> Stage:
 def test_the_loop_reports_the_terms_of_the_loss(tmp_path):
     local = LocalEngine(TwoTerms(), EngineConfig())
     folder = RunFolder(tmp_path)
-    run_stage(two_terms_stage(), local, 0, folder, Silent(), 1)
+    run_stage(two_terms_stage(), local, 0, folder, Silent())
     for record in folder.history():
         # Eight numbers 0 … 7 in an epoch: their mean, and twice ten.
         assert record["terms"] == pytest.approx({"first": 28 / 8, "second": 80 / 4}, rel=1e-6)
@@ -372,12 +372,12 @@ def test_what_a_model_carries_and_the_sums_of_an_epoch_survive_a_cut(tmp_path, m
 
     monkeypatch.setattr(RunFolder, "save_checkpoint", cut)
     with pytest.raises(KeyboardInterrupt):
-        run_stage(two_terms_stage(), LocalEngine(TwoTerms(), EngineConfig()), 0, folder, Silent(), 1)
+        run_stage(two_terms_stage(), LocalEngine(TwoTerms(), EngineConfig()), 0, folder, Silent())
     monkeypatch.undo()
     state, _ = folder.last_checkpoint("train")
     assert (state.step, state.counts) == (3, [4.0, 2.0])
     local = LocalEngine(TwoTerms(), EngineConfig())
-    run_stage(two_terms_stage(), local, 0, folder, Silent(), 1)
+    run_stage(two_terms_stage(), local, 0, folder, Silent())
     assert local.model.updates == 4
     assert [record["terms"] for record in folder.history()] == [
         pytest.approx({"first": 28 / 8, "second": 80 / 4}, rel=1e-6)
@@ -400,7 +400,7 @@ def test_a_checkpoint_is_written_when_the_reporter_wants_one(tmp_path, monkeypat
     config = stage.config.model_copy(update={"batch": 2, "checkpoint_every": 99})
     monkeypatch.setattr(RunFolder, "save_checkpoint", lambda self, state, tensors: steps.append(state.step))
     stage, local = replace(stage, config=config), LocalEngine(TwoTerms(), EngineConfig())
-    run_stage(stage, local, 0, RunFolder(tmp_path), reporter, 1)
+    run_stage(stage, local, 0, RunFolder(tmp_path), reporter)
     assert (reporter.asked, steps) == (asked, saved)
 
 
@@ -408,9 +408,9 @@ def test_the_batch_whose_gradient_is_not_finite_is_named(tmp_path):
     """By its numbers in the store, with what was updated before it untouched."""
 
     class Steep(TwoTerms):
-        def forward(self, batch: Numbers, chunks: int) -> torch.Tensor:
+        def forward(self, batch: Numbers) -> torch.Tensor:
             slope = math.inf if 5 in batch.things else 1.0
-            return super().forward(batch, chunks) + (slope * self.weight).nan_to_num() * 0
+            return super().forward(batch) + (slope * self.weight).nan_to_num() * 0
 
     local = LocalEngine(Steep(), EngineConfig())
     stage = replace(two_terms_stage(), made_of="items", numbers=np.arange(8) * 10)
@@ -419,7 +419,7 @@ def test_the_batch_whose_gradient_is_not_finite_is_named(tmp_path):
     folder = RunFolder(tmp_path)
     message = rf"train: the gradient norm is nan in step {place + 1} \(epoch 1\); its 4 items are in \S+json; nothing"
     with pytest.raises(NonFiniteError, match=message):
-        run_stage(stage, local, 0, folder, Silent(), 1)
+        run_stage(stage, local, 0, folder, Silent())
     batch = json.loads(folder.batch_file.read_text())
     assert batch["items"] == (10 * order[place]).tolist()
     assert batch["error"] == "the gradient norm is nan"
@@ -472,7 +472,7 @@ def prepared(tiny_store, tiny_backbone, tmp_path_factory) -> RunConfig:
 
 
 def train(
-    prepared: RunConfig, store, out: Path, micro_batch: int = 12, chunks: int = 1, **settings: object
+    prepared: RunConfig, store, out: Path, micro_batch: int = 12, **settings: object
 ) -> LocalEngine:
     """The engine after a few updates of stage 3 on the real model."""
     source = RunFolder(prepared.out)
@@ -488,7 +488,7 @@ def train(
         lengths=builder.train.lengths[:24],  # two updates
         build=builder.training,
     )
-    run_stage(stage, local, 0, RunFolder(out), Silent(), chunks)
+    run_stage(stage, local, 0, RunFolder(out), Silent())
     return local
 
 
@@ -522,10 +522,6 @@ def test_an_update_does_not_depend_on_how_its_batch_is_split(prepared, tiny_stor
     assert_same_parameters(plain, train(prepared, tiny_store, tmp_path, micro_batch))
 
 
-def test_an_update_does_not_depend_on_the_chunks_of_its_loss(prepared, tiny_store, tmp_path, plain):
-    assert_same_parameters(plain, train(prepared, tiny_store, tmp_path, chunks=3))
-
-
 def test_activation_checkpointing_gives_the_same_update(prepared, tiny_store, tmp_path, plain):
     other = train(prepared, tiny_store, tmp_path, activation_checkpointing=True)
     assert other.model.backbone.model.is_gradient_checkpointing
@@ -552,7 +548,7 @@ def test_a_loss_that_is_not_finite_updates_nothing(prepared, tiny_store, tmp_pat
         r"train: the loss is nan in step 1 \(epoch 1\); its 12 users are in \S+; nothing was updated, lower train\.lr"
     )
     with pytest.raises(NonFiniteError, match=message):
-        run_stage(stage, broken, 0, RunFolder(tmp_path), Silent(), 1)
+        run_stage(stage, broken, 0, RunFolder(tmp_path), Silent())
     assert all(torch.equal(broken.state()[name].nan_to_num(), value.nan_to_num()) for name, value in before.items())
     batch = json.loads((tmp_path / "not_finite.json").read_text())
     users = epoch_order(builder.train.lengths, 12, Draws(0, 2, ORDER, 0))[0]

@@ -1,0 +1,59 @@
+"""Models and prompts that are ready to train, as the pipeline makes them, for what is measured about their steps."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bench.quality import ROOT, WORK, prepare
+from raygrec.config import apply_overrides, read_yaml
+from raygrec.data.store import Store
+from raygrec.draws import Draws
+from raygrec.train.assembly import Model, Prompts, build_model, build_prompts, prepare_run
+from raygrec.train.folder import RunFolder
+from raygrec.train.settings import RunConfig, run_config
+
+
+@dataclass
+class Ready:
+    """A model before its first step."""
+
+    config: RunConfig
+    model: Model
+    prompts: Prompts
+
+    @property
+    def trainable(self) -> np.ndarray:
+        """Users that have a training prompt."""
+        return np.flatnonzero(self.prompts.train.lengths >= 2)
+
+    def users(self, step: int) -> np.ndarray:
+        """A batch of them, drawn."""
+        return self.trainable[Draws(step).permutation(len(self.trainable))[: self.config.train.batch]]
+
+    def step(self, users: np.ndarray, number: int) -> None:
+        """Prompts, forward and backward pass."""
+        batch = self.prompts.training(users, Draws(0, number))
+        weights = torch.tensor(list(self.model.terms.values())) / batch.counts.clamp(min=1)
+        (self.model(batch) * weights).sum().backward()
+        if hasattr(self.model, "after_update"):
+            self.model.after_update()
+        self.model.zero_grad()
+
+
+def ready(job: str, store: Path, name: str, *settings: str) -> Ready:
+    """The model and the prompts of `jobs/<job>` on a store; what it has pretrained is kept under `name`."""
+    folder = RunFolder(WORK / "ready" / name)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    given = [f"store={store}", f"out={folder.path}", *settings]
+    config = run_config(apply_overrides(read_yaml(ROOT / "jobs" / job), given), job)
+    prepare_run(config, folder)
+    opened = Store.open(store)
+    prompts = build_prompts(config, opened, folder)
+    return Ready(config, build_model(config, opened, prompts, folder, distributed=False), prompts)
+
+
+def beauty() -> Path:
+    """The store of Amazon Beauty."""
+    return prepare("beauty")
