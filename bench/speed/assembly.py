@@ -6,11 +6,11 @@ import numpy as np
 import torch
 
 from bench.speed.measure import compared, in_turns, spread, write
-from bench.speed.ready import Ready, beauty, ready
+from bench.speed.ready import FEW, Ready, beauty, ready
 from raygrec.draws import Draws
 from raygrec.model.backbone import load_tokenizer
 
-ROUNDS, STEPS = 20, 6
+ROUNDS, STEPS = 15, 5
 TITLE = 16  # tokens of a title in GAL-Rec's prompts that hold titles
 MARKS = ("", "[item]", "[user]", "[slot]")  # what stands in a text for each kind of symbol
 
@@ -18,9 +18,9 @@ MARKS = ("", "[item]", "[user]", "[slot]")  # what stands in a text for each kin
 def main() -> None:
     store = beauty()
     jobs = {
-        "GLTA": ready("glta.yaml", store, "glta"),
-        "GAL-Rec": ready("galrec.yaml", store, "galrec"),
-        "GAL-Rec with titles": ready("galrec.yaml", store, "galrec", f"model.title_tokens={TITLE}"),
+        "GLTA": ready("glta.yaml", store, "glta", FEW),
+        "GAL-Rec": ready("galrec.yaml", store, "galrec", FEW),
+        "GAL-Rec with titles": ready("galrec.yaml", store, "galrec", FEW, f"model.title_tokens={TITLE}"),
     }
     cases = [against_text(name, one) for name, one in jobs.items()]
     waits = {name: waiting(jobs[name]) for name in ("GLTA", "GAL-Rec")}

@@ -3,19 +3,19 @@
 import torch
 
 from bench.speed.measure import compared, in_turns, shares, write
-from bench.speed.ready import beauty, ready
+from bench.speed.ready import FEW, beauty, ready
 
 LENGTHS = (0, 1024, 8192, 65_536)
-ROUNDS = 9
+ROUNDS = 7
 ALONE = "L0 alone"
 
 
 def main() -> None:
     store = beauty()
     off = [f"model.contrast.l{number}=0" for number in (1, 2, 3)]
-    sides = {ALONE: ready("galrec.yaml", store, "galrec", *off)}
+    sides = {ALONE: ready("galrec.yaml", store, "galrec", FEW, *off)}
     for length in LENGTHS:
-        sides[f"K = {length:,}"] = one = ready("galrec.yaml", store, "galrec", f"model.contrast.queue={length}")
+        sides[f"K = {length:,}"] = one = ready("galrec.yaml", store, "galrec", FEW, f"model.contrast.queue={length}")
         for queue in one.model.queues.values():  # as after many steps
             queue.enqueue(torch.randn(length, one.model.backbone.width), torch.arange(length) % len(one.trainable))
     runs = {name: lambda number, one=one: one.step(one.users(number), number) for name, one in sides.items()}

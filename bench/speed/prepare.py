@@ -14,7 +14,7 @@ import pandas as pd
 from bench.quality import ROOT, WORK, raygrec
 from bench.speed.measure import compared, in_turns, write
 
-SIZES = {1_000_000: 5, 10_000_000: 2}  # interactions: rounds
+SIZES = {1_000_000: 3, 10_000_000: 1}  # interactions: rounds
 FOLDER = WORK / "prepare"
 WORDS = ("red", "blue", "green", "small", "large", "soft", "round", "classic", "travel", "kitchen", "garden", "winter")
 

@@ -14,6 +14,8 @@ from raygrec.train.assembly import Model, Prompts, build_model, build_prompts, p
 from raygrec.train.folder import RunFolder
 from raygrec.train.settings import RunConfig, run_config
 
+FEW = "graph.epochs=2"  # steps take as long whatever the nodes know
+
 
 @dataclass
 class Ready:
@@ -42,12 +44,17 @@ class Ready:
         self.model.zero_grad()
 
 
+def job_config(job: str, store: Path, name: str, *settings: str) -> RunConfig:
+    """`jobs/<job>` with some settings, on a store."""
+    given = [f"store={store}", f"out={WORK / 'ready' / name}", *settings]
+    return run_config(apply_overrides(read_yaml(ROOT / "jobs" / job), given), job)
+
+
 def ready(job: str, store: Path, name: str, *settings: str) -> Ready:
-    """The model and the prompts of `jobs/<job>` on a store; what it has pretrained is kept under `name`."""
-    folder = RunFolder(WORK / "ready" / name)
+    """The model and the prompts of a job; what it has pretrained is kept under `name`."""
+    config = job_config(job, store, name, *settings)
+    folder = RunFolder(config.out)
     folder.path.mkdir(parents=True, exist_ok=True)
-    given = [f"store={store}", f"out={folder.path}", *settings]
-    config = run_config(apply_overrides(read_yaml(ROOT / "jobs" / job), given), job)
     prepare_run(config, folder)
     opened = Store.open(store)
     prompts = build_prompts(config, opened, folder)

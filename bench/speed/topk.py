@@ -1,7 +1,6 @@
 """Row 7: top-10 lists from a finished run, against generating what to recommend with the same language model."""
 
 import os
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,14 +8,16 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bench.quality import ROOT, WORK, raygrec
 from bench.speed.measure import compared, in_turns, shares, write
-from bench.speed.ready import beauty
+from bench.speed.ready import FEW, beauty, ready
+from raygrec.data.store import Store
 from raygrec.serve.topk import FinishedRun
+from raygrec.train.assembly import save_model
+from raygrec.train.folder import RunFolder, with_absolute_paths
 
 K = 10
-USERS, GENERATED = 512, 16  # users a round of each side: as many as fill its batches
-ROUNDS = 5
+USERS, GENERATED = 512, 8  # users a round of each side: as many as fill its batches
+ROUNDS = 4
 TITLE, SHOWN_TITLES, SHOWN_TITLE = 24, 8, 12  # tokens of a generated title; titles of a history, and their tokens
 DIGITS, BASE, SHOWN_IDS = 4, 16, 30  # an item as four tokens, as semantic ids are; items of a history
 FIRST_DIGIT = 100  # token ids that stand for digits: any will do
@@ -65,15 +66,15 @@ def main() -> None:
 
 
 def finished() -> Path:
-    """A finished run with the small Llama; how well it was trained does not matter here."""
-    out = WORK / "topk"
-    if not (out / "metrics.json").exists():
-        backbone = Path(os.environ["RAYGREC_DATA"]) / "stories260k"
-        settings = ["graph.epochs=2", "alignment.epochs=0", "histories.epochs=0", "evaluate.test=false"]
-        settings += [f"backbone.name={backbone}", "backbone.layers=null", "evaluate.valid_users=64"]
-        command = raygrec("train", "jobs/glta.yaml", f"store={beauty()}", f"out={out}", *settings, "--local")
-        subprocess.run([*command, *(["--resume"] if out.exists() else [])], cwd=ROOT, check=True)
-    return out
+    """The folder of a run with the small Llama that has ended without a step: lists take as long."""
+    backbone = Path(os.environ["RAYGREC_DATA"]) / "stories260k"
+    one = ready("glta.yaml", beauty(), "topk", FEW, f"backbone.name={backbone}", "backbone.layers=null")
+    folder = RunFolder(one.config.out)
+    folder.start(with_absolute_paths(one.config), resume=True)
+    trained = {name: p.detach() for name, p in one.model.named_parameters() if p.requires_grad}
+    save_model(one.config, folder, trained)
+    folder.write_metrics({"store": Store.open(one.config.store).fingerprint})
+    return folder.path
 
 
 def part(users: np.ndarray, number: int, count: int) -> np.ndarray:

@@ -440,6 +440,12 @@ class GLTA(nn.Module):
         if self.slot_seed != "none":
             nn.init.zeros_(self.answer_slots.weight)
 
+    def train_stage_3(self, aligned: bool) -> None:
+        """Slots as `start_slots`, and gradients where stage 3 wants them; aligned: stage 2 has trained the items."""
+        self.start_slots()
+        self.item_projector.requires_grad_(self.config.tune_items or not aligned)
+        self.user_projector.requires_grad_(self.config.user_token == "aligned")
+
     def _slot_seeds(self, batch: PromptBatch) -> torch.Tensor:
         """What each prompt's answer slots start from besides its user token: [B, D], the token of the newest item, or
         of the sum of items."""

@@ -4,6 +4,9 @@ import torch
 from torch import nn
 
 LOGITS_AT_ONCE = 2**24  # that stand in memory: 64 MiB in fp32
+# … or those of so many positions: they take less room than R and its gradient, and with fewer the time would go into
+# reading and writing these.
+FEWEST_AT_ONCE = 64
 
 
 class ItemRows(nn.Module):
@@ -66,14 +69,21 @@ def catalogue_cross_entropy(
     rows_Ir: torch.Tensor,
     bias_I: torch.Tensor,
     targets: "Targets",
-    at_once: int = LOGITS_AT_ONCE,
+    at_once: int | None = None,
 ) -> torch.Tensor:
     """Sum over positions of −Σ_i w_i log softmax(Z)_i, over the full catalogue; Z = q Rᵀ + b.
 
-    At most about `at_once` logits stand in memory: each part of the positions leaves its gradient behind in the
-    forward pass (softmax(Z) − w, times R and q), and its logits are gone. None is computed twice. Returns fp32 [].
+    The logits of `at_once` positions stand in memory (default: `positions_at_once`): each part of the positions leaves
+    its gradient behind in the forward pass (softmax(Z) − w, times R and q), and its logits are gone. None is computed
+    twice. Returns fp32 [].
     """
+    at_once = positions_at_once(len(rows_Ir)) if at_once is None else at_once
     return _CrossEntropy.apply(queries_Pr, rows_Ir, bias_I, targets, at_once, torch.is_grad_enabled())
+
+
+def positions_at_once(num_items: int) -> int:
+    """How many positions' logits may stand in memory."""
+    return max(LOGITS_AT_ONCE // num_items, FEWEST_AT_ONCE)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -88,10 +98,9 @@ class _CrossEntropy(torch.autograd.Function):
             by_queries_Pr = torch.empty_like(queries_Pr)
             by_rows_Ir = torch.zeros_like(rows_Ir, dtype=torch.float32)
             by_bias_I = torch.zeros_like(bias_I, dtype=torch.float32)
-        size = max(at_once // len(rows_Ir), 1)
         with torch.autocast(queries_Pr.device.type, enabled=False):
-            for start in range(0, len(queries_Pr), size):
-                part_pr = queries_Pr[start : start + size]
+            for start in range(0, len(queries_Pr), at_once):
+                part_pr = queries_Pr[start : start + at_once]
                 part = targets.slice(start, start + len(part_pr))
                 places = (part.rows, part.items)
                 logits_pI = torch.addmm(bias_I.to(kind), part_pr, in_kind_Ir.T).float()
@@ -102,7 +111,7 @@ class _CrossEntropy(torch.autograd.Function):
                 excess_pI = log_shares_pI.exp_().index_put_(places, -part.weights, accumulate=True)
                 by_bias_I += excess_pI.sum(0)
                 excess_pI = excess_pI.to(kind)
-                by_queries_Pr[start : start + size] = excess_pI @ in_kind_Ir
+                by_queries_Pr[start : start + at_once] = excess_pI @ in_kind_Ir
                 if kind == torch.float32:
                     by_rows_Ir.addmm_(excess_pI.T, part_pr)
                 else:

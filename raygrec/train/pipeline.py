@@ -194,10 +194,7 @@ def _stage_3_model(
     model = build_model(config, store, builder, folder, distributed)
     if parts:
         _load_parts(model, parts)
-    model.start_slots()
-    aligned = config.model.item_alignment and config.alignment.epochs
-    model.item_projector.requires_grad_(config.model.tune_items or not aligned)
-    model.user_projector.requires_grad_(config.model.user_token == "aligned")
+    model.train_stage_3(aligned=bool(config.model.item_alignment and config.alignment.epochs))
     return model
 
 

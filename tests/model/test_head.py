@@ -54,12 +54,11 @@ def test_soft_targets_against_torch():
 def loss_of(
     head: CatalogueHead, hidden: torch.Tensor, rows: torch.Tensor, targets: Targets, at_once: int
 ) -> torch.Tensor:
-    """`head(hidden, rows, targets)`, of which `at_once` logits stand in memory."""
+    """`head(hidden, rows, targets)`, of which the logits of `at_once` positions stand in memory."""
     return catalogue_cross_entropy(head.query(hidden), rows, head.bias, targets, at_once)
 
 
-# Of the logits of 7 positions and 11 items: one position, two, all but one, all, more than there are; less than one.
-@pytest.mark.parametrize("at_once", [1, ITEMS, 2 * ITEMS + 3, 6 * ITEMS, POSITIONS * ITEMS, 1000])
+@pytest.mark.parametrize("at_once", [1, 2, 6, 7, 100])
 @pytest.mark.parametrize("kind", KINDS)
 def test_parts_change_neither_value_nor_gradient(kind, at_once):
     """The gradients are those that autograd finds for the plain product and torch's cross-entropy."""
@@ -87,7 +86,7 @@ def test_gradients_of_soft_targets_against_torch():
     dense = torch.zeros(POSITIONS, ITEMS).index_put((targets.rows, items), weights, accumulate=True)
     leaves = [hidden.requires_grad_(), *head.parameters()]
     expected = functional.cross_entropy(head(hidden, head.rows(nodes, texts)), dense, reduction="sum")
-    loss = loss_of(head, hidden, head.rows(nodes, texts), targets, 2 * ITEMS)
+    loss = loss_of(head, hidden, head.rows(nodes, texts), targets, 2)
     torch.testing.assert_close(loss, expected)
     for found, gradient in zip(*(torch.autograd.grad(one, leaves) for one in (loss, expected)), strict=True):
         torch.testing.assert_close(found, gradient)
