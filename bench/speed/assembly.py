@@ -11,7 +11,7 @@ from raygrec.draws import Draws
 from raygrec.model.backbone import load_tokenizer
 
 ROUNDS, STEPS = 15, 5
-TITLE = 16  # tokens of a title in GAL-Rec's prompts that hold titles
+TITLE = 12  # tokens of a title in GAL-Rec's prompts that hold titles
 MARKS = ("", "[item]", "[user]", "[slot]")  # what stands in a text for each kind of symbol
 
 

@@ -2,12 +2,13 @@
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 import torch
 
 from bench.quality import WORK
-from bench.speed.measure import compared, in_turns, write
+from bench.speed.measure import WALL, compared, in_turns, write
 from raygrec.tensors import size
 from raygrec.train.folder import LoopState, RunFolder
 
@@ -33,7 +34,7 @@ def main() -> None:
         "resume": lambda _: resumed(folder),
         "raw read": lambda _: read_raw(raw),
     }
-    seconds = in_turns(sides, ROUNDS)
+    seconds = in_turns(sides, ROUNDS, clock=time.perf_counter)
     bytes_ = size(tensors)
     cases = [
         compared(
@@ -51,6 +52,7 @@ def main() -> None:
         "checkpoint",
         {
             "row": 10,
+            "clock": WALL,
             "title": "A checkpoint of MiniLM with Adam's moments: safetensors, checksums, manifest, fsync",
             "against": "the same bytes written in one go with fsync, and read with an empty page cache",
             "target": "stated",

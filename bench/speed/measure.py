@@ -14,6 +14,7 @@ import torch
 from bench.quality import RESULTS, machine
 
 SPEED = RESULTS / "speed"
+CPU, WALL = "CPU time", "wall clock"
 MATMUL, COPY = "matmul", "copy"  # the machine's own rates, taken in the same turns
 SIDE, BYTES = 768, 64 << 20
 FLOPS = 2 * SIDE**3
@@ -26,12 +27,13 @@ def in_turns(
     rounds: int,
     warm: int = 1,
     before: Callable[[int], object] | None = None,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] = time.process_time,
 ) -> Seconds:
     """Seconds of every side in every round, A B A B …, and those of a matrix product and a copy of known size.
 
-    A side is called with the round's number and may return its own seconds, where only a part of it counts. The
-    first `warm` rounds are not counted; `before` makes a round's input.
+    By default seconds of the process's own CPU time: what else runs on the machine adds nothing to them. A side is
+    called with the round's number and may return its own seconds, where only a part of it counts. The first `warm`
+    rounds are not counted; `before` makes a round's input.
     """
     factor = torch.ones(SIDE, SIDE)
     source, copied = torch.zeros(BYTES, dtype=torch.uint8), torch.zeros(BYTES, dtype=torch.uint8)
@@ -123,7 +125,7 @@ def shares(work: Callable[[], object], most: int = 6) -> dict[str, float]:
 
 def write(name: str, content: dict[str, Any], *libraries: str) -> None:
     """docs/results/speed/<name>.json; libraries: whose versions it names besides torch and transformers."""
-    told = {"command": f"python -m bench.speed {name}", "machine": machine(*libraries), **content}
+    told = {"command": f"python -m bench.speed {name}", "machine": machine(*libraries), "clock": CPU, **content}
     told["machine"]["threads"] = torch.get_num_threads()
     SPEED.mkdir(parents=True, exist_ok=True)
     (SPEED / f"{name}.json").write_text(json.dumps(told, indent=1) + "\n")

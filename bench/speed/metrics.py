@@ -18,9 +18,9 @@ from raygrec.evaluate.metrics import MetricSums
 from raygrec.evaluate.ranking import evaluate_scores
 
 K = 10
-USERS, ITEMS, CHUNK = 22_363, 12_101, 512
-ROUNDS = 6  # of a chunk each
-MANY_ITEMS, FEW_USERS, SMALL_CHUNK = 1_000_000, (64, 256), 16
+USERS, ITEMS, CHUNK = 22_363, 12_101, 256
+ROUNDS = 5  # of a chunk each
+MANY_ITEMS, FEW_USERS, SMALL_CHUNK = 1_000_000, (16, 64), 8
 THEIRS = {
     "precision": RetrievalPrecision,
     "recall": RetrievalRecall,
@@ -90,7 +90,7 @@ def main() -> None:
         note=f"{ROUNDS} chunks of {CHUNK} users timed; both give the same metrics",
     )
     profile = shares(now[0].ours)
-    seconds = in_turns(sides, 3, before=lambda number: now.__setitem__(0, Chunk(number, SMALL_CHUNK, MANY_ITEMS)))
+    seconds = in_turns(sides, 2, before=lambda number: now.__setitem__(0, Chunk(number, SMALL_CHUNK, MANY_ITEMS)))
     memory = {str(users): peak_mib(many, users) for users in FEW_USERS}
     two = compared(
         f"{MANY_ITEMS:,} items, chunks of {SMALL_CHUNK} users",
@@ -100,7 +100,7 @@ def main() -> None:
         work=dict.fromkeys(sides, SMALL_CHUNK),
         unit="users/s",
         peak_mib={"raygrec": memory},
-        note=f"a slice of 100,000 users: 3 chunks timed, memory of {FEW_USERS[0]} and {FEW_USERS[1]} users",
+        note=f"a slice of 100,000 users: 2 chunks timed, memory of {FEW_USERS[0]} and {FEW_USERS[1]} users",
     )
     write(
         "metrics",

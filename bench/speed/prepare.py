@@ -47,9 +47,10 @@ def case(size: int, rounds: int) -> dict[str, Any]:
     facts: dict[str, dict[str, int]] = {}
     peaks: dict[str, float] = {}
 
-    def run(side: str) -> None:
-        found, peaks[side] = process(commands[side])
+    def run(side: str) -> float:
+        found, peaks[side], seconds = process(commands[side])
         facts[side] = {key: found[key] for key in ("users", "items", "train", "valid", "test")}
+        return seconds
 
     def clean(_: int) -> None:
         for place in out.values():
@@ -70,8 +71,8 @@ def case(size: int, rounds: int) -> dict[str, Any]:
     )
 
 
-def process(command: list[str]) -> tuple[dict[str, Any], float]:
-    """The JSON of its last line, and its peak memory in MiB."""
+def process(command: list[str]) -> tuple[dict[str, Any], float, float]:
+    """The JSON of its last line, its peak memory in MiB, and its seconds of CPU time."""
     environment = os.environ | {"RAYGREC_QUIET": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT) as running:
         output = running.stdout.read()
@@ -79,7 +80,7 @@ def process(command: list[str]) -> tuple[dict[str, Any], float]:
         running.returncode = os.waitstatus_to_exitcode(status)
     if running.returncode:
         raise SystemExit(f"{' '.join(command)}: exit code {running.returncode}")
-    return json.loads(output.splitlines()[-1]), used.ru_maxrss / 2**10
+    return json.loads(output.splitlines()[-1]), used.ru_maxrss / 2**10, used.ru_utime + used.ru_stime
 
 
 def written(size: int) -> Path:

@@ -42,7 +42,8 @@ def _section(row: dict[str, Any]) -> str:
     lines = [
         f"## {row['row']}. {row['title']}\n",
         f"Against {row['against']}. Target: {row['target']}: {'reached' if row['reached'] else '**missed**'}. "
-        f"`{row['command']}`; {machine['processor']}, {machine['threads']} thread; {versions}.\n",
+        f"`{row['command']}`; {machine['processor']}, {machine['threads']} thread; {versions}; "
+        f"{row.get('clock', 'wall clock')}.\n",
         "| case | raygrec | other | ratio | floor | distance | memory, MiB |",
         "|---|---:|---:|---:|---:|---:|---|",
         *map(_case, row["cases"]),
