@@ -15,8 +15,8 @@ from raygrec.data.store import Store
 from raygrec.evaluate.ranking import evaluate_scores
 from raygrec.graph.lightgcn import LightGCNConfig, pretrain
 
-ROUNDS = 4
-EVERY, EPOCHS = 5, 30
+ROUNDS = 3
+EVERY, EPOCHS = 3, 12
 EDGES = (1_000_000, 10_000_000)
 
 
@@ -83,16 +83,21 @@ def main() -> None:
     store = Store.open(beauty())
     train, valid, items = store.interactions("train"), store.interactions("valid"), store.num_items
     config = LightGCNConfig()
-    theirs = PyG(train, items, config)
-    sides = {"raygrec": lambda _: epoch_of(train, items, config), "PyG": lambda _: theirs.epoch()}
-    seconds = in_turns(sides, ROUNDS)
-    steps = -(-len(train.indices) // config.batch_size)
-    flops, moved = work_of(len(train.indices), len(train) + items, config, steps)
-    memory = {side: {"": peak_mib(beauty_epoch, side)} for side in sides}
-    cases = [compared("an epoch on Amazon Beauty", seconds, *sides, flops, moved, peak_mib=memory)]
-    cases.append(to_quality(train, valid, items, config))
-    cases += [synthetic(edges) for edges in EDGES]
-    grown = [case["peak_mib"]["raygrec"][""] / edges for case, edges in zip(cases[2:], EDGES, strict=True)]
+    parts: list[Callable[[], dict[str, Any]]] = [
+        lambda: on_beauty(train, items, config),
+        lambda: synthetic(EDGES[0]),
+        lambda: to_quality(train, valid, items, config),
+        lambda: synthetic(EDGES[1]),
+    ]
+    cases: list[dict[str, Any]] = []
+    for part in parts:
+        cases.append(part())
+        told(cases, config)  # a row that is cut off has what it had
+
+
+def told(cases: list[dict[str, Any]], config: LightGCNConfig) -> None:
+    quality = [case["ratio"]["median"] for case in cases if "best" in case]
+    memory = [case["peak_mib"]["raygrec"][""] / case["edges"] for case in cases if "edges" in case]
     write(
         "lightgcn",
         {
@@ -100,11 +105,21 @@ def main() -> None:
             "title": f"LightGCN, d = {config.dim}, {config.layers} layers, batches of {config.batch_size:,} edges",
             "against": "PyG's LightGCN in its example's loop",
             "target": "≥ 5× to equal quality; memory linear in edges",
-            "reached": cases[1]["ratio"]["median"] >= 5 and max(grown) < 1.2 * min(grown),
+            "reached": bool(quality) and quality[0] >= 5 and len(memory) > 1 and memory[1] < 1.2 * memory[0],
             "cases": cases,
         },
         "torch-geometric",
     )
+
+
+def on_beauty(train: CSR, items: int, config: LightGCNConfig) -> dict[str, Any]:
+    theirs = PyG(train, items, config)
+    sides = {"raygrec": lambda _: epoch_of(train, items, config), "PyG": lambda _: theirs.epoch()}
+    seconds = in_turns(sides, ROUNDS, warm=0)
+    steps = -(-len(train.indices) // config.batch_size)
+    flops, moved = work_of(len(train.indices), len(train) + items, config, steps)
+    memory = {side: {"": peak_mib(beauty_epoch, side)} for side in sides}
+    return compared("an epoch on Amazon Beauty", seconds, *sides, flops, moved, peak_mib=memory)
 
 
 def to_quality(train: CSR, valid: CSR, num_items: int, config: LightGCNConfig) -> dict[str, Any]:
@@ -176,6 +191,7 @@ def synthetic(edges: int) -> dict[str, Any]:
         flops,
         moved,
         peak_mib=memory,
+        edges=len(train.indices),
         note=f"{len(train.indices):,} distinct; d = {config.dim}, {config.layers} layers, four updates an epoch",
     )
 
