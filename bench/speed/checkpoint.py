@@ -29,7 +29,7 @@ def main() -> None:
     }
     content = b"".join(memoryview(tensor.numpy()).cast("B") for tensor in tensors.values())
     sides = {
-        "write": lambda number: folder.save_checkpoint(LoopState("train", number + 10), tensors),
+        "write": lambda number: folder.save_checkpoint(LoopState("train", number + 2), tensors),
         "raw write": lambda _: write_raw(raw, content),
         "resume": lambda _: resumed(folder),
         "raw read": lambda _: read_raw(raw),
@@ -67,7 +67,7 @@ def resumed(folder: RunFolder) -> None:
     for file in folder.checkpoints.rglob("*.safetensors"):
         forget(file)
     state, tensors = folder.last_checkpoint("train")
-    if state.step < 10 or len(tensors) != 96:
+    if state.step < 1 or len(tensors) != 96:
         raise SystemExit("the checkpoint is not what was written")
 
 

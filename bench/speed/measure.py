@@ -103,13 +103,14 @@ def peak_mib(make: Callable[..., Callable[[], object]], *arguments: Any) -> floa
 def _growth(make: Callable[..., Callable[[], object]], arguments: tuple[Any, ...]) -> float:
     work = make(*arguments)
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-    before = _status("VmRSS")
+    before = status("VmRSS")
     work()
-    return (_status("VmHWM") - before) / 2**10
+    return (status("VmHWM") - before) / 2**10
 
 
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+def status(key: str, process: int | str = "self") -> int:
+    """A line of a process's status in /proc, in KiB."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key + ":"))
 
 

@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from bench.quality import ROOT, WORK, raygrec
-from bench.speed.measure import compared, in_turns, write
+from bench.speed.measure import compared, in_turns, status, write
 
 SIZES = {1_000_000: 3, 10_000_000: 1}  # interactions: rounds
 FOLDER = WORK / "prepare"
@@ -74,13 +76,29 @@ def case(size: int, rounds: int) -> dict[str, Any]:
 def process(command: list[str]) -> tuple[dict[str, Any], float, float]:
     """The JSON of its last line, its peak memory in MiB, and its seconds of CPU time."""
     environment = os.environ | {"RAYGREC_QUIET": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT) as running:
-        output = running.stdout.read()
-        _, status, used = os.wait4(running.pid, 0)
+    with (
+        tempfile.TemporaryFile("w+") as output,
+        subprocess.Popen(command, stdout=output, env=environment, cwd=ROOT) as running,
+    ):
+        # Not the peak that wait4 tells: it begins with that of the process which started this one.
+        peak, ended = 0, 0
+        while not ended:
+            peak = max(peak, _peak_kib(running.pid))
+            ended, status, used = os.wait4(running.pid, os.WNOHANG)
+            time.sleep(0.02)
         running.returncode = os.waitstatus_to_exitcode(status)
+        output.seek(0)
+        lines = output.read().splitlines()
     if running.returncode:
         raise SystemExit(f"{' '.join(command)}: exit code {running.returncode}")
-    return json.loads(output.splitlines()[-1]), used.ru_maxrss / 2**10, used.ru_utime + used.ru_stime
+    return json.loads(lines[-1]), peak / 2**10, used.ru_utime + used.ru_stime
+
+
+def _peak_kib(process: int) -> int:
+    try:
+        return status("VmHWM", process)
+    except (OSError, StopIteration):  # it has just ended
+        return 0
 
 
 def written(size: int) -> Path:

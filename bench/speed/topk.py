@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.speed.measure import compared, in_turns, shares, write
-from bench.speed.ready import FEW, beauty, ready
+from bench.speed.ready import FEW, beauty, job_config, ready
 from raygrec.data.store import Store
 from raygrec.serve.topk import FinishedRun
 from raygrec.train.assembly import save_model
@@ -68,9 +68,11 @@ def main() -> None:
 def finished() -> Path:
     """The folder of a run with the small Llama that has ended without a step: lists take as long."""
     backbone = Path(os.environ["RAYGREC_DATA"]) / "stories260k"
-    one = ready("glta.yaml", beauty(), "topk", FEW, f"backbone.name={backbone}", "backbone.layers=null")
-    folder = RunFolder(one.config.out)
-    folder.start(with_absolute_paths(one.config), resume=True)
+    settings = [FEW, f"backbone.name={backbone}", "backbone.layers=null"]
+    config = with_absolute_paths(job_config("glta.yaml", beauty(), "topk", *settings))
+    folder = RunFolder(config.out)
+    folder.start(config, resume=True)
+    one = ready("glta.yaml", beauty(), "topk", *settings)
     trained = {name: p.detach() for name, p in one.model.named_parameters() if p.requires_grad}
     save_model(one.config, folder, trained)
     folder.write_metrics({"store": Store.open(one.config.store).fingerprint})
