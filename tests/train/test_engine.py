@@ -259,7 +259,7 @@ def faults_worker(rank: int, folder: str) -> None:
     run = RunFolder(Path(folder) / "run")
     if rank == 1:
         run.newest_checkpoint = None
-    state = _resume(two_terms_stage(), LocalEngine(TwoTerms(), EngineConfig()), 0, run, Silent(), 1)
+    state = _resume(two_terms_stage(), LocalEngine(TwoTerms(), EngineConfig()), 0, run, Silent())
     try:
         from_rank_0(lambda: RunFolder(Path(f"{folder}/nothing-{rank}")).config())
     except InputError as error:
