@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from bench.speed.measure import peak_mib, spread, write
-from bench.speed.ready import FEW, beauty, job_config, ready
+from bench.speed.ready import FEW, beauty, job_config, prompts_of, ready
 from raygrec.draws import Draws
 from raygrec.train.accelerators import Accelerator
 from raygrec.train.engine import LocalEngine
@@ -42,6 +42,10 @@ def main() -> None:
                 "ratio": spread([ratio]),
             }
         )
+        told(cases)  # a row that is cut off has what it had
+
+
+def told(cases: list[dict[str, Any]]) -> None:
     worst = max(abs(case["ratio"]["median"] - 1) for case in cases)
     write(
         "plan",
@@ -51,7 +55,7 @@ def main() -> None:
             "against": "growth of a process over what it has imported and read: its model, two steps of the longest "
             "prompts, fp32, without DeepSpeed; ratio: plan over measured",
             "target": "within 15 %",
-            "reached": worst <= 0.15,
+            "reached": worst <= 0.15 and len(cases) == len(CASES),
             "cases": cases,
         },
     )
@@ -67,9 +71,8 @@ def _foreseen(job: str, settings: list[str]) -> float:
 def training(job: str, settings: list[str]) -> Callable[[], Any]:
     """Builds the model and makes two steps with the users of the longest histories."""
     name = job.partition(".")[0]
-    first = ready(job, beauty(), name, FEW, *settings)
-    users = np.argsort(-first.prompts.train.lengths, kind="stable")[: first.config.train.batch]
-    del first
+    config = job_config(job, beauty(), name, FEW, *settings)
+    users = np.argsort(-prompts_of(config).train.lengths, kind="stable")[: config.train.batch]
 
     def work() -> None:
         one = ready(job, beauty(), name, FEW, *settings)

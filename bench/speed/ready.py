@@ -53,12 +53,17 @@ def job_config(job: str, store: Path, name: str, *settings: str) -> RunConfig:
 def ready(job: str, store: Path, name: str, *settings: str) -> Ready:
     """The model and the prompts of a job; what it has pretrained is kept under `name`."""
     config = job_config(job, store, name, *settings)
+    prompts = prompts_of(config)
+    model = build_model(config, Store.open(store), prompts, RunFolder(config.out), distributed=False)
+    return Ready(config, model, prompts)
+
+
+def prompts_of(config: RunConfig) -> Prompts:
+    """The prompts of a job, whose nodes are pretrained where they are not yet."""
     folder = RunFolder(config.out)
     folder.path.mkdir(parents=True, exist_ok=True)
     prepare_run(config, folder)
-    opened = Store.open(store)
-    prompts = build_prompts(config, opened, folder)
-    return Ready(config, build_model(config, opened, prompts, folder, distributed=False), prompts)
+    return build_prompts(config, Store.open(config.store), folder)
 
 
 def beauty() -> Path:
