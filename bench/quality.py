@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -236,15 +237,21 @@ def call(command: list[str], environment: dict[str, str]) -> str:
     return done.stdout.splitlines()[-1] if done.stdout else ""
 
 
-def machine() -> dict[str, Any]:
+def machine(*libraries: str) -> dict[str, Any]:
+    """Processor and versions, of torch, transformers and `libraries`."""
     import torch
-    import transformers
 
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return {
-        "processor": f"{os.cpu_count()} cores, {platform.machine()}, {accelerator}",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "processor": f"{os.cpu_count()} cores, {_processor()}, {accelerator}",
+        "versions": {name: version(name) for name in ("torch", "transformers", *libraries)},
     }
+
+
+def _processor() -> str:
+    known = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.*)", known.read_text()) if known.exists() else None
+    return f"{named[1].strip()} ({platform.machine()})" if named else platform.machine()
 
 
 if __name__ == "__main__":

@@ -150,6 +150,32 @@ def recommend(
 
 
 @app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="a run config, see jobs/")],
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="how many")] = 1,
+    gpu_type: Annotated[str, typer.Option(help="H100, H200, B200, A100-80, A100-40, L40S, L4 or A10G")] = "H100",
+    price: Annotated[float | None, typer.Option(min=0, help="USD per hour and GPU")] = None,
+    mfu: Annotated[float, typer.Option(min=0.01, max=1, help="share of the datasheet's FLOP/s")] = 0.35,
+    users: Annotated[int | None, typer.Option(min=1, help="where there is no store yet")] = None,
+    items: Annotated[int | None, typer.Option(min=1)] = None,
+    interactions: Annotated[int | None, typer.Option(min=1, help="to train on")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Says what a run would need: parameters, memory per GPU under each ZeRO stage, speed, hours and cost."""
+    from raygrec.train.accelerators import accelerator
+    from raygrec.train.plan import plan as make
+    from raygrec.train.plan import sizes_of, table
+    from raygrec.train.settings import run_config
+
+    checked = run_config(apply_overrides(read_yaml(config), overrides or []), str(config))
+    found = make(checked, sizes_of(checked, users, items, interactions), gpus, accelerator(gpu_type), price, mfu)
+    if not as_json:
+        print("\n".join(table(found)))
+    _print(found, as_json)
+
+
+@app.command()
 def version() -> None:
     """Prints the version."""
     print(__version__)

@@ -85,20 +85,28 @@ class Interactions:
 
 
 class _Ids:
-    """Numbers ids from 0 in the order of their first appearance."""
+    """Numbers ids from 0 in the order of their first appearance: in each chunk first, then in all at once."""
 
     def __init__(self) -> None:
-        self._numbers: dict[str, int] = {}
+        self._rows: list[int] = []  # of each chunk
+        self._distinct: list[pa.Array] = []
 
     def encode(self, ids: pa.Array) -> np.ndarray:
-        """[n] int32; Python sees each distinct id of the chunk once."""
+        """[n] int32, numbers inside this chunk."""
         encoded = ids.dictionary_encode()
-        numbers = self._numbers
-        table = [numbers.setdefault(name, len(numbers)) for name in encoded.dictionary.to_pylist()]
-        return np.array(table, dtype=np.int32)[encoded.indices.to_numpy()]
+        self._rows.append(len(ids))
+        self._distinct.append(encoded.dictionary.cast(pa.large_string()))  # together they may exceed 2 GiB
+        return encoded.indices.to_numpy()
 
-    def names(self) -> list[str]:
-        return list(self._numbers)
+    def settle(self, numbers: np.ndarray) -> list[str]:
+        """Turns the numbers of all chunks, one after the other, into those of the whole, in place; the ids in order."""
+        whole = pa.concat_arrays(self._distinct).dictionary_encode()
+        of_chunks = np.split(whole.indices.to_numpy(), np.cumsum([len(ids) for ids in self._distinct])[:-1])
+        ends = np.cumsum(self._rows)
+        for end, rows, in_whole in zip(ends, self._rows, of_chunks, strict=True):
+            numbers[end - rows : end] = in_whole[numbers[end - rows : end]]
+        self._distinct = []
+        return whole.dictionary.to_pylist()
 
 
 def _check_source(source: Source, options: PrepareOptions) -> None:
@@ -137,7 +145,7 @@ def _read(source: Source, options: PrepareOptions, log: Log, folder: Path) -> In
             log.count("minimum rating", rated, f"min_rating={options.min_rating}")
         if options.date_from or options.date_to:
             log.count("date window", dated, f"date_from={options.date_from}, date_to={options.date_to}")
-        return _sorted(paths, users.names(), items.names(), log, source.ticks_per_second is not None)
+        return _sorted(paths, users, items, log, source.ticks_per_second is not None)
 
 
 def _liked(chunk: Chunk, options: PrepareOptions) -> np.ndarray:
@@ -160,10 +168,11 @@ def _midnight(day: date) -> int:
     return int(datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp())
 
 
-def _sorted(paths: list[Path], user_ids: list[str], item_ids: list[str], log: Log, moments: bool) -> Interactions:
+def _sorted(paths: list[Path], of_users: _Ids, of_items: _Ids, log: Log, moments: bool) -> Interactions:
     users, items, times = (
-        np.memmap(path, dtype=dtype, mode="r") for path, dtype in zip(paths, ("i4", "i4", "i8"), strict=True)
+        np.memmap(path, dtype=dtype, mode="r+") for path, dtype in zip(paths, ("i4", "i4", "i8"), strict=True)
     )
+    user_ids, item_ids = of_users.settle(users), of_items.settle(items)
     order = np.lexsort((times, users))  # stable: equal times keep the order of the file
     data = Interactions(users[order], items[order], times[order], user_ids, item_ids)
     if moments:

@@ -14,10 +14,11 @@ TEMPLATE_FIELDS = ("title", "categories", "description")
 _DESCRIPTION_LIMIT = 1000  # characters; models read far fewer
 _TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
 _WORD = re.compile(r"[^\W\d_][\w'’-]+")
-_COMMON_WORDS = """
+_COMMON = """
     a an and are as at be by for from how in into is it its my new no not of off on or our out over
     pack part set that the their this to up vol volume book edition with without you your
 """
+_COMMON_WORDS = frozenset(_COMMON.split())
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,9 @@ def clean(text: str) -> str:
     """Unescapes HTML entities (twice: some are escaped twice), drops tags, and joins runs of blanks."""
     if "&" in text:
         text = html.unescape(html.unescape(text))
-    return " ".join(_TAG.sub(" ", text).split())
+    if "<" in text:
+        text = _TAG.sub(" ", text)
+    return " ".join(text.split())
 
 
 def check_template(template: str) -> str:
@@ -111,6 +114,5 @@ def item_terms(items: Sequence[Item]) -> tuple[CSR, Strings]:
 
 
 def _title_words(title: str) -> list[str]:
-    common = _COMMON_WORDS.split()
     words = (word.strip("-'’") for word in _WORD.findall(title.casefold()))
-    return list(dict.fromkeys(word for word in words if len(word) > 2 and word not in common))
+    return list(dict.fromkeys(word for word in words if len(word) > 2 and word not in _COMMON_WORDS))

@@ -20,7 +20,7 @@ from raygrec.data.arrays import CSR
 from raygrec.data.filters import first_occurrences
 from raygrec.draws import Draws
 from raygrec.model.dropout import keyed_dropout
-from raygrec.model.head import catalogue_cross_entropy
+from raygrec.model.head import Targets, matched
 from raygrec.model.nodes import scaled_texts
 from raygrec.model.prompts import PromptBatch, Symbols, as_targets, padded, truncated
 
@@ -128,14 +128,14 @@ class ItemTable(nn.Module):
 
 
 class TiedHead(nn.Module):
-    """Logits [P, I]: inner products of hidden states with the item table, plus a bias per item."""
+    """Logits [P, I], or their cross-entropy: inner products of hidden states with the item table, plus a bias each."""
 
     def __init__(self, num_items: int) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(num_items))
 
-    def forward(self, hidden_Pd: torch.Tensor, rows_Id: torch.Tensor) -> torch.Tensor:
-        return torch.addmm(self.bias.to(hidden_Pd.dtype), hidden_Pd, rows_Id.T.to(hidden_Pd.dtype))
+    def forward(self, hidden_Pd: torch.Tensor, rows_Id: torch.Tensor, targets: Targets | None = None) -> torch.Tensor:
+        return matched(hidden_Pd, rows_Id, self.bias, targets)
 
 
 class FrequencyFilter(nn.Module):
@@ -208,11 +208,11 @@ class Sequential(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def forward(self, batch: PromptBatch, chunks: int = 1) -> torch.Tensor:
+    def forward(self, batch: PromptBatch) -> torch.Tensor:
         """Cross-entropy summed over the batch's answer positions; divide by their global count."""
         rows_Id = self.table()
         answers_Pd = self.hidden(batch, rows_Id).flatten(0, 1)[batch.answers]
-        return catalogue_cross_entropy(self.head, answers_Pd, rows_Id, batch.targets, chunks)
+        return self.head(answers_Pd, rows_Id, batch.targets)
 
     def slot_logits(self, batch: PromptBatch, slots: int | None = None) -> torch.Tensor:
         """Logits [B, 1, I] at the newest item."""

@@ -45,14 +45,20 @@ class NegativeQueue:
     def __init__(self, length: int, width: int) -> None:
         self._rows_KD = torch.zeros(length, width)
         self._ids_K = torch.full((length,), EMPTY)
+        self._oldest = 0  # its place, which the next row takes
 
     def rows(self) -> torch.Tensor:
-        """fp32 [K, D], the oldest first; zero where nothing is stored yet."""
-        return self._rows_KD
+        """fp32 [K, D], the oldest first; zero where nothing is stored yet. A copy."""
+        return self._rows_KD.roll(-self._oldest, 0)
 
     def ids(self) -> torch.Tensor:
-        """int64 [K]; -1 where nothing is stored yet."""
-        return self._ids_K
+        """int64 [K]; -1 where nothing is stored yet. A copy."""
+        return self._ids_K.roll(-self._oldest, 0)
+
+    def stored(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows [K, D] and ids [K] in the order of their places, which `enqueue` writes to: to be read at once."""
+        self._rows_KD, self._ids_K = self._rows_KD.to(device), self._ids_K.to(device)
+        return self._rows_KD, self._ids_K
 
     def enqueue(self, rows_ND: torch.Tensor, ids_N: torch.Tensor) -> None:
         """Appends rows in their order and drops the oldest; of more than K rows the last K stay.
@@ -63,21 +69,26 @@ class NegativeQueue:
         """
         if len(rows_ND) != len(ids_N):
             raise ValueError(f"the queue was given {len(rows_ND)} rows and {len(ids_N)} ids; every row needs one id")
-        rows_ND = normalize(rows_ND.detach().float(), dim=1)
-        device = rows_ND.device
-        self._rows_KD = torch.cat([self._rows_KD.to(device), rows_ND])[len(rows_ND) :]
-        self._ids_K = torch.cat([self._ids_K.to(device), ids_N.to(device)])[len(ids_N) :]
+        length = len(self._ids_K)
+        rows_ND, ids_N = rows_ND[max(len(rows_ND) - length, 0) :], ids_N[max(len(ids_N) - length, 0) :]
+        if not len(rows_ND):
+            return
+        rows_KD, ids_K = self.stored(rows_ND.device)
+        places_N = (self._oldest + torch.arange(len(rows_ND), device=rows_ND.device)) % length
+        rows_KD[places_N] = normalize(rows_ND.detach().float(), dim=1)
+        ids_K[places_N] = ids_N.to(ids_K)
+        self._oldest = (self._oldest + len(rows_ND)) % length
 
     def state(self) -> dict[str, torch.Tensor]:
         """`rows` fp32 [K, D] and `ids` int64 [K], on the CPU: all that a checkpoint needs."""
-        return {"rows": self._rows_KD.cpu().clone(), "ids": self._ids_K.cpu().clone()}
+        return {"rows": self.rows().cpu(), "ids": self.ids().cpu()}
 
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """The inverse of `state`; raises ValueError where length or width differ from this queue's."""
         if tensors["rows"].shape != self._rows_KD.shape:
             found, wanted = list(tensors["rows"].shape), list(self._rows_KD.shape)
             raise ValueError(f"the stored queue has [length, width] {found}, this run's has {wanted}")
-        self._rows_KD, self._ids_K = tensors["rows"], tensors["ids"]
+        self._rows_KD, self._ids_K, self._oldest = tensors["rows"].clone(), tensors["ids"].clone(), 0
 
 
 class MomentumCopy:
@@ -119,8 +130,7 @@ def contrast_terms(
     """
     anchors_ND, positives_ND = gathered(torch.cat([anchors_ND, positives_ND], dim=1)).chunk(2, dim=1)
     ids_N = gathered(ids_N)
-    extra_KD, extra_ids_K = queue.rows().to(anchors_ND.device), queue.ids().to(ids_N.device)
-    loss = info_nce(anchors_ND, positives_ND, ids_N, extra_KD, extra_ids_K, temperature)
+    loss = info_nce(anchors_ND, positives_ND, ids_N, *queue.stored(anchors_ND.device), temperature)
     return Contrast(rank_share(loss), positives_ND.detach(), ids_N)
 
 
@@ -138,12 +148,14 @@ def info_nce(
     [ours] C_n is the N positives and the K extra rows, less those of anchor n's own node (false negatives; never
     its own positive) and empty queue places (id -1). Anchors and positives get gradient, extra rows none.
 
-    anchors_ND, positives_ND: float [N, D]. ids_N: int64 [N]. extra_KD: float [K, D]. extra_ids_K: int64 [K].
+    anchors_ND, positives_ND: float [N, D]. ids_N: int64 [N]. extra_KD: float [K, D], unit vectors. extra_ids_K:
+    int64 [K].
     Computed in fp32 at least, under autocast too. Returns [].
     """
     with torch.autocast(anchors_ND.device.type, enabled=False):
-        candidates_CD = torch.cat([_unit(positives_ND), _unit(extra_KD.detach())])
-        logits_NC = _unit(anchors_ND) @ candidates_CD.T / temperature
+        anchors_ND, positives_ND = _unit(anchors_ND) / temperature, _unit(positives_ND)
+        extra_KD = extra_KD.detach().to(anchors_ND.dtype)
+        logits_NC = torch.cat([anchors_ND @ positives_ND.T, anchors_ND @ extra_KD.T], dim=1)
         ids_C = torch.cat([ids_N, extra_ids_K])
         excluded_NC = (ids_C == ids_N[:, None]) | (ids_C == EMPTY)
         excluded_NC.diagonal().fill_(False)

@@ -23,7 +23,7 @@ from raygrec.graph.neighbours import NeighbourConfig, NeighbourSampler
 from raygrec.model.backbone import Backbone, LoRAConfig
 from raygrec.model.contrast import EMPTY, MomentumCopy, NegativeQueue, contrast_terms
 from raygrec.model.dropout import keyed_dropout
-from raygrec.model.head import CatalogueHead, Targets, catalogue_cross_entropy
+from raygrec.model.head import CatalogueHead, Targets
 from raygrec.model.nodes import NODE_SCALE, NodeTables, projector, scaled_texts
 from raygrec.model.prompts import (
     PAD,
@@ -398,7 +398,7 @@ class GALRec(nn.Module):
         self.queues = {side: NegativeQueue(contrast.queue, backbone.width) for side in ("user", "item")}
         self._fresh: list[tuple[str, torch.Tensor, torch.Tensor]] = []
 
-    def forward(self, batch: HopBatch, chunks: int = 1) -> torch.Tensor:
+    def forward(self, batch: HopBatch) -> torch.Tensor:
         """[4]: cross-entropy summed over answer positions, and L1 to L3, each summed over its anchors.
 
         The contrastive sums are this rank's share of the global ones (`contrast_terms`). Divide by `batch.counts`,
@@ -410,7 +410,7 @@ class GALRec(nn.Module):
         if batch.dropout_keys is not None:
             rows, columns = batch.answers // width, batch.answers % width
             answers_PD = keyed_dropout(answers_PD, self.config.dropout, batch.dropout_keys[rows], columns, use=1)
-        recommended = catalogue_cross_entropy(self.head, answers_PD, self._rows(), batch.targets, chunks)
+        recommended = self.head(answers_PD, self._rows(), batch.targets)
         return torch.stack([recommended, *self._contrast(flat_ND, batch)])
 
     def _contrast(self, flat_ND: torch.Tensor, batch: HopBatch) -> list[torch.Tensor]:

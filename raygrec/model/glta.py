@@ -18,7 +18,7 @@ from raygrec.draws import Draws
 from raygrec.graph.lightgcn import NodeEmbeddings
 from raygrec.model.backbone import Backbone
 from raygrec.model.dropout import keyed_dropout
-from raygrec.model.head import CatalogueHead, Targets, catalogue_cross_entropy
+from raygrec.model.head import CatalogueHead, Targets
 from raygrec.model.nodes import NodeTables, projector, scaled_texts, sum_rows
 from raygrec.model.profiles import telling_terms
 from raygrec.model.prompts import (
@@ -377,14 +377,14 @@ class GLTA(nn.Module):
             backbone.width, symbols.items, self.nodes.width, text_width or None, free=config.head == "linear"
         )
 
-    def forward(self, batch: PromptBatch, chunks: int = 1) -> torch.Tensor:
+    def forward(self, batch: PromptBatch) -> torch.Tensor:
         """Cross-entropy summed over the batch's answer positions; divide by their global count."""
         hidden_BTD = self.hidden(batch)
         hidden_PD = hidden_BTD.flatten(0, 1)[batch.answers]
         if batch.dropout_keys is not None:
             rows, columns = batch.answers // hidden_BTD.shape[1], batch.answers % hidden_BTD.shape[1]
             hidden_PD = keyed_dropout(hidden_PD, self.config.dropout, batch.dropout_keys[rows], columns, use=1)
-        return catalogue_cross_entropy(self.head, hidden_PD, self._rows(), batch.targets, chunks)
+        return self.head(hidden_PD, self._rows(), batch.targets)
 
     def slot_logits(self, batch: PromptBatch, slots: int | None = None) -> torch.Tensor:
         """Logits [B, s, I] of the first s answer slots (default: all k)."""
@@ -439,6 +439,12 @@ class GLTA(nn.Module):
         stage 2's slot has learned about descriptions."""
         if self.slot_seed != "none":
             nn.init.zeros_(self.answer_slots.weight)
+
+    def train_stage_3(self, aligned: bool) -> None:
+        """Slots as `start_slots`, and gradients where stage 3 wants them; aligned: stage 2 has trained the items."""
+        self.start_slots()
+        self.item_projector.requires_grad_(self.config.tune_items or not aligned)
+        self.user_projector.requires_grad_(self.config.user_token == "aligned")
 
     def _slot_seeds(self, batch: PromptBatch) -> torch.Tensor:
         """What each prompt's answer slots start from besides its user token: [B, D], the token of the newest item, or

@@ -1,8 +1,12 @@
-"""The GLLM head: hidden states to logits over the whole catalogue, and their cross-entropy in chunks."""
+"""The GLLM head: hidden states to logits over the whole catalogue, and their cross-entropy a part at a time."""
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+
+LOGITS_AT_ONCE = 2**24  # that stand in memory: 64 MiB in fp32
+# … or those of so many positions: they take less room than R and its gradient, and with fewer the time would go into
+# reading and writing these.
+FEWEST_AT_ONCE = 64
 
 
 class ItemRows(nn.Module):
@@ -40,9 +44,9 @@ class CatalogueHead(nn.Module):
         nn.init.zeros_(self.query.bias)
         self.bias = nn.Parameter(torch.zeros(num_items))
 
-    def forward(self, hidden_PD: torch.Tensor, rows_Ir: torch.Tensor) -> torch.Tensor:
-        """Logits [P, I] against the rows."""
-        return torch.addmm(self.bias.to(hidden_PD.dtype), self.query(hidden_PD), rows_Ir.T.to(hidden_PD.dtype))
+    def forward(self, hidden_PD: torch.Tensor, rows_Ir: torch.Tensor, targets: "Targets | None" = None) -> torch.Tensor:
+        """Logits [P, I] against the rows; with targets their cross-entropy, as `catalogue_cross_entropy`."""
+        return matched(self.query(hidden_PD), rows_Ir, self.bias, targets)
 
 
 def _row_map(source: int, width: int) -> nn.Linear:
@@ -51,30 +55,75 @@ def _row_map(source: int, width: int) -> nn.Linear:
     return layer
 
 
-def catalogue_cross_entropy(
-    head: nn.Module, hidden_PD: torch.Tensor, rows_Ir: torch.Tensor, targets: "Targets", chunks: int = 1
+def matched(
+    queries_Pr: torch.Tensor, rows_Ir: torch.Tensor, bias_I: torch.Tensor, targets: "Targets | None"
 ) -> torch.Tensor:
-    """Sum over positions of −Σ_i w_i log softmax(Z)_i, over the full catalogue, in `chunks` equal parts.
+    """What a head returns: logits Z = q Rᵀ + b [P, I], or with targets their cross-entropy."""
+    if targets is not None:
+        return catalogue_cross_entropy(queries_Pr, rows_Ir, bias_I, targets)
+    return torch.addmm(bias_I.to(queries_Pr.dtype), queries_Pr, rows_Ir.T.to(queries_Pr.dtype))
 
-    The logits of a part are recomputed in the backward pass, so memory is |I| · P / chunks. Every rank must
-    pass the same `chunks`: under ZeRO-3 each part gathers the head. hidden_PD: [P, D]. Returns fp32 [].
+
+def catalogue_cross_entropy(
+    queries_Pr: torch.Tensor,
+    rows_Ir: torch.Tensor,
+    bias_I: torch.Tensor,
+    targets: "Targets",
+    at_once: int | None = None,
+) -> torch.Tensor:
+    """Sum over positions of −Σ_i w_i log softmax(Z)_i, over the full catalogue; Z = q Rᵀ + b.
+
+    The logits of `at_once` positions stand in memory (default: `positions_at_once`): each part of the positions leaves
+    its gradient behind in the forward pass (softmax(Z) − w, times R and q), and its logits are gone. None is computed
+    twice. Returns fp32 [].
     """
-    total = hidden_PD.new_zeros((), dtype=torch.float32)
-    size = max(-(-len(hidden_PD) // chunks), 1)
-    for start in range(0, size * chunks, size):
-        hidden = hidden_PD[start : start + size]
-        part = targets.slice(min(start, len(hidden_PD)), min(start + size, len(hidden_PD)))
-        if chunks > 1 and torch.is_grad_enabled():
-            total = total + checkpoint(_chunk_loss, head, hidden, rows_Ir, part, use_reentrant=False)
-        else:
-            total = total + _chunk_loss(head, hidden, rows_Ir, part)
-    return total
+    at_once = positions_at_once(len(rows_Ir)) if at_once is None else at_once
+    return _CrossEntropy.apply(queries_Pr, rows_Ir, bias_I, targets, at_once, torch.is_grad_enabled())
 
 
-def _chunk_loss(head: nn.Module, hidden_PD: torch.Tensor, rows_Ir: torch.Tensor, targets: "Targets") -> torch.Tensor:
-    logits_PI = head(hidden_PD, rows_Ir).float()
-    matched = (logits_PI[targets.rows, targets.items] * targets.weights).sum()
-    return logits_PI.logsumexp(dim=1).sum() - matched
+def positions_at_once(num_items: int) -> int:
+    """How many positions' logits may stand in memory."""
+    return max(LOGITS_AT_ONCE // num_items, FEWEST_AT_ONCE)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """The gradients of a sum are known up to a factor before its backward pass begins."""
+
+    @staticmethod
+    def forward(ctx, queries_Pr, rows_Ir, bias_I, targets, at_once, with_gradients):  # noqa: ANN001
+        kind = queries_Pr.dtype
+        in_kind_Ir = rows_Ir.to(kind)
+        total = queries_Pr.new_zeros((), dtype=torch.float32)
+        if with_gradients:
+            by_queries_Pr = torch.empty_like(queries_Pr)
+            by_rows_Ir = torch.zeros_like(rows_Ir, dtype=torch.float32)
+            by_bias_I = torch.zeros_like(bias_I, dtype=torch.float32)
+        with torch.autocast(queries_Pr.device.type, enabled=False):
+            for start in range(0, len(queries_Pr), at_once):
+                part_pr = queries_Pr[start : start + at_once]
+                part = targets.slice(start, start + len(part_pr))
+                places = (part.rows, part.items)
+                logits_pI = torch.addmm(bias_I.to(kind), part_pr, in_kind_Ir.T).float()
+                log_shares_pI = logits_pI.log_softmax(dim=1)
+                total -= (log_shares_pI[places] * part.weights).sum()
+                if not with_gradients:
+                    continue
+                excess_pI = log_shares_pI.exp_().index_put_(places, -part.weights, accumulate=True)
+                by_bias_I += excess_pI.sum(0)
+                excess_pI = excess_pI.to(kind)
+                by_queries_Pr[start : start + at_once] = excess_pI @ in_kind_Ir
+                if kind == torch.float32:
+                    by_rows_Ir.addmm_(excess_pI.T, part_pr)
+                else:
+                    by_rows_Ir += excess_pI.T @ part_pr
+        if with_gradients:
+            ctx.save_for_backward(by_queries_Pr, by_rows_Ir.to(rows_Ir.dtype), by_bias_I.to(bias_I.dtype))
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, scale):  # noqa: ANN001
+        return *(gradient * scale for gradient in ctx.saved_tensors), None, None, None
 
 
 class Targets:

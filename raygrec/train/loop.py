@@ -140,15 +140,14 @@ def run_stage(
     seed: int,
     folder: RunFolder,
     reporter: Reporter | Watcher,
-    chunks: int,
 ) -> LoopState:
     """Runs a stage to its end, from its last checkpoint where there is one.
 
     The trained parameters end in `folder.parts_file(stage.name)`: the best by validation, else the last.
     """
-    state = _resume(stage, engine, seed, folder, reporter, chunks) or _fresh(stage, folder)
+    state = _resume(stage, engine, seed, folder, reporter) or _fresh(stage, folder)
     with CheckpointWriter(folder) as writer:
-        _updates(stage, engine, seed, folder, reporter, chunks, state, writer)
+        _updates(stage, engine, seed, folder, reporter, state, writer)
     if stage.validate is None:
         parts = _parameters(engine.state())
         if world()[0] == 0:
@@ -163,7 +162,6 @@ def _updates(
     seed: int,
     folder: RunFolder,
     reporter: Reporter | Watcher,
-    chunks: int,
     state: LoopState,
     writer: CheckpointWriter,
 ) -> None:
@@ -185,7 +183,7 @@ def _updates(
         reporter.at(stage.title, state.step + 1)
         ask = rank == 0 and time.monotonic() - asked > ASK_EVERY
         try:
-            update = _step(stage, engine, order[place], draws, rate, chunks, ask)
+            update = _step(stage, engine, order[place], draws, rate, ask)
         except NonFiniteError as error:
             raise _with_batch(error, stage, state.step + 1, epoch + 1, order[place], folder) from None
         state.add(update.sums, update.counts)
@@ -272,7 +270,7 @@ def _record(
 
 
 def _step(
-    stage: Stage, engine: Engine, things: np.ndarray, draws: Draws, rate: float, chunks: int, ask: bool
+    stage: Stage, engine: Engine, things: np.ndarray, draws: Draws, rate: float, ask: bool
 ) -> Update:
     """One update of `things`, of which this rank reads its share; ask: whether this rank wants something asked."""
     rank, workers = world()
@@ -288,7 +286,7 @@ def _step(
     share = torch.tensor(list(engine.model.terms.values()), dtype=torch.float64) / counts.clamp(min=1)
     sums = torch.zeros_like(counts)
     for number, batch in enumerate(batches):
-        terms = engine.loss(batch.to(engine.device), chunks).reshape(-1)
+        terms = engine.loss(batch.to(engine.device)).reshape(-1)
         sums += terms.detach().cpu()
         engine.backward((terms * share.to(terms)).sum(), last=number == len(batches) - 1)
     sums = sum_over_ranks(sums)
@@ -353,9 +351,7 @@ def _fresh(stage: Stage, folder: RunFolder) -> LoopState:
     return state
 
 
-def _resume(
-    stage: Stage, engine: Engine, seed: int, folder: RunFolder, reporter: Reporter, chunks: int
-) -> LoopState | None:
+def _resume(stage: Stage, engine: Engine, seed: int, folder: RunFolder, reporter: Reporter) -> LoopState | None:
     """The state of the checkpoint that rank 0 has chosen, loaded on all; None where there is none."""
     place = from_rank_0(lambda: folder.newest_checkpoint(stage.name, reporter.warn))
     if place is None:
@@ -366,7 +362,7 @@ def _resume(
         raise InputError(f"{best}: is missing or damaged, and no other file holds the best parameters; train again")
     things = np.arange(stage.per_prompt)
     example = stage.build(things if stage.per_prompt == 1 else things[None], Draws(seed)).to(engine.device)
-    engine.load_state(tensors, state.step, (example, chunks))
+    engine.load_state(tensors, state.step, (example,))
     if world()[0] == 0:
         folder.go_on_from(state)
     _barrier()

@@ -41,7 +41,6 @@ from raygrec.train.mirror import Mirror
 from raygrec.train.settings import GLTARun, GraphRun, RunConfig, StageConfig
 from raygrec.train.trackers import Tracker, tracked
 
-POSITIONS_PER_CHUNK = 4096  # answer positions whose logits stand in memory at once
 PREDECESSOR = 60.0  # seconds to let an earlier rank 0 of the same run end
 ALIGNMENT, TRAINING, HISTORIES = 1, 2, 3  # stage numbers, part of every draw's key
 
@@ -118,7 +117,7 @@ def _align_items(
             per_prompt=size,
         )
         engine = _engine(config, model, config.alignment, distributed)
-        run_stage(stage, engine, config.seed, folder, reporter, _chunks(config.alignment, size))
+        run_stage(stage, engine, config.seed, folder, reporter)
     return folder.load_parts(file)
 
 
@@ -147,8 +146,7 @@ def _read_histories(
             numbers=trainable,
         )
         engine = _engine(config, model, config.histories, distributed)
-        chunks = _chunks(config.histories, config.model.max_history)
-        run_stage(stage, engine, config.seed, folder, reporter, chunks)
+        run_stage(stage, engine, config.seed, folder, reporter)
     return {**parts, **folder.load_parts(file)}
 
 
@@ -182,8 +180,7 @@ def _train(
         validate=validate,
         metric=f"ndcg@{max(config.evaluate.ks)}",
     )
-    positions = builder.symbols.slots + (config.model.max_history if builder.causal else 0)
-    run_stage(stage, engine, config.seed, folder, reporter, _chunks(config.train, positions))
+    run_stage(stage, engine, config.seed, folder, reporter)
     engine.load_state(
         {f"param/{name}": value for name, value in folder.load_parts(folder.parts_file("train")).items()},
         0,
@@ -206,10 +203,7 @@ def _stage_3_model(
     model = build_model(config, store, builder, folder, distributed)
     if parts:
         _load_parts(model, parts)
-    model.start_slots()
-    aligned = config.model.item_alignment and config.alignment.epochs
-    model.item_projector.requires_grad_(config.model.tune_items or not aligned)
-    model.user_projector.requires_grad_(config.model.user_token == "aligned")
+    model.train_stage_3(aligned=bool(config.model.item_alignment and config.alignment.epochs))
     return model
 
 
@@ -310,12 +304,6 @@ def _score_ranker(score: Callable[[np.ndarray], torch.Tensor], config: RunConfig
 def _engine(config: RunConfig, model: Model, stage: StageConfig, distributed: bool) -> Engine:
     pieces = portions(stage.batch, stage.micro_batch, world()[1])
     return make_engine(model, config.engine, pieces, distributed)
-
-
-def _chunks(stage: StageConfig, positions: int) -> int:
-    """Parts of the cross-entropy, from what a micro-batch may hold at most: the same number on every rank."""
-    most = -(-stage.batch // (world()[1] * portions(stage.batch, stage.micro_batch, world()[1]))) * positions
-    return max(1, -(-most // POSITIONS_PER_CHUNK))
 
 
 def users_of(store: Store, config: RunConfig, split: str) -> tuple[Histories, np.ndarray, int]:

@@ -210,8 +210,7 @@ def test_the_loss_is_the_cross_entropy_of_every_target():
     with torch.no_grad():
         at = logits(model, batch).flatten(0, 1)[batch.answers]
         expected = functional.cross_entropy(at, batch.targets.items, reduction="sum")
-        for chunks in (1, 3):
-            torch.testing.assert_close(model(batch, chunks), expected)
+        torch.testing.assert_close(model(batch), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -237,7 +236,7 @@ def test_dropout_falls_on_every_sublayer_with_a_mask_of_its_own(kind, monkeypatc
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_reach_every_parameter(kind):
     model, prompter = model_of(**KINDS[kind]), prompts_of()
-    model(prompter.training(np.arange(4), Draws(0)), 2).backward()
+    model(prompter.training(np.arange(4), Draws(0))).backward()
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad and parameter.grad.abs().max() > 0, name
 

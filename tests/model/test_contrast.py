@@ -30,7 +30,8 @@ def example(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
     """Anchors, positives, their ids, extra rows, their ids: nodes met twice in the batch, in the queue, in both."""
     torch.manual_seed(0)
     rows = [torch.randn(count, WIDTH, dtype=dtype) for count in (ANCHORS, ANCHORS, EXTRA)]
-    return rows[0], rows[1], torch.tensor([3, 8, 3, 5, 6]), rows[2], torch.tensor([8, 9, -1, 3])
+    extra = functional.normalize(rows[2], dim=1)
+    return rows[0], rows[1], torch.tensor([3, 8, 3, 5, 6]), extra, torch.tensor([8, 9, -1, 3])
 
 
 def loop_info_nce(anchors, positives, ids, extra, extra_ids, temperature) -> float:
@@ -62,7 +63,7 @@ def test_info_nce_against_a_double_loop(extra, temperature):
 
 def test_info_nce_against_torch_where_nothing_is_excluded():
     anchors, positives, _, extra, _ = example()
-    candidates = functional.normalize(torch.cat([positives, extra]))
+    candidates = torch.cat([functional.normalize(positives), extra])
     expected = functional.cross_entropy(
         functional.normalize(anchors) @ candidates.T / TEMPERATURE, torch.arange(ANCHORS), reduction="sum"
     )
@@ -84,7 +85,8 @@ def test_info_nce_against_torch_where_nothing_is_excluded():
 def test_masks_by_hand(ids, extra_id, counted):
     """All rows are equal, so that an anchor's loss is the logarithm of the number of its candidates."""
     rows = torch.ones(2, WIDTH)
-    loss = info_nce(rows, rows, torch.tensor(ids), torch.ones(1, WIDTH), torch.tensor([extra_id]), TEMPERATURE)
+    extra = functional.normalize(torch.ones(1, WIDTH), dim=1)
+    loss = info_nce(rows, rows, torch.tensor(ids), extra, torch.tensor([extra_id]), TEMPERATURE)
     assert float(loss) == pytest.approx(sum(math.log(1 + negatives) for negatives in counted), abs=1e-6)
 
 

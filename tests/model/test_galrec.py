@@ -561,8 +561,7 @@ def test_the_terms_of_the_loss(pairs, backbone):
         batch = prompter.training(np.arange(14), Draws(1))
         expected = plain_terms(model, batch, before)
         assert expected.min() > 1
-        for chunks in (1, 3):
-            torch.testing.assert_close(model(batch, chunks), expected, rtol=1e-5, atol=1e-3)
+        torch.testing.assert_close(model(batch), expected, rtol=1e-5, atol=1e-3)
     users, items = 14, len(batch.nodes) - 14
     counts = {"default": [users, users, items], "other": [users, items, users]}
     assert batch.counts.tolist() == [len(batch.answers), *counts["other" if pairs else "default"]]
@@ -713,7 +712,7 @@ def test_queues_go_through_a_checkpoint(backbone):
 def test_gradients_reach_the_trained_parts_only(tuning, kind, backbone_folder):
     prompter = hop_prompts(TRAIN, tuning=tuning, backbone_lr=0.25, lora={"lr": 0.5})
     model = model_of(prompter, Backbone(BackboneConfig(name=backbone_folder(kind), layers=2)))
-    terms = model(prompter.training(np.arange(3), Draws(0)), chunks=2)
+    terms = model(prompter.training(np.arange(3), Draws(0)))
     terms.sum().backward()
     around = {
         *(f"{part}.{k}" for part in ("item_projector", "user_projector", "head.query") for k in ("weight", "bias")),

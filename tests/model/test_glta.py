@@ -571,7 +571,7 @@ def test_user_dropout_leaves_the_bias_alone(vector, backbone):
 def test_gradients_reach_the_trained_parts_only(user_token, head, backbone):
     prompter = builder([[3, 5, 7], [2, 4]], user_token=user_token, head=head, slots=1)
     model = model_of(prompter, backbone)
-    model(prompter.training(np.arange(2), Draws(0)), chunks=2).backward()
+    model(prompter.training(np.arange(2), Draws(0))).backward()
     reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     trained = {name for name, _ in model.named_parameters() if not name.startswith("backbone.")}
     free = {"head.rows.free"} if head == "linear" else set()
@@ -607,8 +607,7 @@ def test_the_loss_of_a_batch_is_the_sum_of_its_prompts_losses(settings, head, ba
                 target = torch.zeros(ITEMS)
                 target[list(wanted)] = torch.tensor(list(wanted.values()))
                 slow += functional.cross_entropy(model.head(hidden[column][None], rows_of(model))[0], target)
-        for chunks in (1, 3):
-            torch.testing.assert_close(model(batch, chunks), slow, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(model(batch), slow, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("ordered", [True, False])

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from raygrec.model.head import CatalogueHead, ItemRows, Targets, catalogue_cross_entropy
+from raygrec.model.head import CatalogueHead, ItemRows, Targets, catalogue_cross_entropy, matched
 
 POSITIONS, WIDTH, ITEMS, NODE_WIDTH, TEXT_WIDTH = 7, 5, 11, 3, 4
 KINDS = {"linear": True, "tied": False}  # whether the rows are free
@@ -33,7 +33,7 @@ def test_single_targets_against_torch(kind):
     head = head_of(kind)
     rows = head.rows(nodes, texts)
     wanted = torch.tensor([0, 10, 3, 3, 7, 1, 2])
-    loss = catalogue_cross_entropy(head, hidden, rows, single_targets(wanted))
+    loss = head(hidden, rows, single_targets(wanted))
     torch.testing.assert_close(loss, functional.cross_entropy(head(hidden, rows), wanted, reduction="sum"))
 
 
@@ -48,64 +48,110 @@ def test_soft_targets_against_torch():
     targets = Targets(indptr, wanted, weights)
     dense = torch.zeros(POSITIONS, ITEMS).index_put((targets.rows, wanted), weights)
     expected = functional.cross_entropy(head(hidden, rows), dense, reduction="sum")
-    torch.testing.assert_close(catalogue_cross_entropy(head, hidden, rows, targets), expected)
+    torch.testing.assert_close(head(hidden, rows, targets), expected)
 
 
-@pytest.mark.parametrize("chunks", [1, 2, 3, 5, 7, 20])
+def loss_of(
+    head: CatalogueHead, hidden: torch.Tensor, rows: torch.Tensor, targets: Targets, at_once: int
+) -> torch.Tensor:
+    """`head(hidden, rows, targets)`, of which the logits of `at_once` positions stand in memory."""
+    return catalogue_cross_entropy(head.query(hidden), rows, head.bias, targets, at_once)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 6, 7, 100])
 @pytest.mark.parametrize("kind", KINDS)
-def test_chunks_change_neither_value_nor_gradient(kind, chunks):
+def test_parts_change_neither_value_nor_gradient(kind, at_once):
     """The gradients are those that autograd finds for the plain product and torch's cross-entropy."""
     hidden, nodes, texts = example()
     hidden.requires_grad_()
     head, wanted = head_of(kind), torch.tensor([0, 10, 3, 3, 7, 1, 2])
     plain = head.query(hidden) @ head.rows(nodes, texts).T + head.bias
     expected = functional.cross_entropy(plain, wanted, reduction="sum")
-    loss = catalogue_cross_entropy(head, hidden, head.rows(nodes, texts), single_targets(wanted), chunks)
+    loss = loss_of(head, hidden, head.rows(nodes, texts), single_targets(wanted), at_once)
     torch.testing.assert_close(loss, expected)
     leaves = dict(head.named_parameters()) | {"hidden": hidden}
-    gradients = [torch.autograd.grad(one, list(leaves.values())) for one in (loss, expected)]
+    gradients = [torch.autograd.grad(3 * one, list(leaves.values())) for one in (loss, expected)]
     for name, found, gradient in zip(leaves, *gradients, strict=True):
         torch.testing.assert_close(found, gradient, msg=name)
         assert gradient.abs().max() > 1e-3, name
 
 
-def test_parts_do_not_hold_all_logits_for_the_backward_pass():
-    """The memory claim of the docstring: no tensor that autograd keeps is as large as the logits."""
+def test_gradients_of_soft_targets_against_torch():
+    """An item that stands twice among a position's targets has both weights."""
     hidden, nodes, texts = example()
     head = head_of("linear")
-    rows = head.rows(nodes, texts)
+    items = torch.tensor([2, 2, 5, 0, 1, 2, 3, 9, 9, 10])
+    weights = torch.tensor([0.5, 0.25, 0.25, *[1.0] * 5, 0.4, 0.6])
+    targets = Targets(torch.tensor([0, 3, 4, 5, 6, 7, 8, 10]), items, weights)
+    dense = torch.zeros(POSITIONS, ITEMS).index_put((targets.rows, items), weights, accumulate=True)
+    leaves = [hidden.requires_grad_(), *head.parameters()]
+    expected = functional.cross_entropy(head(hidden, head.rows(nodes, texts)), dense, reduction="sum")
+    loss = loss_of(head, hidden, head.rows(nodes, texts), targets, 2)
+    torch.testing.assert_close(loss, expected)
+    for found, gradient in zip(*(torch.autograd.grad(one, leaves) for one in (loss, expected)), strict=True):
+        torch.testing.assert_close(found, gradient)
+
+
+def test_logits_that_no_softmax_tells_from_zero_have_a_finite_loss():
+    """Their share underflows in fp32; its logarithm does not."""
+    hidden, _, _ = example()
+    rows = torch.zeros(ITEMS, WIDTH)
+    bias = torch.tensor([200.0, *[0.0] * (ITEMS - 1)]).requires_grad_()
+    loss = catalogue_cross_entropy(hidden, rows, bias, single_targets(torch.full((POSITIONS,), 1)))
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(200.0 * POSITIONS)
+    assert bias.grad.tolist() == pytest.approx([POSITIONS, -POSITIONS, *[0.0] * (ITEMS - 2)])
+
+
+def test_no_tensor_that_autograd_keeps_grows_with_the_logits():
+    """The memory claim of the docstring: gradients of queries, rows and bias alone are kept."""
+    hidden, nodes, texts = example()
+    head = head_of("linear")
+    queries, rows = head.query(hidden).detach().requires_grad_(), head.rows(nodes, texts).detach().requires_grad_()
     kept = []
-
-    def largest(chunks: int) -> int:
-        kept.clear()
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-            targets = single_targets(torch.arange(POSITIONS))
-            catalogue_cross_entropy(head, hidden.requires_grad_(), rows, targets, chunks)
-        logits = (t for t in kept if t.ndim == 2 and t.shape[1] == ITEMS and t.shape[0] != NODE_WIDTH)
-        return sum(tensor.numel() for tensor in logits)
-
-    assert largest(1) >= POSITIONS * ITEMS
-    assert largest(POSITIONS) == 0
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        matched(queries, rows, head.bias, single_targets(torch.arange(POSITIONS)))
+    assert [tuple(tensor.shape) for tensor in kept] == [(POSITIONS, NODE_WIDTH), (ITEMS, NODE_WIDTH), (ITEMS,)]
 
 
-@pytest.mark.parametrize("chunks", [1, 4])
+def test_evaluation_makes_no_gradients(monkeypatch):
+    hidden, nodes, texts = example()
+    head = head_of("linear")
+    with torch.no_grad():
+        rows = head.rows(nodes, texts)
+        expected = functional.cross_entropy(head(hidden, rows), torch.arange(POSITIONS), reduction="sum")
+        monkeypatch.setattr(torch.Tensor, "addmm_", None)  # what gradients of the rows are added up with
+        loss = head(hidden, rows, single_targets(torch.arange(POSITIONS)))
+    torch.testing.assert_close(loss, expected)
+    assert not loss.requires_grad
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_positions_give_zero_that_still_reaches_the_head(kind, chunks):
+def test_no_positions_give_zero_that_still_reaches_the_head(kind):
     head = head_of(kind)
     _, nodes, texts = example()
     hidden = torch.zeros(0, WIDTH, requires_grad=True)
-    loss = catalogue_cross_entropy(head, hidden, head.rows(nodes, texts), single_targets(torch.zeros(0).long()), chunks)
+    loss = head(hidden, head.rows(nodes, texts), single_targets(torch.zeros(0).long()))
     loss.backward()
     assert loss == 0
     for name, parameter in head.named_parameters():
         assert torch.equal(parameter.grad, torch.zeros_like(parameter)), name
 
 
-def test_loss_is_fp32_where_the_model_is_not():
-    hidden, nodes, texts = (tensor.bfloat16() for tensor in example())
-    head = head_of("linear").bfloat16()
-    loss = catalogue_cross_entropy(head, hidden, head.rows(nodes, texts), single_targets(torch.arange(POSITIONS)), 2)
-    assert loss.dtype == torch.float32
+def test_in_bf16_loss_is_fp32_and_gradients_are_near_those_of_fp32():
+    hidden, nodes, texts = example()
+    head, targets = head_of("linear"), single_targets(torch.arange(POSITIONS))
+    gradients = []
+    for kind in (torch.float32, torch.bfloat16):
+        head = head.to(kind)
+        head.zero_grad()
+        loss = head(hidden.to(kind), head.rows(nodes.to(kind), texts.to(kind)), targets)
+        loss.backward()
+        assert loss.dtype == torch.float32
+        gradients.append({name: parameter.grad.float() for name, parameter in head.named_parameters()})
+        assert all(parameter.grad.dtype == kind for parameter in head.parameters())
+    for name, exact in gradients[0].items():
+        assert (gradients[1][name] - exact).norm() < 0.05 * exact.norm(), name
 
 
 def test_rows_in_fp32_match_hidden_states_that_are_not():

@@ -249,7 +249,7 @@ def faults_worker(rank: int, folder: str) -> None:
     run = RunFolder(Path(folder) / "run")
     if rank == 1:
         run.newest_checkpoint = None
-    state = _resume(two_terms_stage(), LocalEngine(TwoTerms(), EngineConfig()), 0, run, Silent(), 1)
+    state = _resume(two_terms_stage(), LocalEngine(TwoTerms(), EngineConfig()), 0, run, Silent())
     try:
         from_rank_0(lambda: RunFolder(Path(f"{folder}/nothing-{rank}")).config())
     except InputError as error:
@@ -303,7 +303,7 @@ class TwoTerms(nn.Module):
         self.weight = nn.Parameter(torch.zeros(2))
         self.updates, self.passes = 0, 0
 
-    def forward(self, batch: "Numbers", chunks: int) -> torch.Tensor:
+    def forward(self, batch: "Numbers") -> torch.Tensor:
         self.passes += 1
         return torch.stack([batch.things.sum() + self.weight[0], 10.0 * len(batch.things) + self.weight[1]])
 
@@ -338,7 +338,7 @@ def two_terms_stage(epochs: int = 2) -> Stage:
 def test_the_loop_reports_the_terms_of_the_loss(tmp_path):
     local = LocalEngine(TwoTerms(), EngineConfig())
     folder = RunFolder(tmp_path)
-    run_stage(two_terms_stage(), local, 0, folder, Silent(), 1)
+    run_stage(two_terms_stage(), local, 0, folder, Silent())
     for record in folder.history():
         # Eight numbers 0 … 7 in an epoch: their mean, and twice ten.
         assert record["terms"] == pytest.approx({"first": 28 / 8, "second": 80 / 4}, rel=1e-6)
@@ -360,12 +360,12 @@ def test_what_a_model_carries_and_the_sums_of_an_epoch_survive_a_cut(tmp_path, m
 
     monkeypatch.setattr(RunFolder, "save_checkpoint", cut)
     with pytest.raises(KeyboardInterrupt):
-        run_stage(two_terms_stage(), LocalEngine(TwoTerms(), EngineConfig()), 0, folder, Silent(), 1)
+        run_stage(two_terms_stage(), LocalEngine(TwoTerms(), EngineConfig()), 0, folder, Silent())
     monkeypatch.undo()
     state, _ = folder.last_checkpoint("train")
     assert (state.step, state.counts) == (3, [4.0, 2.0])
     local = LocalEngine(TwoTerms(), EngineConfig())
-    run_stage(two_terms_stage(), local, 0, folder, Silent(), 1)
+    run_stage(two_terms_stage(), local, 0, folder, Silent())
     assert local.model.updates == 4
     assert [record["terms"] for record in folder.history()] == [
         pytest.approx({"first": 28 / 8, "second": 80 / 4}, rel=1e-6)
@@ -401,7 +401,7 @@ def test_live_figures_by_hand(tmp_path, every):
         validate=lambda: {"ndcg@3": next(validated)},
         metric="ndcg@3",
     )
-    run_stage(stage, LocalEngine(TwoTerms(), EngineConfig()), 0, RunFolder(tmp_path), reporter, 1)
+    run_stage(stage, LocalEngine(TwoTerms(), EngineConfig()), 0, RunFolder(tmp_path), reporter)
     # Two updates are an epoch, after which it is validated.
     assert sorted(reporter.points) == ([1, 2, 3, 4] if every == 1 else [2, 3, 4])
     for step, values in reporter.points.items():
@@ -418,7 +418,7 @@ def test_live_figures_by_hand(tmp_path, every):
 
 def test_nobody_watches_unless_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "_figures", None)
-    run_stage(two_terms_stage(), LocalEngine(TwoTerms(), EngineConfig()), 0, RunFolder(tmp_path), Silent(), 1)
+    run_stage(two_terms_stage(), LocalEngine(TwoTerms(), EngineConfig()), 0, RunFolder(tmp_path), Silent())
 
 
 @pytest.mark.parametrize(("every", "asked", "saved"), [(-1.0, 8, [3, 4, 8]), (3600.0, 0, [4, 8])])
@@ -437,7 +437,7 @@ def test_a_checkpoint_is_written_when_the_reporter_wants_one(tmp_path, monkeypat
     config = stage.config.model_copy(update={"batch": 2, "checkpoint_every": 99})
     monkeypatch.setattr(RunFolder, "save_checkpoint", lambda self, state, tensors: steps.append(state.step))
     stage, local = replace(stage, config=config), LocalEngine(TwoTerms(), EngineConfig())
-    run_stage(stage, local, 0, RunFolder(tmp_path), reporter, 1)
+    run_stage(stage, local, 0, RunFolder(tmp_path), reporter)
     assert (reporter.asked, steps) == (asked, saved)
 
 
@@ -445,9 +445,9 @@ def test_the_batch_whose_gradient_is_not_finite_is_named(tmp_path):
     """By its numbers in the store, with what was updated before it untouched."""
 
     class Steep(TwoTerms):
-        def forward(self, batch: Numbers, chunks: int) -> torch.Tensor:
+        def forward(self, batch: Numbers) -> torch.Tensor:
             slope = math.inf if 5 in batch.things else 1.0
-            return super().forward(batch, chunks) + (slope * self.weight).nan_to_num() * 0
+            return super().forward(batch) + (slope * self.weight).nan_to_num() * 0
 
     local = LocalEngine(Steep(), EngineConfig())
     stage = replace(two_terms_stage(), made_of="items", numbers=np.arange(8) * 10)
@@ -456,7 +456,7 @@ def test_the_batch_whose_gradient_is_not_finite_is_named(tmp_path):
     folder = RunFolder(tmp_path)
     message = rf"train: the gradient norm is nan in step {place + 1} \(epoch 1\); its 4 items are in \S+json; nothing"
     with pytest.raises(NonFiniteError, match=message):
-        run_stage(stage, local, 0, folder, Silent(), 1)
+        run_stage(stage, local, 0, folder, Silent())
     batch = json.loads(folder.batch_file.read_text())
     assert batch["items"] == (10 * order[place]).tolist()
     assert batch["error"] == "the gradient norm is nan"
@@ -509,7 +509,7 @@ def prepared(tiny_store, tiny_backbone, tmp_path_factory) -> RunConfig:
 
 
 def train(
-    prepared: RunConfig, store, out: Path, micro_batch: int = 12, chunks: int = 1, **settings: object
+    prepared: RunConfig, store, out: Path, micro_batch: int = 12, **settings: object
 ) -> LocalEngine:
     """The engine after a few updates of stage 3 on the real model."""
     source = RunFolder(prepared.out)
@@ -525,7 +525,7 @@ def train(
         lengths=builder.train.lengths[:24],  # two updates
         build=builder.training,
     )
-    run_stage(stage, local, 0, RunFolder(out), Silent(), chunks)
+    run_stage(stage, local, 0, RunFolder(out), Silent())
     return local
 
 
@@ -544,10 +544,6 @@ def plain(prepared, tiny_store, tmp_path_factory) -> LocalEngine:
 @pytest.mark.parametrize("micro_batch", [6, 5])
 def test_an_update_does_not_depend_on_how_its_batch_is_split(prepared, tiny_store, tmp_path, plain, micro_batch):
     assert_same_parameters(plain, train(prepared, tiny_store, tmp_path, micro_batch))
-
-
-def test_an_update_does_not_depend_on_the_chunks_of_its_loss(prepared, tiny_store, tmp_path, plain):
-    assert_same_parameters(plain, train(prepared, tiny_store, tmp_path, chunks=3))
 
 
 def test_activation_checkpointing_gives_the_same_update(prepared, tiny_store, tmp_path, plain):
@@ -576,7 +572,7 @@ def test_a_loss_that_is_not_finite_updates_nothing(prepared, tiny_store, tmp_pat
         r"train: the loss is nan in step 1 \(epoch 1\); its 12 users are in \S+; nothing was updated, lower train\.lr"
     )
     with pytest.raises(NonFiniteError, match=message):
-        run_stage(stage, broken, 0, RunFolder(tmp_path), Silent(), 1)
+        run_stage(stage, broken, 0, RunFolder(tmp_path), Silent())
     assert all(torch.equal(broken.state()[name].nan_to_num(), value.nan_to_num()) for name, value in before.items())
     batch = json.loads((tmp_path / "not_finite.json").read_text())
     users = epoch_order(builder.train.lengths, 12, Draws(0, 2, ORDER, 0))[0]

@@ -111,7 +111,7 @@ def test_a_run_whose_disk_is_full_ends_at_the_next_step(folder, monkeypatch):
     steps, stage = [], two_terms_stage(epochs=4)
     monkeypatch.setattr(folder_module, "save_file", full)
     with pytest.raises(StorageError, match="train-00000003: cannot be written: No space left on device"):
-        run_stage(replace(stage, build=build), LocalEngine(TwoTerms(), EngineConfig()), 0, folder, Silent(), 1)
+        run_stage(replace(stage, build=build), LocalEngine(TwoTerms(), EngineConfig()), 0, folder, Silent())
     assert len(steps) <= 2 * 5
     assert folder.last_checkpoint("train")[0].step == 2
 
@@ -132,5 +132,5 @@ def test_a_checkpoint_before_a_node_goes_away_is_complete_before_the_next_step(f
 
     stage = two_terms_stage()
     stage = replace(stage, config=stage.config.model_copy(update={"checkpoint_every": 99}))
-    run_stage(stage, LocalEngine(TwoTerms(), EngineConfig()), 0, folder, Noticed(), 1)
+    run_stage(stage, LocalEngine(TwoTerms(), EngineConfig()), 0, folder, Noticed())
     assert gate.done == [1, 2, 4]

@@ -1,0 +1,152 @@
+"""Row 7: top-10 lists from a finished run, against generating what to recommend with the same language model."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bench.speed.measure import compared, in_turns, shares, write
+from bench.speed.ready import FEW, beauty, job_config, ready
+from raygrec.data.store import Store
+from raygrec.serve.topk import FinishedRun
+from raygrec.train.assembly import save_model
+from raygrec.train.folder import RunFolder, with_absolute_paths
+
+K = 10
+USERS, GENERATED = 512, 8  # users a round of each side: as many as fill its batches
+ROUNDS = 4
+TITLE, SHOWN_TITLES, SHOWN_TITLE = 24, 8, 12  # tokens of a generated title; titles of a history, and their tokens
+DIGITS, BASE, SHOWN_IDS = 4, 16, 30  # an item as four tokens, as semantic ids are; items of a history
+FIRST_DIGIT = 100  # token ids that stand for digits: any will do
+
+Tokens = list[int]
+
+
+def main() -> None:
+    run = FinishedRun(finished())
+    users = np.random.default_rng(0).permutation(run.store.num_users)
+    names = {"titles": titles(run), "ids": ids(run)}
+    sides: dict[str, Callable[[int], object]] = {"raygrec": lambda number: run.top(part(users, number, USERS), K)}
+    for kind, rows in names.items():
+        sides[kind] = generator(run, kind, rows, users)
+    seconds = in_turns(sides, ROUNDS)
+    tokens = _prompt_tokens(run, part(users, 0, USERS))
+    parameters = sum(p.numel() for name, p in run.model.backbone.named_parameters() if "embed" not in name)
+    flops = 2 * parameters * tokens + 2 * USERS * run.store.num_items * run.model.nodes.width
+    cases = [
+        compared(
+            f"beam search over {what}",
+            seconds,
+            "raygrec",
+            kind,
+            flops,
+            work={"raygrec": USERS, kind: GENERATED},
+            unit="users/s",
+        )
+        for kind, what in (
+            ("titles", f"titles (first {TITLE} tokens)"),
+            ("ids", f"ids of {DIGITS} tokens"),
+        )
+    ]
+    write(
+        "topk",
+        {
+            "row": 7,
+            "title": "Top-10 of the whole catalogue (Amazon Beauty, 12,101 items), a Llama of 260 k parameters",
+            "against": "Hugging Face `generate`, beam 10 constrained by a prefix trie, same language model and users",
+            "target": "≥ 100× users/s",
+            "reached": cases[0]["ratio"]["median"] >= 100,
+            "cases": cases,
+            "where": {"raygrec": shares(lambda: sides["raygrec"](0))},
+        },
+    )
+
+
+def finished() -> Path:
+    """The folder of a run with the small Llama that has ended without a step: lists take as long."""
+    backbone = Path(os.environ["RAYGREC_DATA"]) / "stories260k"
+    settings = [FEW, f"backbone.name={backbone}", "backbone.layers=null"]
+    config = with_absolute_paths(job_config("glta.yaml", beauty(), "topk", *settings))
+    folder = RunFolder(config.out)
+    folder.start(config, resume=True)
+    one = ready("glta.yaml", beauty(), "topk", *settings)
+    trained = {name: p.detach() for name, p in one.model.named_parameters() if p.requires_grad}
+    save_model(one.config, folder, trained)
+    folder.write_metrics({"store": Store.open(one.config.store).fingerprint})
+    return folder.path
+
+
+def part(users: np.ndarray, number: int, count: int) -> np.ndarray:
+    """The first `count` users of a round: each side has the same ones."""
+    start = (number % ROUNDS) * USERS
+    return users[start : start + count]
+
+
+def titles(run: FinishedRun) -> list[Tokens]:
+    rows = run.store.tokens(run.config.backbone.name).titles
+    return [rows[item][:TITLE].tolist() for item in range(len(rows))]
+
+
+def ids(run: FinishedRun) -> list[Tokens]:
+    places = BASE ** np.arange(DIGITS)
+    return (FIRST_DIGIT + np.arange(run.store.num_items)[:, None] // places % BASE).tolist()
+
+
+def generator(run: FinishedRun, kind: str, names: list[Tokens], users: np.ndarray) -> Callable[[int], list[Tokens]]:
+    """Beam search that can only spell an item."""
+    folder = run.config.backbone.name
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    end = tokenizer.eos_token_id
+    trie: dict[int, dict] = {}
+    for name in names:
+        place = trie
+        for token in name:
+            place = place.setdefault(token, {})
+        place[end] = {}
+    lead, ask = (tokenizer.encode(text, add_special_tokens=False) for text in ("history:", "; next:"))
+    count, length = (SHOWN_TITLES, SHOWN_TITLE) if kind == "titles" else (SHOWN_IDS, DIGITS)
+    longest = max(map(len, names))
+
+    def prompt(user: int) -> Tokens:
+        shown = [token for item in run.shown[user][-count:] for token in names[int(item)][:length]]
+        return [tokenizer.bos_token_id, *lead, *shown, *ask]
+
+    def generate(number: int) -> list[Tokens]:
+        prompts = [prompt(int(user)) for user in part(users, number, GENERATED)]
+        width = max(map(len, prompts))
+        read = torch.full((len(prompts), width), end)
+        mask = torch.zeros_like(read)
+        for row, tokens in enumerate(prompts):
+            read[row, width - len(tokens) :] = torch.tensor(tokens)
+            mask[row, width - len(tokens) :] = 1
+
+        def allowed(_: int, written: torch.Tensor) -> Tokens:
+            place = trie
+            for token in written[width:].tolist():
+                place = place.get(token, {})
+            return list(place) or [end]
+
+        with torch.inference_mode():
+            found = model.generate(
+                input_ids=read,
+                attention_mask=mask,
+                max_new_tokens=longest + 1,
+                num_beams=K,
+                num_return_sequences=K,
+                do_sample=False,
+                prefix_allowed_tokens_fn=allowed,
+                pad_token_id=end,
+                eos_token_id=end,
+            )
+        return found[:, width:].tolist()
+
+    return generate
+
+
+def _prompt_tokens(run: FinishedRun, users: np.ndarray) -> int:
+    batch = run.builder.recommending(users, run.shown.take(users), "test", 1)
+    return int((batch.symbols >= 0).sum())

@@ -1,0 +1,442 @@
+"""What a run needs before it is started: memory per GPU under each way to spread it, its speed, hours and cost.
+
+The model is built of tensors without content, from the same classes as a run's, so its parameters are counted, not
+reckoned; so is what autograd keeps of a forward pass. Rates are datasheets' (`accelerators`), the share of them that
+training reaches (MFU) is assumed; both are told.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+
+from raygrec.data.store import Store
+from raygrec.errors import InputError
+from raygrec.graph.lightgcn import NodeEmbeddings
+from raygrec.model.backbone import Backbone, load_tokenizer, positions
+from raygrec.model.galrec import HOPS, GALRec
+from raygrec.model.glta import GLTA, Phrases
+from raygrec.model.head import positions_at_once
+from raygrec.model.prompts import Symbols
+from raygrec.train.accelerators import HOST_ADAM, HOST_LINK, NETWORK, Accelerator
+from raygrec.train.settings import GALRecRun, GLTARun, RunConfig, run_config
+
+GIB = 2**30
+MFU = 0.35  # share of the datasheet's FLOP/s that training reaches, assumed
+RESERVED = 1.5 * GIB  # CUDA, NCCL and what the allocator cannot use, assumed
+BUCKET = 500_000_000  # entries of DeepSpeed's buffer in which gradients meet before they are reduced
+TERM_TOKENS = 4  # of a term of GLTA's texts, assumed
+EMBEDDED = 6  # copies of a prompt's embeddings [T, D] in fp32 that assembling it keeps
+
+
+class Setting(NamedTuple):
+    """A way to spread the state over GPUs."""
+
+    stage: int
+    optimizer: bool = False
+    """The optimizer's state is in the host's memory."""
+    parameters: bool = False
+    """The parameters are too."""
+
+    @property
+    def offload(self) -> str:
+        return "all" if self.parameters else "optim" if self.optimizer else "-"
+
+
+SETTINGS = [Setting(stage) for stage in range(4)] + [
+    Setting(1, True),
+    Setting(2, True),
+    Setting(3, True),
+    Setting(3, True, True),
+]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the data: users, items, and interactions to train on."""
+
+    users: int
+    items: int
+    interactions: int
+    shown: float
+    """Mean length of a history, cut to `max_history`."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What training does, whatever it is spread over.
+
+    total, trained, language_model: parameters, the last without its token table. largest: bytes of the largest module's
+    weights, which ZeRO-3 gathers whole. fixed: bytes of node tables, text vectors, queues and the head's rows. logits:
+    bytes of the logits that stand in memory. prompt: bytes that one user's prompts keep for the backward pass.
+    longest, mean: tokens of a user's prompts. answers: positions with a target. forward: FLOP of a mean user's prompts;
+    passes: how many times as many training takes.
+    """
+
+    total: int
+    trained: int
+    language_model: int
+    largest: int
+    fixed: int
+    logits: int
+    prompt: int
+    longest: int
+    mean: float
+    answers: int
+    forward: float
+    passes: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One setting: bytes per GPU and of the host per GPU, and what it does; `micro` is 0 where nothing fits."""
+
+    stage: int
+    offload: str
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    other: float
+    total: float
+    host: float
+    micro: int
+    tokens_per_second: float
+    hours_per_epoch: float
+    refused: str = ""
+    """Why the config cannot be run so."""
+
+    @property
+    def possible(self) -> bool:
+        return self.micro > 0 and not self.refused
+
+
+def sizes_of(config: RunConfig, users: int | None, items: int | None, interactions: int | None) -> Sizes:
+    """Of the config's store, or as given: all three, where there is no store yet."""
+    given = {"--users": users, "--items": items, "--interactions": interactions}
+    longest = config.model.max_history
+    if all(value is not None for value in given.values()):
+        return Sizes(users, items, interactions, min(interactions / users, longest))
+    if any(value is not None for value in given.values()):
+        missing = next(name for name, value in given.items() if value is None)
+        raise InputError(f"{missing} is missing: --users, --items and --interactions stand in for a store together")
+    try:
+        store = Store.open(config.store)
+    except InputError as error:
+        raise InputError(f"{error}, or give --users, --items and --interactions") from None
+    train = store.interactions("train")
+    shown = float(np.minimum(train.lengths, longest).mean())
+    return Sizes(store.num_users, store.num_items, len(train.indices), shown)
+
+
+def plan(
+    config: RunConfig,
+    sizes: Sizes,
+    gpus: int,
+    gpu: Accelerator,
+    price: float | None = None,
+    mfu: float = MFU,
+) -> dict[str, Any]:
+    """The estimates of all settings, and which would be chosen: the fastest, and of equally fast ones the simplest."""
+    work = work_of(config, sizes)
+    estimates = [estimate(config, sizes, work, setting, gpus, gpu, mfu) for setting in SETTINGS]
+    possible = [one for one in estimates if one.possible]
+    best = max((one.tokens_per_second for one in possible), default=0.0)
+    chosen = next((one for one in possible if one.tokens_per_second > 0.98 * best), None)
+    found: dict[str, Any] = {
+        "recipe": config.recipe,
+        "sizes": asdict(sizes),
+        "gpus": gpus,
+        "gpu": asdict(gpu),
+        "precision": config.engine.precision,
+        "batch": config.train.batch,
+        "epochs": config.train.epochs,
+        "rates": f"datasheet: {gpu.rate(config.engine.precision) / 1e12:g} TFLOP/s",
+        "mfu": mfu,
+        "work": asdict(work),
+        "settings": [asdict(one) for one in estimates],
+        "choice": asdict(chosen) if chosen else None,
+    }
+    if chosen and price is not None:
+        found["cost_per_epoch"] = chosen.hours_per_epoch * gpus * price
+    return found
+
+
+def estimate(
+    config: RunConfig, sizes: Sizes, work: Work, setting: Setting, gpus: int, gpu: Accelerator, mfu: float
+) -> Estimate:
+    """Memory, speed and hours of one setting."""
+    held, host = state_bytes(work, setting, gpus, 2 if config.engine.precision == "bf16" else 4)
+    static = sum(held.values()) + work.fixed + work.logits + RESERVED
+    share = -(-config.train.batch // gpus)
+    micro = int(min(max((gpu.memory * GIB - static) // work.prompt, 0), share))
+    rate = _tokens_per_second(config, work, setting, gpus, gpu, mfu, max(micro, 1))
+    activations = max(micro, 1) * work.prompt
+    return Estimate(
+        setting.stage,
+        setting.offload,
+        held["weights"],
+        held["gradients"],
+        held["optimizer"],
+        activations,
+        work.fixed + work.logits + RESERVED,
+        static + activations,
+        host,
+        micro,
+        rate,
+        sizes.users * work.mean / rate / 3600,
+        _refusal(config, setting),
+    )
+
+
+def state_bytes(work: Work, setting: Setting, gpus: int, width: int) -> tuple[dict[str, float], float]:
+    """(bytes per GPU of weights, gradients and optimizer, bytes of the host's memory per GPU) under DeepSpeed.
+
+    width: bytes of a weight in the model. Adam keeps two fp32 moments (8 bytes) of each trained parameter, and but
+    for fp32 without ZeRO an fp32 copy of it (4 bytes).
+    """
+    stage, trained = setting.stage, work.trained
+    share = 1 if stage == 0 else 1 / gpus
+    copies = 0 if stage == 0 and width == 4 else 4
+    bucket = width * BUCKET if stage and gpus > 1 else 0
+    held = {
+        "weights": width * work.total * (1 / gpus if stage == 3 else 1) + (work.largest if stage == 3 else 0),
+        "gradients": width * trained * (share if stage >= 2 else 1) + bucket,
+        "optimizer": (8 + copies) * trained * share,
+    }
+    if stage == 0 and width == 2:
+        held["gradients"] += 4 * trained  # added up in fp32
+    host = 0.0
+    if setting.optimizer:
+        host += held["optimizer"] + 4 * trained * share
+        held["optimizer"] = 0.0
+        held["gradients"] = bucket + (width * trained if stage == 1 else 0)
+    if setting.parameters:
+        host += width * work.total / gpus
+        held["weights"] = work.largest
+    return held, host
+
+
+def _tokens_per_second(
+    config: RunConfig, work: Work, setting: Setting, gpus: int, gpu: Accelerator, mfu: float, micro: int
+) -> float:
+    """Of all GPUs, padding left out; computing and communicating do not overlap."""
+    width = 2 if config.engine.precision == "bf16" else 4
+    users = config.train.batch / gpus
+    pieces = -(-users // micro)
+    seconds = users * work.passes * work.forward / (gpu.rate(config.engine.precision) * mfu)
+    link = 1e9 * (gpu.link if gpus <= gpu.node else min(gpu.link, NETWORK))
+    others = (gpus - 1) / gpus
+    moved = 2 * width * work.trained * others
+    if setting.stage == 3:  # all weights forward and backward, in every pass; gradients once
+        moved = others * width * (2 * work.total * pieces + work.trained * pieces)
+    seconds += moved / link
+    share = 1 / gpus
+    if setting.optimizer:
+        seconds += share * work.trained * (2 * width / HOST_LINK + 28 / HOST_ADAM) / 1e9
+    if setting.parameters:
+        seconds += share * 2 * width * work.total * pieces / (HOST_LINK * 1e9)
+    return config.train.batch * work.mean / seconds
+
+
+def _refusal(config: RunConfig, setting: Setting) -> str:
+    """Why this config cannot be run so, in the words of its own checks."""
+    content = config.model_dump(mode="json")
+    content["engine"] |= {
+        "zero_stage": setting.stage,
+        "offload_optimizer": setting.optimizer,
+        "offload_parameters": setting.parameters,
+    }
+    try:
+        run_config(content, "plan")
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def work_of(config: RunConfig, sizes: Sizes) -> Work:
+    """Counts a model without content; `InputError` where there is none to count."""
+    if not isinstance(config, GLTARun | GALRecRun):
+        raise InputError(f"recipe {config.recipe}: a plan is of recipes with a language model, glta or galrec")
+    longest, mean, answers, per_user = _prompts(config, sizes)
+    with torch.device("meta"):
+        model = _model(config, sizes)
+    kept = _kept(model.backbone, config, longest)
+    table = model.backbone.model.get_input_embeddings().weight
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    language_model = sum(p.numel() for p in model.backbone.parameters()) - table.numel()
+    wide = 2 if config.engine.precision == "bf16" else 4
+    width, rows = model.backbone.width, sizes.items * model.nodes.width
+    layers = model.backbone.model.config.num_hidden_layers
+    text = (model.item_texts.shape[1] if model.item_texts is not None else 0) + model.nodes.width
+    fixed = sum(b.nbytes for b in model.buffers()) + 4 * 4 * rows  # R, and its gradient as the head makes it
+    if isinstance(model, GALRec):
+        fixed += 2 * config.model.contrast.queue * (4 * width + 8)
+        fixed += 4 * trained if model.slow is not None else 0
+    prompt = per_user * (kept + EMBEDDED * 4 * longest * width) + answers * 4 * (4 * width + 4 * model.nodes.width)
+    forward = per_user * mean * (2 * language_model + 4 * layers * width * mean)
+    forward += answers * 2 * rows + sizes.items * 2 * text * model.nodes.width / config.train.micro_batch
+    frozen = isinstance(config, GLTARun) or config.model.tuning != "full"
+    return Work(
+        total,
+        trained,
+        language_model,
+        wide * max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules()),
+        int(fixed),
+        3 * 4 * sizes.items * positions_at_once(sizes.items),
+        int(prompt),
+        longest,
+        per_user * mean,
+        answers,
+        forward,
+        (2 if frozen else 3) + config.engine.activation_checkpointing,
+    )
+
+
+def _prompts(config: GLTARun | GALRecRun, sizes: Sizes) -> tuple[int, float, int, float]:
+    """(tokens of the longest prompt, of a mean one, answers of the longest, prompts per user) of the last stage."""
+    model = config.model
+    if isinstance(config, GALRecRun):
+        longest = model.longest_prompt
+        per_item, answers, per_user = 1 + model.title_tokens, model.max_history + 1, 1 + model.contrast.items
+    else:
+        words = Phrases(load_tokenizer(config.backbone.name), model)
+        texts = [words.profile] * model.texts.profile + [words.prediction] * model.texts.prediction
+        tokens = [words.begin, words.instruction, *texts, words.user, words.answer]
+        longest = sum(map(len, tokens)) + len(texts) * model.texts.terms * TERM_TOKENS
+        longest += model.max_history + (model.user_token != "none") + model.slots
+        per_item, answers, per_user = 1, model.max_history * model.history_loss + model.slots, 1.0
+    known = positions(config.backbone.name)
+    if known is not None and longest > known:
+        raise InputError(
+            f"model.max_history={model.max_history} makes prompts of up to {longest} tokens; "
+            f"backbone '{config.backbone.name}' reads {known}"
+        )
+    return longest, longest - per_item * (model.max_history - sizes.shown), answers, per_user
+
+
+def _model(config: GLTARun | GALRecRun, sizes: Sizes) -> GLTA | GALRec:
+    """The model as its last stage trains it."""
+    users, items, width, folds = sizes.users, sizes.items, config.graph.dim, config.graph.folds
+    nodes = NodeEmbeddings(
+        users=torch.empty(users, width),
+        items=torch.empty(items, width),
+        users_ego=torch.empty(users, width),
+        items_inductive=torch.empty(items, width),
+        fold_of=torch.empty(users, dtype=torch.int64),
+        fold_items=torch.empty(folds, items, width),
+        fold_shares=torch.empty(folds, items, width),
+    )
+    backbone = Backbone(config.backbone.model_copy(update={"pretrained": False}))
+    texts = torch.empty(items, backbone.width) if config.reads_texts else None
+    if isinstance(config, GALRecRun):
+        symbols = Symbols(backbone.vocabulary, items, users, HOPS)
+        return GALRec(config.model, backbone, symbols, nodes, texts, 1.0)
+    symbols = Symbols(backbone.vocabulary, items, users, config.model.slots)
+    model = GLTA(config.model, backbone, symbols, nodes, texts, 1.0)
+    model.train_stage_3(bool(config.model.item_alignment and config.alignment.epochs))
+    return model
+
+
+def _kept(backbone: Backbone, config: RunConfig, length: int) -> int:
+    """Bytes that autograd keeps of the language model's forward pass over one prompt of `length` tokens.
+
+    With activation checkpointing these are each layer's input, and all of one layer.
+    """
+    bf16 = config.engine.precision == "bf16"
+    kind = torch.bfloat16 if bf16 else torch.float32
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with (
+        FakeTensorMode(),
+        torch.autograd.graph.saved_tensors_hooks(pack, nn.Identity()),
+        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+    ):
+        weights = {
+            name: torch.empty(p.shape, dtype=kind).requires_grad_(p.requires_grad)
+            for name, p in backbone.named_parameters()
+        }
+        buffers = {name: torch.empty(buffer.shape, dtype=buffer.dtype) for name, buffer in backbone.named_buffers()}
+        own = {tensor.untyped_storage()._cdata for tensor in (*weights.values(), *buffers.values())}
+        embeds = torch.zeros(1, length, backbone.width, dtype=kind, requires_grad=True)
+        functional_call(backbone, weights | buffers, (embeds, torch.ones(1, length, length, dtype=torch.bool)))
+    total = sum(storage.nbytes() for storage in kept.values())
+    if config.engine.activation_checkpointing:
+        layers = backbone.model.config.num_hidden_layers
+        return layers * embeds.nbytes + total // layers
+    return total
+
+
+def table(found: dict[str, Any]) -> list[str]:
+    """The plan as lines of at most 80 columns, GiB per GPU."""
+    work, sizes = found["work"], found["sizes"]
+    lines = [
+        f"{found['recipe']}: {sizes['users']:,} users, {sizes['items']:,} items, "
+        f"{sizes['interactions']:,} interactions; batch {found['batch']}",
+        f"parameters: {_count(work['total'])}, trained {_count(work['trained'])}; longest prompt "
+        f"{work['longest']} tokens",
+        f"{found['gpus']} GPUs of {found['gpu']['memory']:g} GiB, {found['precision']}, {found['rates']}; "
+        f"MFU {found['mfu']:.0%} assumed",
+        "",
+        "  ZeRO offload weights  grads  optim  activ  other   total   host micro    epoch",
+    ]
+    for one in found["settings"]:
+        chosen = "→" if one == found["choice"] else " "
+        sizes_of_parts = [one[key] / GIB for key in ("weights", "gradients", "optimizer", "activations", "other")]
+        cells = "".join(f"{value:{width}.2f}" for value, width in zip(sizes_of_parts, (7, 7, 7, 7, 7), strict=True))
+        speed = "refused" if one["refused"] else _duration(one["hours_per_epoch"]) if one["micro"] else "no room"
+        lines.append(
+            f"{chosen} {one['stage']:>4} {one['offload']:<7}{cells}{one['total'] / GIB:8.2f}"
+            f"{one['host'] / GIB:7.2f}{one['micro']:6d}{speed:>9}"
+        )
+    lines += ["GiB per GPU at the largest micro-batch that fits; host: of its memory, per GPU"]
+    return lines + _verdict(found)
+
+
+def _verdict(found: dict[str, Any]) -> list[str]:
+    best = found["choice"]
+    if best is None:
+        fixed, room = found["work"]["fixed"] / GIB, found["gpu"]["memory"]
+        if fixed > room / 2:
+            return [
+                f"nothing fits: every GPU holds {fixed:.0f} GiB of node tables, text vectors and head rows,",
+                "which no ZeRO stage spreads: model.text_vectors=false, a smaller graph.dim",
+            ]
+        return ["nothing fits: more GPUs, engine.activation_checkpointing=true, or fewer max_history"]
+    setting = [f"engine.zero_stage={best['stage']}"]
+    setting += ["engine.offload_optimizer=true"] if best["offload"] != "-" else []
+    setting += ["engine.offload_parameters=true"] if best["offload"] == "all" else []
+    hours = best["hours_per_epoch"]
+    lines = [
+        f"choose: {' '.join(setting)} train.micro_batch={best['micro']}",
+        f"then {_count(best['tokens_per_second'])} tokens/s, {_duration(hours)} an epoch, "
+        f"{_duration(hours * found['epochs'])} for {found['epochs']} epochs at most",
+    ]
+    if "cost_per_epoch" in found:
+        lines.append(f"cost: {found['cost_per_epoch']:,.2f} USD an epoch")
+    return lines
+
+
+def _duration(hours: float) -> str:
+    for letter, size in (("h", 1.0), ("min", 60.0)):
+        if hours * size >= 1:
+            return f"{hours * size:.3g} {letter}"
+    return f"{hours * 3600:.2g} s"
+
+
+def _count(value: float) -> str:
+    for letter, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {letter}"
+    return f"{value:.0f}"

@@ -1,0 +1,245 @@
+"""Plans: parameters against real models, bytes by hand, the choice, and what is refused."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from raygrec.cli import main
+from raygrec.errors import InputError
+from raygrec.train.accelerators import ACCELERATORS, Accelerator, accelerator
+from raygrec.train.assembly import build_model, build_prompts, prepare_run
+from raygrec.train.engine import LocalEngine
+from raygrec.train.folder import RunFolder
+from raygrec.train.plan import (
+    BUCKET,
+    GIB,
+    SETTINGS,
+    Setting,
+    Sizes,
+    Work,
+    estimate,
+    plan,
+    sizes_of,
+    state_bytes,
+    table,
+    work_of,
+)
+from raygrec.train.settings import RunConfig, run_config
+from tests.train.workers import tiny_config, tiny_galrec_config, tiny_sequential_config
+
+H100 = ACCELERATORS["H100"]
+WORK = Work(
+    total=1000,
+    trained=400,
+    language_model=900,
+    largest=50,
+    fixed=10,
+    logits=20,
+    prompt=30,
+    longest=9,
+    mean=6.0,
+    answers=3,
+    forward=1e6,
+    passes=3,
+)
+
+
+def config_of(recipe: str, store, backbone: Path, out: Path, **changes: object) -> RunConfig:
+    make = {"glta": tiny_config, "galrec": tiny_galrec_config}[recipe]
+    return make(store.path, backbone, out, **changes)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes"),
+    [
+        ("glta", {}),
+        ("glta", {"model": {"head": "tied", "tune_items": False, "user_token": "id"}}),
+        ("galrec", {}),
+        ("galrec", {"model": {"tuning": "lora", "contrast": {"momentum": 0.9}}}),
+        ("galrec", {"model": {"tuning": "frozen", "text_vectors": False, "title_tokens": 2}}),
+    ],
+)
+def test_parameters_and_tables_are_those_of_the_real_model(recipe, changes, tiny_store, tiny_backbone, tmp_path):
+    config = config_of(recipe, tiny_store, tiny_backbone, tmp_path / "run", **changes)
+    folder = RunFolder(config.out)
+    folder.start(config, resume=False)
+    prepare_run(config, folder)
+    prompts = build_prompts(config, tiny_store, folder)
+    model = build_model(config, tiny_store, prompts, folder, distributed=False)
+    if recipe == "glta":
+        model.train_stage_3(aligned=True)
+    work = work_of(config, sizes_of(config, None, None, None))
+    assert work.total == sum(parameter.numel() for parameter in model.parameters())
+    assert work.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert work.fixed >= sum(buffer.nbytes for buffer in model.buffers())
+    # Adam's two moments in fp32, as the optimizer really makes them.
+    engine = LocalEngine(model, config.engine)
+    for parameter in (p for group in engine.optimizer.param_groups for p in group["params"]):
+        parameter.grad = torch.zeros_like(parameter)
+    engine.update(0.0)
+    moments = sum(
+        value.nbytes
+        for state in engine.optimizer.state.values()
+        for kind, value in state.items()
+        if kind.startswith("exp_avg")
+    )
+    assert state_bytes(work, Setting(0), 1, 4)[0]["optimizer"] == moments
+
+
+@pytest.mark.parametrize("recipe", ["glta", "galrec"])
+def test_no_prompt_is_longer_than_the_longest(recipe, tiny_store, tiny_backbone, tmp_path):
+    import numpy as np
+
+    from raygrec.draws import Draws
+
+    config = config_of(recipe, tiny_store, tiny_backbone, tmp_path / "run")
+    folder = RunFolder(config.out)
+    folder.start(config, resume=False)
+    prepare_run(config, folder)
+    prompts = build_prompts(config, tiny_store, folder)
+    found = work_of(config, sizes_of(config, None, None, None))
+    batch = prompts.training(np.flatnonzero(prompts.train.lengths >= 2), Draws(0))
+    assert batch.symbols.shape[1] <= found.longest
+    assert len(batch.answers) <= found.answers * len(prompts.train)
+
+
+def test_state_by_hand():
+    """1000 parameters of which 400 are trained, on 4 GPUs. fp32: 4 bytes each; Adam: two moments of 4, and a copy."""
+    by_stage = {stage: state_bytes(WORK, Setting(stage), 4, 4)[0] for stage in range(4)}
+    assert by_stage[0] == {"weights": 4000, "gradients": 1600, "optimizer": 3200}
+    assert by_stage[1] == {"weights": 4000, "gradients": 1600 + 4 * BUCKET, "optimizer": 1200}
+    assert by_stage[2] == {"weights": 4000, "gradients": 400 + 4 * BUCKET, "optimizer": 1200}
+    assert by_stage[3] == {"weights": 1000 + 50, "gradients": 400 + 4 * BUCKET, "optimizer": 1200}
+
+
+def test_state_in_bf16_by_hand():
+    """2 bytes a weight, an fp32 copy of what is trained; without ZeRO its gradient is added up in fp32 besides."""
+    assert state_bytes(WORK, Setting(0), 4, 2)[0] == {"weights": 2000, "gradients": 800 + 1600, "optimizer": 4800}
+    assert state_bytes(WORK, Setting(2), 4, 2)[0] == {
+        "weights": 2000,
+        "gradients": 200 + 2 * BUCKET,
+        "optimizer": 1200,
+    }
+
+
+def test_what_is_offloaded_is_in_the_hosts_memory():
+    held, host = state_bytes(WORK, Setting(2, True), 4, 2)
+    assert held == {"weights": 2000, "gradients": 2 * BUCKET, "optimizer": 0}
+    assert host == 1200 + 400  # 12 bytes of a quarter of 400, and their gradients in fp32
+    held, host = state_bytes(WORK, Setting(3, True, True), 4, 2)
+    assert held == {"weights": 50, "gradients": 2 * BUCKET, "optimizer": 0}
+    assert host == 1200 + 400 + 500
+
+
+def config_with(**changes: object) -> RunConfig:
+    return run_config({"recipe": "galrec", "store": "s", "out": "o", **changes}, "test")
+
+
+SIZES = Sizes(users=1000, items=500, interactions=9000, shown=8.0)
+
+
+def test_the_micro_batch_is_what_room_is_left_for():
+    """Room for exactly seven prompts, and for a hair less; and never more than a GPU's share of the batch."""
+    config = config_with(train={"batch": 64})
+    roomy = Accelerator(1000.0, 1.0, 1.0, 1.0)
+    work = replace(WORK, prompt=GIB)
+    static = estimate(config, SIZES, work, Setting(0), 2, roomy, 0.5).total - 32 * GIB
+    for more, micro in ((7 * GIB, 7), (7 * GIB - 2**20, 6), (0, 0), (100 * GIB, 32)):
+        gpu = replace(roomy, memory=(static + more) / GIB)
+        assert estimate(config, SIZES, work, Setting(0), 2, gpu, 0.5).micro == micro
+
+
+def test_time_by_hand():
+    """One GPU, nothing to send: batch · passes · forward / (rate · MFU)."""
+    config = config_with(train={"batch": 64})
+    gpu = Accelerator(80.0, 2.0, 1.0, 100.0)
+    one = estimate(config, SIZES, WORK, Setting(0), 1, gpu, 0.25)
+    seconds = 64 * 3 * 1e6 / (1e12 * 0.25)
+    assert one.tokens_per_second == pytest.approx(64 * 6 / seconds)
+    assert one.hours_per_epoch == pytest.approx(1000 * 6 / one.tokens_per_second / 3600)
+    two = estimate(config, SIZES, WORK, Setting(0), 2, gpu, 0.25)
+    seconds = 32 * 3 * 1e6 / (1e12 * 0.25) + 2 * 4 * 400 * 0.5 / 100e9
+    assert two.tokens_per_second == pytest.approx(64 * 6 / seconds)
+
+
+def test_the_choice_is_the_simplest_that_fits(tiny_store, tiny_backbone, tmp_path):
+    """With all the room there is, ZeRO 0; with room for less, a higher stage or offload; with none, nothing."""
+    config = config_of("galrec", tiny_store, tiny_backbone, tmp_path)
+    sizes = sizes_of(config, None, None, None)
+    found = plan(config, sizes, 8, H100, price=2.0)
+    assert (found["choice"]["stage"], found["choice"]["offload"]) == (0, "-")
+    assert found["cost_per_epoch"] == pytest.approx(found["choice"]["hours_per_epoch"] * 8 * 2.0)
+    large = config.model_copy(update={"graph": config.graph.model_copy(update={"dim": 4096})})
+    sizes = replace(sizes, items=300_000)  # of which each has an offset, a row and their moments
+    totals = {(one["stage"], one["offload"]): one["total"] for one in plan(large, sizes, 8, H100)["settings"]}
+    assert totals[3, "all"] < totals[3, "-"] < totals[2, "-"] < totals[1, "-"] < totals[0, "-"]
+    middle = (totals[0, "-"] + totals[1, "-"]) / 2 / GIB
+    assert plan(large, sizes, 8, replace(H100, memory=middle))["choice"]["stage"] in (1, 2)
+    none = plan(large, sizes, 8, replace(H100, memory=1.0))
+    assert none["choice"] is None
+    assert any(line.startswith("nothing fits") for line in table(none))
+
+
+def test_what_the_config_refuses_is_not_chosen(tiny_store, tiny_backbone, tmp_path):
+    config = config_of("galrec", tiny_store, tiny_backbone, tmp_path, engine={"precision": "bf16"})
+    found = plan(config, sizes_of(config, None, None, None), 2, H100)
+    refused = [one["stage"] for one in found["settings"] if one["refused"]]
+    assert set(refused) == {3}
+
+
+def test_checkpointing_keeps_less_and_computes_more(tiny_store, tiny_backbone, tmp_path):
+    config = config_of("galrec", tiny_store, tiny_backbone, tmp_path)
+    sizes = sizes_of(config, None, None, None)
+    plain = work_of(config, sizes)
+    engine = config.engine.model_copy(update={"activation_checkpointing": True})
+    less = work_of(config.model_copy(update={"engine": engine}), sizes)
+    assert less.prompt < plain.prompt
+    assert less.passes == plain.passes + 1
+
+
+def test_the_table_fits_80_columns(tiny_store, tiny_backbone, tmp_path):
+    config = config_of("galrec", tiny_store, tiny_backbone, tmp_path)
+    lines = table(plan(config, sizes_of(config, None, None, None), 512, H100, 3.5))
+    assert max(map(len, lines)) <= 80
+    assert sum(line.startswith("→") for line in lines) == 1
+    assert len([line for line in lines if line[5:6].isdigit() and line[1:5].isspace()]) == len(SETTINGS)
+
+
+def test_gpus_are_known_by_name():
+    assert accelerator("h100") is H100
+    with pytest.raises(InputError, match=r"--gpu-type H10: expected one of H100, .*; the nearest known key is 'H100'"):
+        accelerator("H10")
+
+
+def test_sizes_stand_in_for_a_store(tiny_store, tiny_backbone, tmp_path):
+    config = config_of("glta", tiny_store, tiny_backbone, tmp_path)
+    assert sizes_of(config, 10, 20, 30) == Sizes(10, 20, 30, 3.0)
+    assert sizes_of(config, 10, 20, 30_000).shown == config.model.max_history
+    of_store = sizes_of(config, None, None, None)
+    assert (of_store.users, of_store.items) == (48, 24)
+    with pytest.raises(InputError, match="--interactions is missing"):
+        sizes_of(config, 10, 20, None)
+    with pytest.raises(InputError, match="or give --users, --items and --interactions"):
+        sizes_of(config.model_copy(update={"store": tmp_path / "none"}), None, None, None)
+
+
+def test_recipes_without_a_language_model_have_no_plan(tiny_store, tiny_backbone, tmp_path):
+    config = tiny_sequential_config(tiny_store.path, tiny_backbone, tmp_path)
+    with pytest.raises(InputError, match="recipe sequential: a plan is of recipes with a language model"):
+        work_of(config, sizes_of(config, None, None, None))
+
+
+def test_the_command(tiny_store, tiny_backbone, tmp_path, capsys):
+    job = tmp_path / "job.yaml"
+    job.write_text(f"recipe: galrec\nstore: {tiny_store.path}\nout: o\nbackbone: {{name: {tiny_backbone}}}\n")
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", str(job), "--gpus", "4", "--gpu-type", "L4", "--price", "1", "--json"])
+    assert ended.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", str(job), "--gpu-type", "X1"])
+    assert ended.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
