@@ -244,14 +244,20 @@ def check_resources(cluster: ClusterConfig, trials: int = 0) -> None:
         )
 
 
+def put_up_board() -> Any:
+    """A board where the driver is, and nowhere else: on a node that is lost, it would take the run with it."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    lasting = {"max_restarts": -1, "max_task_retries": -1}
+    return ray.remote(num_cpus=0, scheduling_strategy=here, **lasting)(Board).remote()
+
+
 class RunOnWorkers:
     """A run on Ray Train workers, which goes on in the background until `finish` is called."""
 
     def __init__(self, config: RunConfig, folder: RunFolder, controller_failures: int = 3) -> None:
         """controller_failures: how often the workers may find no place before the run is given up; −1: they wait."""
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         self.folder = folder
-        self.board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
+        self.board = put_up_board()
         self._watch = Watch(self.board, config.cluster.stall_seconds, tell)
         self._raised: list[BaseException] = []
         trainer = _trainer(config, folder, self.board, controller_failures)

@@ -116,6 +116,18 @@ def test_the_board_keeps_the_last_word_of_each_task():
     assert board.take() == []
 
 
+def test_the_board_comes_back_where_the_driver_is(local_ray):
+    """Workers ask it before they begin: without it, no restart of theirs would help."""
+    ray = launcher.ray
+    board = launcher.put_up_board()
+    assert ray.get(board.failed.remote()) is None
+    ray.kill(board, no_restart=False)
+    assert ray.get(board.failed.remote(), timeout=60) is None
+    place = ray.get(board.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id()))
+    assert place == ray.get_runtime_context().get_node_id()
+    ray.kill(board)
+
+
 def test_the_board_keeps_the_first_failure():
     board = launcher.Board()
     assert board.failed() is None
