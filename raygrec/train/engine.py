@@ -131,7 +131,7 @@ def loading(config: EngineConfig, distributed: bool) -> Iterator[None]:
     if not (distributed and config.zero_stage == 3):
         yield
         return
-    _quiet_deepspeed()
+    _import_deepspeed()
     from transformers.integrations import HfDeepSpeedConfig
 
     handle = HfDeepSpeedConfig(_deepspeed_settings(config, accumulation=1))
@@ -231,7 +231,7 @@ class DeepSpeedEngine:
     """DeepSpeed over the current process group."""
 
     def __init__(self, model: nn.Module, config: EngineConfig, accumulation: int) -> None:
-        _quiet_deepspeed()
+        _import_deepspeed()
         import deepspeed
 
         self.config = config
@@ -379,10 +379,13 @@ def _deepspeed_settings(config: EngineConfig, accumulation: int) -> dict[str, ob
     }
 
 
-def _quiet_deepspeed() -> None:
-    """DeepSpeed logs at INFO from its import on, and warns of what a CPU machine lacks."""
+def _import_deepspeed() -> None:
+    """DeepSpeed without what it logs from its import on and what it compiles on a CPU machine."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     warnings.filterwarnings("ignore", module="deepspeed")
-    import deepspeed  # noqa: F401
+    import deepspeed
 
+    # Its all-reduce in shared memory is for inference alone, and would be compiled at the first start on a machine,
+    # under a lock that a process killed meanwhile leaves behind for good: every later start there would hang.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

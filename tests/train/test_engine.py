@@ -1,5 +1,6 @@
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -281,6 +282,20 @@ def test_a_gradient_that_is_not_finite_updates_nothing_under_any_zero_stage(two_
         for case, (same, message) in found.items():
             assert message.startswith("the gradient norm is "), (case, message)
             assert same, case
+
+
+def starting_worker(rank: int, folder: str) -> None:
+    os.environ["TORCH_EXTENSIONS_DIR"] = folder
+    made = make_engine(Parts(), EngineConfig(), 1, True)
+    made.backward(made.loss(torch.tensor([1.0, -2.0, 3.0])), last=True)
+    made.update(LR)
+
+
+def test_a_lock_that_a_killed_compiler_left_behind_holds_nobody_up(tmp_path):
+    for name in ("deepspeed_shm_comm", "py311_cpu/deepspeed_shm_comm"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "lock").touch()
+    run_ranks(starting_worker, 1, str(tmp_path), seconds=60)
 
 
 # ---- the loop around an engine
