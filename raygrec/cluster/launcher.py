@@ -8,7 +8,6 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,11 +28,10 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 import ray
 from ray import train
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.execution.callback import ControllerCallback
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raygrec.cluster.board import Failure, Introduction, put_up_board
 from raygrec.cluster.gauges import Gauges
-from raygrec.cluster.heartbeat import Heart, Pulses, Watch
+from raygrec.cluster.heartbeat import Heart, Watch
 from raygrec.cluster.task import as_task, where_there_is_room
 
 T = TypeVar("T")
@@ -55,56 +53,6 @@ class WorkerError(RuntimeError):
     def __init__(self, message: str, recurs: bool = False) -> None:
         super().__init__(message)
         self.recurs = recurs
-
-
-@dataclass(frozen=True)
-class Failure:
-    """What a worker raised that every restart would raise again."""
-
-    wrong_input: bool
-    message: str
-    trace: str
-
-
-class Board(Pulses):
-    """An actor that holds what rank 0 last said, for the driver to draw, what ended the run, and the heartbeats."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[tuple[str, int, int, str]] = []
-        self.failure: Failure | None = None
-        self.controller: Any = None
-
-    def tell(self, task: str, done: int, total: int, note: str) -> None:
-        if self.lines and self.lines[-1][0] == task and self.lines[-1][1] < self.lines[-1][2]:
-            self.lines.pop()
-        self.lines.append((task, done, total, note))
-
-    def take(self) -> list[tuple[str, int, int, str]]:
-        lines, self.lines = self.lines, []
-        return lines
-
-    def fail(self, failure: Failure) -> None:
-        self.failure = self.failure or failure
-
-    def failed(self) -> Failure | None:
-        return self.failure
-
-    def controlled_by(self, controller: Any) -> None:
-        self.controller = controller
-
-    def controlled(self) -> Any:
-        return self.controller
-
-
-class Introduction(ControllerCallback):
-    """Tells the board who controls the workers: Ray Train's own way to end a run is for Ctrl-C alone."""
-
-    def __init__(self, board: Any) -> None:
-        self.board = board
-
-    def after_controller_start(self, train_run_context: Any) -> None:
-        self.board.controlled_by.remote(ray.get_runtime_context().current_actor)
 
 
 class RayReporter:
@@ -242,13 +190,6 @@ def check_resources(cluster: ClusterConfig, trials: int = 0) -> None:
             f"a sweep's trials sit on the resource '{DRIVER}', and the cluster has none; start its head with "
             f"--resources='{{\"{DRIVER}\": {trials}}}'"
         )
-
-
-def put_up_board() -> Any:
-    """A board where the driver is, and nowhere else: on a node that is lost, it would take the run with it."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    lasting = {"max_restarts": -1, "max_task_retries": -1}
-    return ray.remote(num_cpus=0, scheduling_strategy=here, **lasting)(Board).remote()
 
 
 class RunOnWorkers:

@@ -80,15 +80,23 @@ class NegativeQueue:
         self._oldest = (self._oldest + len(rows_ND)) % length
 
     def state(self) -> dict[str, torch.Tensor]:
-        """`rows` fp32 [K, D] and `ids` int64 [K], on the CPU: all that a checkpoint needs."""
-        return {"rows": self.rows().cpu(), "ids": self.ids().cpu()}
+        """`rows` fp32 [K, D] and `ids` int64 [K] in the order of their places, and `oldest` []; copies, on the CPU.
+
+        Rows keep their places, so that sums over them keep their order, and a resumed run its last bit.
+        """
+        return {
+            "rows": self._rows_KD.cpu().clone(),
+            "ids": self._ids_K.cpu().clone(),
+            "oldest": torch.tensor(self._oldest),
+        }
 
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """The inverse of `state`; raises ValueError where length or width differ from this queue's."""
         if tensors["rows"].shape != self._rows_KD.shape:
             found, wanted = list(tensors["rows"].shape), list(self._rows_KD.shape)
             raise ValueError(f"the stored queue has [length, width] {found}, this run's has {wanted}")
-        self._rows_KD, self._ids_K, self._oldest = tensors["rows"].clone(), tensors["ids"].clone(), 0
+        self._rows_KD, self._ids_K = tensors["rows"].clone(), tensors["ids"].clone()
+        self._oldest = int(tensors["oldest"])
 
 
 class MomentumCopy:

@@ -458,7 +458,7 @@ class GALRec(nn.Module):
 
     def load_carried_state(self, tensors: dict[str, torch.Tensor]) -> None:
         for side, queue in self.queues.items():
-            queue.load_state({name: tensors[f"{side}/{name}"] for name in ("rows", "ids")})
+            queue.load_state({name: tensors[f"{side}/{name}"] for name in ("rows", "ids", "oldest")})
         if self.slow is not None:
             prefix = "momentum/"
             found = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -269,9 +269,7 @@ def _record(
     return record
 
 
-def _step(
-    stage: Stage, engine: Engine, things: np.ndarray, draws: Draws, rate: float, ask: bool
-) -> Update:
+def _step(stage: Stage, engine: Engine, things: np.ndarray, draws: Draws, rate: float, ask: bool) -> Update:
     """One update of `things`, of which this rank reads its share; ask: whether this rank wants something asked."""
     rank, workers = world()
     prompts = things if stage.per_prompt == 1 else things.reshape(-1, stage.per_prompt)

@@ -105,38 +105,6 @@ def test_an_address_without_a_cluster_is_refused_at_once(address):
         launcher._join(address, {})
 
 
-def test_the_board_keeps_the_last_word_of_each_task():
-    board = launcher.Board()
-    board.tell("a", 1, 3, "")
-    board.tell("a", 3, 3, "x")
-    board.tell("a", 1, 3, "again")
-    board.tell("b", 1, 2, "")
-    board.tell("b", 2, 2, "")
-    assert board.take() == [("a", 3, 3, "x"), ("a", 1, 3, "again"), ("b", 2, 2, "")]
-    assert board.take() == []
-
-
-def test_the_board_comes_back_where_the_driver_is(local_ray):
-    """Workers ask it before they begin: without it, no restart of theirs would help."""
-    ray = launcher.ray
-    board = launcher.put_up_board()
-    assert ray.get(board.failed.remote()) is None
-    ray.kill(board, no_restart=False)
-    assert ray.get(board.failed.remote(), timeout=60) is None
-    place = ray.get(board.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id()))
-    assert place == ray.get_runtime_context().get_node_id()
-    ray.kill(board)
-
-
-def test_the_board_keeps_the_first_failure():
-    board = launcher.Board()
-    assert board.failed() is None
-    first = launcher.Failure(wrong_input=True, message="first", trace="")
-    board.fail(first)
-    board.fail(launcher.Failure(wrong_input=False, message="second", trace=""))
-    assert board.failed() == first
-
-
 @pytest.mark.parametrize("rank", [0, 1])
 def test_each_notice_of_a_lost_node_is_taken_up_once_by_every_rank(monkeypatch, rank):
     first = launcher.train.PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"a": [1]})

@@ -22,20 +22,18 @@ psutil = pytest.importorskip("psutil")
 for library in ("ray", "optuna", "plotly", "matplotlib"):
     pytest.importorskip(library)
 pytestmark = pytest.mark.cluster
-# Learning rates: one that learns, one that overflows, two that do nothing.
-GOOD, BROKEN, IDLE, SLOW = 0.01, 1e30, 1e-9, 2e-9
+GOOD, BROKEN, IDLE = 0.01, 1e30, 1e-9  # learning rates: one that learns, one that overflows, one that does nothing
 
 
 @pytest.fixture
 def space(tiny_store, tiny_backbone, tmp_path) -> Path:
-    """Three trials, one after another: one ends well, one fails, one is pruned; a fourth where it is asked for."""
+    """Three trials, one after another: one ends well, one fails, one is pruned."""
     job = tiny_sequential_config(tiny_store.path, tiny_backbone, tmp_path / "run", cluster={"workers": 1})
     (tmp_path / "job.yaml").write_text(job.model_dump_json())  # JSON is YAML
     content = {
         "job": str(tmp_path / "job.yaml"),
         "out": str(tmp_path / "sweep"),
-        "space": {"train.lr": {"choice": [GOOD, BROKEN, IDLE, SLOW]}},
-        "trials": 3,
+        "space": {"train.lr": {"choice": [GOOD, BROKEN, IDLE]}},
         "metric": "ndcg@3",
         "searcher": {"name": "grid"},
         "scheduler": {"name": "asha", "grace": 2, "reduction": 2},
@@ -68,17 +66,17 @@ def test_a_sweep_whose_driver_is_killed_goes_on_and_accounts_for_every_trial(spa
     first = next(place for _, place in folder.trials())
     metrics_file = first.run(0) / "metrics.json"
     written = metrics_file.stat().st_mtime_ns
-    process = started(space, "trials=4", "--resume", "--final-seeds", "1")
+    process = started(space, "--resume", "--final-seeds", "1")
     output, error = process.communicate(timeout=400)
     assert process.returncode == 0, error
     result = json.loads(output)
     trials = pd.read_parquet(folder.path / "trials.parquet")
-    assert trials["status"].tolist() == ["finished", "failed", "pruned", "pruned"], error
+    assert trials["status"].tolist() == ["finished", "failed", "pruned"], error
     assert {name: result[name] for name in ("trials", "finished", "failed", "pruned")} == {
-        "trials": 4,
+        "trials": 3,
         "finished": 1,
         "failed": 1,
-        "pruned": 2,
+        "pruned": 1,
     }
     assert result["left_groups"] == 0
     assert metrics_file.stat().st_mtime_ns == written, "a finished trial was run again"

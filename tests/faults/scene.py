@@ -349,4 +349,3 @@ def _numbers(metrics: dict[str, Any], split: str) -> Iterator[float]:
         yield from metrics[name].values()
         for baseline in metrics["baselines"].values():
             yield from baseline[name].values()
-

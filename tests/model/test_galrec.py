@@ -693,7 +693,9 @@ def test_queues_go_through_a_checkpoint(backbone):
         model.after_update()
         state = model.carried_state()
         assert {name: tuple(value.shape) for name, value in state.items()} == {
-            f"{side}/{name}": shape for side in ("user", "item") for name, shape in (("rows", (4, 16)), ("ids", (4,)))
+            f"{side}/{name}": shape
+            for side in ("user", "item")
+            for name, shape in (("rows", (4, 16)), ("ids", (4,)), ("oldest", ()))
         }
         other(later)  # is forgotten
         assert not torch.equal(other(batch), model(batch))

@@ -523,9 +523,7 @@ def prepared(tiny_store, tiny_backbone, tmp_path_factory) -> RunConfig:
     return config
 
 
-def train(
-    prepared: RunConfig, store, out: Path, micro_batch: int = 12, **settings: object
-) -> LocalEngine:
+def train(prepared: RunConfig, store, out: Path, micro_batch: int = 12, **settings: object) -> LocalEngine:
     """The engine after a few updates of stage 3 on the real model."""
     source = RunFolder(prepared.out)
     builder = build_prompts(prepared, store, source)
