@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 
 from raygrec.errors import InputError, StorageError
 from raygrec.progress import progress_bar, tell
+from raygrec.ranks import from_rank_0
 from raygrec.train.assembly import prepare_run
-from raygrec.train.engine import NonFiniteError, from_rank_0
+from raygrec.train.engine import NonFiniteError
 from raygrec.train.folder import RunFolder, with_absolute_paths
 from raygrec.train.local import BarReporter
 from raygrec.train.mirror import restore

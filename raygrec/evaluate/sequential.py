@@ -19,7 +19,7 @@ from raygrec.config import StrictConfig
 from raygrec.data.arrays import CSR
 from raygrec.data.filters import first_occurrences
 from raygrec.draws import Draws
-from raygrec.model.dropout import keyed_dropout
+from raygrec.model.dropout import prompt_dropout
 from raygrec.model.head import Targets, matched
 from raygrec.model.nodes import scaled_texts
 from raygrec.model.prompts import PromptBatch, Symbols, as_targets, padded, truncated
@@ -233,12 +233,4 @@ class Sequential(nn.Module):
     def _dropping(self, batch: PromptBatch) -> Drop:
         if batch.dropout_keys is None:
             return lambda values, use: values
-        count, width = batch.symbols.shape
-        keys = batch.dropout_keys.repeat_interleave(width)
-        places = torch.arange(width, device=keys.device).repeat(count)
-
-        def drop(values_BTn: torch.Tensor, use: int) -> torch.Tensor:
-            dropped = keyed_dropout(values_BTn.flatten(0, 1), self.config.dropout, keys, places, use)
-            return dropped.view_as(values_BTn)
-
-        return drop
+        return lambda values, use: prompt_dropout(values, self.config.dropout, batch.dropout_keys, use)

@@ -1,6 +1,9 @@
 """Language-model backbones: loading by name or path, token embeddings, hidden states, generation."""
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from types import ModuleType
@@ -23,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from raygrec.config import StrictConfig
 from raygrec.errors import InputError
+from raygrec.model.dropout import prompt_dropout
 from raygrec.progress import track
 from raygrec.remote import fetch, is_address
 
@@ -37,6 +41,9 @@ FAMILIES = {
 }
 POOLED = ("bert", "roberta", "xlm-roberta", "mpnet")  # come with a pooling layer that nothing here reads
 LATE_POSITIONS = ("roberta", "xlm-roberta", "mpnet")  # whose first two positions are of no token
+
+ADDED = ("o_proj", "down_proj")  # what adds to the hidden states in a model without dropout modules
+FIRST_USE = 3  # of keyed dropout inside the layers; recipes have those before it
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -58,7 +65,7 @@ class BackboneConfig(StrictConfig):
 class LoRAConfig(StrictConfig):
     """Low-rank adapters beside frozen linear layers, W + alpha / rank · B A (LoRA, arXiv 2106.09685).
 
-    They have no dropout of their own: a backbone is deterministic.
+    They have no dropout of their own; that of the layers falls on what they add.
     """
 
     rank: int = Field(8, ge=1)
@@ -124,6 +131,7 @@ class Backbone(nn.Module):
             ) from None
         self.width: int = settings.hidden_size
         self.vocabulary: int = settings.vocab_size
+        self._keys_B: torch.Tensor | None = None
 
     def freeze(self) -> "Backbone":
         """No gradients from here on."""
@@ -154,6 +162,40 @@ class Backbone(nn.Module):
                 parameter.data = parameter.data.float()
         return self
 
+    def drop(self, rate: float) -> "Backbone":
+        """Drops that share of what every layer adds, where a call brings keys; attention weights all stay.
+
+        It falls where the model has dropout of its own, such as BERT and GPT-2, and else on what attention and
+        feed-forward network put out, as in Llama. Call it after `adapt`.
+        """
+        named = dict(self.model.named_modules())
+        places = [module for module in named.values() if isinstance(module, nn.Dropout)]
+        places = places or [module for name, module in named.items() if name.endswith(ADDED)]
+        for number, module in enumerate(places):
+            module.register_forward_hook(partial(self._drop, rate, FIRST_USE + number))
+        return self
+
+    def _drop(self, rate: float, use: int, module: nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
+        """A forward hook; not of attention weights, which are of four dimensions."""
+        if self._keys_B is None or output.dim() != 3:
+            return output
+        return prompt_dropout(output, rate, self._keys_B, use)
+
+    def checkpoint(self) -> None:
+        """Computes a layer's inner values again where the backward pass needs them, with the keys of its call."""
+        self.model.gradient_checkpointing_enable(
+            {"use_reentrant": False, "context_fn": lambda: (nullcontext(), self._with_keys(self._keys_B))}
+        )
+        self.model.train()  # `transformers` does it in training mode only
+
+    @contextmanager
+    def _with_keys(self, keys_B: torch.Tensor | None) -> Iterator[None]:
+        before, self._keys_B = self._keys_B, keys_B
+        try:
+            yield
+        finally:
+            self._keys_B = before
+
     def save(self, folder: Path) -> None:
         """Writes the language model as `save_pretrained` does, with its adapters merged into the weights for good."""
         for name, module in list(self.model.named_modules()):
@@ -166,11 +208,13 @@ class Backbone(nn.Module):
         """Token embeddings [..., D] of token ids [...]."""
         return self.model.get_input_embeddings()(token_ids)
 
-    def forward(self, embeds_BTD: torch.Tensor, attention_BTT: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, embeds_BTD: torch.Tensor, attention_BTT: torch.Tensor, keys_B: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Last hidden states [B, T, D] of embeddings [B, T, D].
 
         attention_BTT is True where a query (row) may look at a key (column); each looks at one at least.
-        A decoder's own causal pattern is laid over the given one.
+        A decoder's own causal pattern is laid over the given one. keys_B: int64, see `drop`.
         """
         if self.family == "decoder":
             attention_BTT = attention_BTT & torch.ones_like(attention_BTT[0]).tril()
@@ -178,7 +222,8 @@ class Backbone(nn.Module):
         if self.attention == "eager":  # which adds the mask to the scores instead of reading it
             lowest = torch.finfo(embeds_BTD.dtype).min
             mask_B1TT = torch.zeros_like(mask_B1TT, dtype=embeds_BTD.dtype).masked_fill(~mask_B1TT, lowest)
-        return self.model(inputs_embeds=embeds_BTD, attention_mask=mask_B1TT).last_hidden_state
+        with self._with_keys(keys_B):
+            return self.model(inputs_embeds=embeds_BTD, attention_mask=mask_B1TT).last_hidden_state
 
 
 def generate(name: str, prompts: list[list[int]], tokens: int, batch_size: int = 32) -> list[list[int]]:
@@ -252,7 +297,7 @@ def _keep_layers(settings: PreTrainedConfig, config: BackboneConfig) -> None:
 
 
 def _without_dropout(settings: PreTrainedConfig) -> None:
-    """A backbone is deterministic in training mode too, which activation checkpointing needs."""
+    """A backbone is deterministic in training mode too; `Backbone.drop` has masks that follow from keys."""
     for key, value in settings.to_dict().items():
         if ("dropout" in key or key.endswith("pdrop")) and isinstance(value, int | float):
             setattr(settings, key, 0.0)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 
-from raygrec.train.engine import world
+from raygrec.ranks import world
 
 EMPTY = -1
 PAIRS_AT_ONCE = 1024  # rows of the pairwise distances that are held at a time

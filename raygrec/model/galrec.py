@@ -119,6 +119,8 @@ class GALRecConfig(StrictConfig):
     head: Literal["linear", "tied"] = "linear"
     dropout: float = Field(0.3, ge=0, lt=1)
     """Share of the hidden states' entries that the head does not see, and half that share of the node tokens'."""
+    layer_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of what each layer of the language model adds to its hidden states that is dropped in training."""
 
     @property
     def longest_prompt(self) -> int:
@@ -338,10 +340,10 @@ def _stacked(parts: list[CSR]) -> CSR:
 
 
 def tuned(backbone: Backbone, config: GALRecConfig) -> Backbone:
-    """The backbone with gradients where `config.tuning` wants them, and with adapters where it asks for these."""
-    if config.tuning == "lora":
-        return backbone.adapt(config.lora)
-    return backbone.tune() if config.tuning == "full" else backbone.freeze()
+    """The backbone with gradients where `config.tuning` wants them, and the adapters and dropout it asks for."""
+    ways = {"lora": lambda: backbone.adapt(config.lora), "full": backbone.tune, "frozen": backbone.freeze}
+    made = ways[config.tuning]()
+    return made.drop(config.layer_dropout) if config.layer_dropout else made
 
 
 class _Hidden(nn.Module):
@@ -486,7 +488,9 @@ class GALRec(nn.Module):
             rows = rows.nonzero()[:, 0]
             some = rows if len(rows) else torch.zeros_like(lengths_R[:1])
             width = int(lengths_R[some].max())
-            part = self.backbone(embeds_RTD[some, :width], attention_RTT[some, :width, :width])
+            part = self.backbone(
+                embeds_RTD[some, :width], attention_RTT[some, :width, :width], batch.dropout_keys[some]
+            )
             # A pass on no prompt of its own (`some` is the first) takes part with no weight.
             part = part if len(rows) else 0 * part
             hidden_RTD = hidden_RTD.index_add(0, some, functional.pad(part, (0, 0, 0, hidden_RTD.shape[1] - width)))

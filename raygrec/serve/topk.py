@@ -13,9 +13,10 @@ from raygrec.data.store import Store
 from raygrec.errors import InputError, StorageError
 from raygrec.evaluate.ranking import top_k
 from raygrec.progress import track
+from raygrec.ranks import device
 from raygrec.storage import replaced
 from raygrec.train.assembly import Model, Prompts, histories, load_model
-from raygrec.train.engine import LocalEngine, device
+from raygrec.train.engine import LocalEngine
 from raygrec.train.folder import run_at
 from raygrec.train.loop import Reporter
 from raygrec.train.settings import RunConfig

@@ -20,9 +20,10 @@ from raygrec.model.nodes import scaled_texts, token_scale
 from raygrec.model.profiles import inverse_frequency
 from raygrec.model.prompts import Symbols, expand, join_rows, repeated, truncated
 from raygrec.model.text_vectors import load_or_read_texts
+from raygrec.ranks import device
 from raygrec.tensors import load_tensors, save_tensors
 from raygrec.train import manifest
-from raygrec.train.engine import device, full_tensor, loading
+from raygrec.train.engine import full_tensor, loading
 from raygrec.train.folder import RunFolder
 from raygrec.train.settings import GALRecRun, GLTARun, GraphRun, RunConfig, SequentialRun
 from raygrec.train.trackers import check_packages

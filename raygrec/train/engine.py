@@ -10,19 +10,18 @@ import math
 import os
 import resource
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal, Protocol, Self, TypeVar
+from typing import Any, Literal, Protocol, Self
 
 import torch
-import torch.distributed as dist
 from pydantic import Field, model_validator
 from torch import nn
 
 from raygrec.config import StrictConfig
-from raygrec.errors import InputError
+from raygrec.model.backbone import Backbone
+from raygrec.ranks import device, world
 
-T = TypeVar("T")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 CARRIED = "carried/"
 
@@ -80,44 +79,6 @@ class Engine(Protocol):
         """The inverse of `state`, after `steps` updates, on every rank; `arguments` are any valid ones of `loss`."""
 
 
-def world() -> tuple[int, int]:
-    """(rank, world size); (0, 1) outside a process group."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """The sum over all ranks, on the values' own device, whichever one the process group's backend needs."""
-    if world()[1] == 1:
-        return values
-    moved = values.to(device()) if dist.get_backend() == "nccl" else values
-    dist.all_reduce(moved)
-    return moved.to(values.device)
-
-
-def from_rank_0(make: Callable[[], T]) -> T:
-    """What `make` returns on rank 0, which alone calls it, on every rank; its `InputError` is raised on all."""
-    rank, workers = world()
-    if workers == 1:
-        return make()
-    made: list[Any] = [None, None]
-    if rank == 0:
-        try:
-            made[0] = make()
-        except InputError as error:
-            made[1] = str(error)
-    dist.broadcast_object_list(made, device=device() if dist.get_backend() == "nccl" else torch.device("cpu"))
-    if made[1] is not None:
-        raise InputError(made[1])
-    return made[0]
-
-
-def device() -> torch.device:
-    """This worker's accelerator, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    return torch.device("cpu")
-
-
 def peak_memory_mib() -> float:
     """Peak memory of this worker in MiB: of its GPU where it has one, else resident."""
     if torch.cuda.is_available():
@@ -153,10 +114,8 @@ def make_engine(model: nn.Module, config: EngineConfig, accumulation: int, distr
     """The engine for `model`'s trainable parameters; `accumulation` micro-batches make one update."""
     if config.activation_checkpointing:
         for module in model.modules():
-            if hasattr(module, "gradient_checkpointing_enable"):
-                module.gradient_checkpointing_enable({"use_reentrant": False})
-                module.train()
-                break
+            if isinstance(module, Backbone):
+                module.checkpoint()
     return DeepSpeedEngine(model, config, accumulation) if distributed else LocalEngine(model, config)
 
 

@@ -12,7 +12,8 @@ import torch
 from raygrec.draws import Draws
 from raygrec.errors import InputError
 from raygrec.model.prompts import PromptBatch
-from raygrec.train.engine import Engine, NonFiniteError, from_rank_0, peak_memory_mib, sum_over_ranks, world
+from raygrec.ranks import from_rank_0, sum_over_ranks, world
+from raygrec.train.engine import Engine, NonFiniteError, peak_memory_mib
 from raygrec.train.folder import LoopState, RunFolder
 from raygrec.train.settings import StageConfig
 from raygrec.train.writer import CheckpointWriter

@@ -17,6 +17,7 @@ from raygrec.evaluate.metrics import MetricSums
 from raygrec.evaluate.ranking import top_k
 from raygrec.graph.lightgcn import NodeEmbeddings
 from raygrec.model.glta import GLTA, PromptBuilder
+from raygrec.ranks import from_rank_0, sum_over_ranks, world
 from raygrec.train.assembly import (
     Histories,
     Model,
@@ -26,15 +27,7 @@ from raygrec.train.assembly import (
     histories,
     save_model,
 )
-from raygrec.train.engine import (
-    Engine,
-    LocalEngine,
-    from_rank_0,
-    make_engine,
-    peak_memory_mib,
-    sum_over_ranks,
-    world,
-)
+from raygrec.train.engine import Engine, LocalEngine, make_engine, peak_memory_mib
 from raygrec.train.folder import WRITER_LOCK, RunFolder
 from raygrec.train.loop import Reporter, Stage, portions, run_stage
 from raygrec.train.mirror import Mirror

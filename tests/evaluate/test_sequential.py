@@ -218,13 +218,13 @@ def test_dropout_falls_on_every_sublayer_with_a_mask_of_its_own(kind, monkeypatc
     model, prompter = model_of(**KINDS[kind]), prompts_of()
     seen = []
 
-    def recorded(values: torch.Tensor, rate: float, keys: torch.Tensor, places: torch.Tensor, use: int) -> torch.Tensor:
+    def recorded(values: torch.Tensor, rate: float, keys: torch.Tensor, use: int) -> torch.Tensor:
         seen.append(use)
         assert rate == 0.4
-        assert (len(values), len(keys), len(places)) == (24, 24, 24)
+        assert (values.shape[:2], keys.shape) == ((4, 6), (4,))
         return values
 
-    monkeypatch.setattr("raygrec.evaluate.sequential.keyed_dropout", recorded)
+    monkeypatch.setattr("raygrec.evaluate.sequential.prompt_dropout", recorded)
     model(prompter.training(np.arange(4), Draws(0)))
     # Embeddings, and in each of two layers attention, (filter,) inner and outer feed-forward.
     assert len(set(seen)) == len(seen) == 1 + 2 * (4 if model.config.filter == "frequency" else 3)

@@ -248,14 +248,64 @@ def test_training_mode_is_deterministic_and_checkpointing_changes_no_gradient(ki
     results = []
     for checkpointed in (False, True):
         if checkpointed:
-            backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
-            backbone.model.train()
+            backbone.checkpoint()
         leaf = embeds.clone().requires_grad_()
         hidden = backbone(leaf, block_causal(SEGMENTS, 2))
         hidden.square().sum().backward()
         results.append((hidden.detach(), leaf.grad))
     torch.testing.assert_close(*results)
     assert backbone.model.training
+
+
+KEYS = torch.tensor([11, 22])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_of_layers_follows_keys_and_scales_what_they_add(kind, backbone_folder):
+    torch.manual_seed(4)
+    embeds, mask = torch.randn(2, len(SEGMENTS), 16), block_causal(SEGMENTS, 2)
+    plain = Backbone(BackboneConfig(name=backbone_folder(kind))).freeze()(embeds, mask)
+    backbone = Backbone(BackboneConfig(name=backbone_folder(kind))).freeze().drop(0.4)
+    assert torch.equal(backbone(embeds, mask), plain)
+    dropped = backbone(embeds, mask, KEYS)
+    assert not torch.allclose(dropped, plain, atol=0.01)
+    assert torch.equal(backbone(embeds, mask, KEYS), dropped)
+    torch.testing.assert_close(backbone(embeds[1:], mask[1:], KEYS[1:]), dropped[1:])
+    assert not torch.allclose(backbone(embeds[1:], mask[1:], KEYS[:1]), dropped[1:], atol=0.01)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_computed_again_drop_what_they_dropped(kind, backbone_folder):
+    """Two calls before the backward pass, each with its own keys."""
+    mask, results = block_causal(SEGMENTS, 2), []
+    for checkpointed in (False, True):
+        backbone = Backbone(BackboneConfig(name=backbone_folder(kind))).freeze().drop(0.4)
+        if checkpointed:
+            backbone.checkpoint()
+        torch.manual_seed(4)
+        leaf = torch.randn(2, len(SEGMENTS), 16).requires_grad_()
+        (backbone(leaf, mask, KEYS) - 2 * backbone(leaf, mask, KEYS + 1)).square().sum().backward()
+        results.append(leaf.grad)
+    torch.testing.assert_close(*results)
+
+
+def test_a_dropped_llama_by_hand(backbone_folder):
+    """A layer adds what attention and feed-forward network put out: some of it zero, the rest divided by 0.6."""
+    backbone = Backbone(BackboneConfig(name=backbone_folder("llama"), layers=1)).freeze().drop(0.4)
+    seen = {}
+    layer = backbone.model.layers[0]
+    for name, module in (("attention", layer.self_attn.o_proj), ("feed-forward", layer.mlp.down_proj)):
+        module.register_forward_hook(
+            lambda module, inputs, output, name=name: seen.update({name: (module, inputs[0], output)})
+        )
+    backbone(torch.randn(2, len(SEGMENTS), 16), block_causal(SEGMENTS, 2), KEYS)
+    masks = []
+    for module, given, output in seen.values():
+        full = torch.nn.functional.linear(given, module.weight)
+        masks.append(output != 0)
+        torch.testing.assert_close(output, torch.where(masks[-1], full / 0.6, 0.0))
+    assert 0.45 < torch.cat(masks).double().mean() < 0.75
+    assert not torch.equal(*masks)
 
 
 def test_names_that_are_no_backbone(tmp_path):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from raygrec.model.dropout import keyed_dropout
+from raygrec.model.dropout import keyed_dropout, prompt_dropout
 
 
 def rows(count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -28,6 +28,14 @@ def test_a_row_does_not_depend_on_its_batch():
     whole = keyed_dropout(values, 0.3, keys, places, use=1)
     some = torch.tensor([7, 3, 49])
     assert torch.equal(keyed_dropout(values[some], 0.3, keys[some], places[some], use=1), whole[some])
+
+
+def test_prompts_are_rows_with_places():
+    values = torch.randn(3, 4, 10)
+    whole = prompt_dropout(values, 0.4, torch.tensor([5, 6, 7]), use=2)
+    for prompt in range(3):
+        key, places = torch.tensor([5 + prompt] * 4), torch.arange(4)
+        assert torch.equal(whole[prompt], keyed_dropout(values[prompt], 0.4, key, places, use=2))
 
 
 def test_masks_of_neighbours_are_unrelated():

@@ -738,8 +738,9 @@ def test_gradients_reach_the_trained_parts_only(tuning, kind, backbone_folder):
 # ---- dropout
 
 
-def test_dropout_falls_on_training_prompts_and_does_not_depend_on_the_batch(backbone):
-    prompter = hop_prompts(random_rows(2, fewest=2), dropout=0.4)
+@pytest.mark.parametrize("rates", [{"dropout": 0.4}, {"layer_dropout": 0.4}], ids=["around", "inside"])
+def test_dropout_falls_on_training_prompts_and_does_not_depend_on_the_batch(rates, backbone):
+    prompter = hop_prompts(random_rows(2, fewest=2), **rates)
     model = model_of(prompter, backbone)
     users = np.arange(14)
     batch = prompter.training(users, Draws(1))

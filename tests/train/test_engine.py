@@ -11,6 +11,7 @@ from torch import nn
 
 from raygrec.draws import Draws
 from raygrec.errors import InputError
+from raygrec.ranks import from_rank_0
 from raygrec.train import loop
 from raygrec.train.assembly import build_model, build_prompts, prepare_run
 from raygrec.train.engine import (
@@ -18,7 +19,6 @@ from raygrec.train.engine import (
     LocalEngine,
     NonFiniteError,
     _deepspeed_settings,
-    from_rank_0,
     make_engine,
 )
 from raygrec.train.folder import LoopState, RunFolder
