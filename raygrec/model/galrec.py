@@ -117,6 +117,8 @@ class GALRecConfig(StrictConfig):
     """External embeddings: so many first tokens of its text follow an item's token in a user's history and in the
     item's own prompt. An item's last token names the next."""
     head: Literal["linear", "tied"] = "linear"
+    """`tied`: an item's row is a map of what its token shows, node, trained offset and text, and has nothing of its
+    own; in `linear` the offset is left out and the row has a free part."""
     dropout: float = Field(0.3, ge=0, lt=1)
     """Share of the hidden states' entries that the head does not see, and half that share of the node tokens'."""
     layer_dropout: float = Field(0.0, ge=0, lt=1)
@@ -530,4 +532,8 @@ class GALRec(nn.Module):
         return keyed_dropout(tokens, self.config.dropout / 2, batch.dropout_keys[rows], columns, use=2)
 
     def _rows(self) -> torch.Tensor:
-        return self.head.rows(self.nodes.items_Id, self.item_texts)
+        vectors_Id = self.nodes.items_Id
+        if self.config.head == "tied":
+            # Asked for as tokens are: under ZeRO-3 only a module's own forward has its parameters.
+            vectors_Id = vectors_Id + self.item_offsets(torch.arange(len(vectors_Id), device=vectors_Id.device))
+        return self.head.rows(vectors_Id, self.item_texts)

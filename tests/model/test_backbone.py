@@ -3,6 +3,7 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -427,3 +428,9 @@ def test_a_real_decoder_keeps_to_the_mask():
     assert backbone.family == "decoder"
     assert_nothing_leaks(backbone)
     assert_padding_changes_nothing(backbone)
+
+
+def test_what_reads_no_language_model_starts_without_transformers():
+    """They take as long to import as torch; Ray starts several processes a trial."""
+    code = "import sys, raygrec.cli, raygrec.train.pipeline; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -472,7 +472,8 @@ def model_of(prompter: HopPrompts, backbone: Backbone, with_texts: bool = True) 
 
 
 def rows_of(model: GALRec) -> torch.Tensor:
-    return model.head.rows(model.nodes.items_Id, model.item_texts)
+    offsets = model.item_offsets.weight if model.config.head == "tied" else 0
+    return model.head.rows(model.nodes.items_Id + offsets, model.item_texts)
 
 
 @pytest.mark.parametrize("with_texts", [True, False], ids=["texts", "no texts"])

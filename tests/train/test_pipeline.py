@@ -205,7 +205,7 @@ def test_offloading_does_not_change_galrec(galrec_alone, tiny_store, tiny_backbo
     assert folder.metrics()["test"] == pytest.approx(galrec_alone.metrics()["test"], abs=1e-6)
 
 
-LORA = {"tuning": "lora", "lora": {"rank": 2}}
+LORA = {"tuning": "lora", "lora": {"rank": 2}, "head": "tied"}
 
 
 @pytest.fixture(scope="module")
