@@ -9,10 +9,12 @@ from pickle import UnpicklingError
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from safetensors import SafetensorError
 from torch import nn
+from torch.nn import functional
 
 from raygrec.config import StrictConfig
 from raygrec.errors import InputError
@@ -36,6 +38,7 @@ POOLED = ("bert", "roberta", "xlm-roberta", "mpnet")  # come with a pooling laye
 LATE_POSITIONS = ("roberta", "xlm-roberta", "mpnet")  # whose first two positions are of no token
 
 ADDED = ("o_proj", "down_proj")  # what adds to the hidden states in a model without dropout modules
+PASSES, FEWEST = 4, 16  # of a batch at most, and rows that are worth a pass of their own on average
 FIRST_USE = 3  # of keyed dropout inside the layers; recipes have those before it
 
 
@@ -165,6 +168,34 @@ class Backbone(nn.Module):
             module.register_forward_hook(partial(self._drop, rate, FIRST_USE + number))
         return self
 
+    def read(
+        self,
+        embeds_BTD: torch.Tensor,
+        attention_BTT: torch.Tensor,
+        lengths_B: torch.Tensor,
+        keys_B: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`forward` in the `passes` of prompts of the given lengths; what stands in padding means nothing."""
+        length, passes, parts_rTD = embeds_BTD.shape[1], self.passes(lengths_B), []
+        for rows, width in passes:
+            some = torch.tensor(rows or [0], device=embeds_BTD.device)
+            given = (embeds_BTD[some, :width], attention_BTT[some, :width, :width])
+            hidden_rtD = self(*given, None if keys_B is None else keys_B[some])
+            # A pass on no prompt of its own takes part with no row.
+            parts_rTD.append(functional.pad(hidden_rtD, (0, 0, 0, length - width))[: len(rows)])
+        order = torch.tensor([row for rows, _ in passes for row in rows], device=embeds_BTD.device)
+        return torch.cat(parts_rTD)[order.argsort()]
+
+    def passes(self, lengths_B: torch.Tensor) -> list[tuple[list[int], int]]:
+        """Rows of prompts of like length, and how wide each pass is, so that little of it is padding.
+
+        Under ZeRO-3 there are always two, since every rank must make as many.
+        """
+        partitioned, lengths = hasattr(next(self.parameters()), "ds_id"), lengths_B.tolist()
+        groups = like_lengths(lengths, 2 if partitioned else min(PASSES, max(len(lengths) // FEWEST, 1)))
+        groups += [[]] * (2 - len(groups)) * partitioned
+        return [(rows, max([1, *(lengths[row] for row in rows)])) for rows in groups]
+
     def _drop(self, rate: float, use: int, module: nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
         """A forward hook; not of attention weights, which are of four dimensions."""
         if self._keys_B is None or output.dim() != 3:
@@ -214,6 +245,26 @@ class Backbone(nn.Module):
             mask_B1TT = torch.zeros_like(mask_B1TT, dtype=embeds_BTD.dtype).masked_fill(~mask_B1TT, lowest)
         with self._with_keys(keys_B):
             return self.model(inputs_embeds=embeds_BTD, attention_mask=mask_B1TT).last_hidden_state
+
+
+def like_lengths(lengths: list[int], parts: int) -> list[list[int]]:
+    """Numbers 0 … n − 1 in at most `parts` groups, of which each is padded to its longest: with the least padding."""
+    order = np.argsort(lengths, kind="stable")
+    widths, counts = np.unique(np.asarray(lengths)[order], return_counts=True)
+    ends = np.cumsum(counts)
+    # padded[i, j]: places that groups i … j of equal length take together.
+    padded = np.where(np.tri(len(widths), dtype=bool).T, (ends[None, :] - (ends - counts)[:, None]) * widths, np.inf)
+    least, cuts = padded[0], []
+    for _ in range(1, min(parts, len(widths))):
+        joined = np.concatenate([[np.inf], least[:-1]])[:, None] + padded
+        cuts.append(np.where(joined.min(0) < least, joined.argmin(0), 0))
+        least = np.minimum(joined.min(0), least)
+    firsts, last = [], len(widths)
+    for cut in reversed(cuts):
+        if last and (first := int(cut[last - 1])):
+            firsts.append(int(ends[first - 1]))
+            last = first
+    return [group.tolist() for group in np.split(order, firsts[::-1])]
 
 
 def generate(name: str, prompts: list[list[int]], tokens: int, batch_size: int = 32) -> list[list[int]]:

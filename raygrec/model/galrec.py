@@ -12,7 +12,6 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 from torch.func import functional_call
-from torch.nn import functional
 
 from raygrec.config import StrictConfig
 from raygrec.data.arrays import CSR
@@ -26,7 +25,6 @@ from raygrec.model.dropout import keyed_dropout
 from raygrec.model.head import CatalogueHead, Targets
 from raygrec.model.nodes import NODE_SCALE, NodeTables, projector, scaled_texts
 from raygrec.model.prompts import (
-    PAD,
     PromptBatch,
     Symbols,
     as_targets,
@@ -475,32 +473,16 @@ class GALRec(nn.Module):
         return self.head(hidden, self._rows())[:, None]
 
     def hidden(self, batch: HopBatch) -> torch.Tensor:
-        """Last hidden states [R, T, D]; what stands in padding means nothing.
-
-        Prompts with two hops and without go through the language model apart: they are of different lengths. There are
-        always two passes where a batch is trained on, since under ZeRO-3 every rank must make as many.
-        """
-        embeds_RTD, attention_RTT = self.embed(batch), batch.attention
-        if batch.dropout_keys is None:
-            return self.backbone(embeds_RTD, attention_RTT)
-        lengths_R = (batch.symbols != PAD).sum(1)
-        long = batch.hops[:, HOPS - 1] >= 0
-        hidden_RTD = torch.zeros_like(embeds_RTD)
-        for rows in (~long, long):
-            rows = rows.nonzero()[:, 0]
-            some = rows if len(rows) else torch.zeros_like(lengths_R[:1])
-            width = int(lengths_R[some].max())
-            part = self.backbone(
-                embeds_RTD[some, :width], attention_RTT[some, :width, :width], batch.dropout_keys[some]
-            )
-            # A pass on no prompt of its own (`some` is the first) takes part with no weight.
-            part = part if len(rows) else 0 * part
-            hidden_RTD = hidden_RTD.index_add(0, some, functional.pad(part, (0, 0, 0, hidden_RTD.shape[1] - width)))
-        return hidden_RTD
+        """Last hidden states [R, T, D]; what stands in padding means nothing."""
+        return self.backbone.read(self.embed(batch), batch.attention, batch.lengths, batch.dropout_keys)
 
     def representations(self, batch: HopBatch) -> torch.Tensor:
         """Hidden states [R, 3, D] of the task tokens; every hop must be in the prompts."""
         return self.hidden(batch).flatten(0, 1)[batch.hops]
+
+    def places_read(self, batch: PromptBatch) -> int:
+        """Positions that the language model reads for a batch, padding and all."""
+        return sum(len(rows) * width for rows, width in self.backbone.passes(batch.lengths))
 
     def embed(self, batch: HopBatch) -> torch.Tensor:
         """Embeddings [R, T, D] of the symbols."""

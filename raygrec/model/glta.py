@@ -393,8 +393,12 @@ class GLTA(nn.Module):
         return self.head(hidden, self._rows()).view(*positions.shape, -1)
 
     def hidden(self, batch: PromptBatch) -> torch.Tensor:
-        """Last hidden states [B, T, D]."""
-        return self.backbone(self.embed(batch), batch.attention)
+        """Last hidden states [B, T, D]; what stands in padding means nothing."""
+        return self.backbone.read(self.embed(batch), batch.attention, batch.lengths)
+
+    def places_read(self, batch: PromptBatch) -> int:
+        """Positions that the language model reads for a batch, padding and all."""
+        return sum(len(rows) * width for rows, width in self.backbone.passes(batch.lengths))
 
     def embed(self, batch: PromptBatch) -> torch.Tensor:
         """Embeddings [B, T, D] of the symbols: tokens, and in between projected nodes and answer slots."""

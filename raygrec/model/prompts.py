@@ -65,6 +65,11 @@ class PromptBatch:
         return replace(self, **{name: value.to(device) for name, value in vars(self).items() if hasattr(value, "to")})
 
     @property
+    def lengths(self) -> torch.Tensor:
+        """[B] symbols of each prompt."""
+        return (self.symbols != PAD).sum(1)
+
+    @property
     def counts(self) -> torch.Tensor:
         """[terms] what each term of the loss is summed over."""
         return torch.tensor([len(self.answers)], dtype=torch.float64)

@@ -111,7 +111,7 @@ class Update(NamedTuple):
     """What an update has shown, the same on every rank.
 
     sums: each term's sum over all ranks. counts: what it was summed over. tokens: symbols that all ranks have read.
-    places: rows · width of the batches they came in. norm: of the gradient. ask: whether any rank wanted that.
+    places: rows · width of what they were read in. norm: of the gradient. ask: whether any rank wanted that.
     """
 
     sums: list[float]
@@ -279,7 +279,7 @@ def _step(stage: Stage, engine: Engine, things: np.ndarray, draws: Draws, rate: 
     batches = [stage.build(piece, draws) for piece in mine]
     counts = torch.stack([batch.counts for batch in batches]).sum(0)
     tokens = sum(int((batch.symbols >= 0).sum()) for batch in batches)
-    places = sum(batch.symbols.numel() for batch in batches)
+    places = sum(_places(engine.model, batch) for batch in batches)
     told = counts.new_tensor([tokens, places, ask])
     counts, told = sum_over_ranks(torch.cat([counts, told])).split([len(counts), len(told)])
     share = torch.tensor(list(engine.model.terms.values()), dtype=torch.float64) / counts.clamp(min=1)
@@ -297,6 +297,10 @@ def _step(stage: Stage, engine: Engine, things: np.ndarray, draws: Draws, rate: 
         engine.model.after_update()
     tokens, places, asks = told.tolist()
     return Update(sums.tolist(), counts.tolist(), tokens, places, norm, bool(asks))
+
+
+def _places(model: Any, batch: PromptBatch) -> int:
+    return model.places_read(batch) if hasattr(model, "places_read") else batch.symbols.numel()
 
 
 def _with_batch(

@@ -44,16 +44,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--seeds", type=int, default=1, help="tries of each row, at random updates of their own")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="the table, also after each row")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="the table; what holds there is not tried again")
     options = parser.parse_args()
     if unknown := set(options.rows) - set(ROWS):
         parser.error(f"no row {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the table so far is shown, and the nodes end
-    results: list[Result] = []
+    results = held(options.json)
     world = World(HOME)
     try:
         for name in options.rows or ROWS:
             for seed in range(options.seeds):
+                if any((one.row, one.seed) == (name, seed) for one in results):
+                    continue
                 results.append(tried(world, name, seed))
                 print(f"{name} (seed {seed}): {results[-1].verdict}, {results[-1].took:.0f} s", file=sys.stderr)
                 if options.json:
@@ -65,6 +67,13 @@ def main() -> int:
     if not failed:
         shutil.rmtree(HOME, ignore_errors=True)
     return int(failed)
+
+
+def held(file: Path | None) -> list[Result]:
+    """What an earlier call has found to hold."""
+    if file is None or not file.exists():
+        return []
+    return [result for one in json.loads(file.read_text()) if (result := Result(**one)).verdict == "holds"]
 
 
 def tried(world: World, name: str, seed: int) -> Result:

@@ -17,6 +17,7 @@ import yaml
 
 from raygrec.cluster import launcher
 from raygrec.cluster.sweep_folder import SweepFolder
+from raygrec.train.folder import RunFolder
 from tests.faults.scene import EPOCH, LONGER, Run, Scene, VainError, kill, newest, small_disk
 from tests.train.test_folder import flip
 
@@ -125,7 +126,8 @@ def worker_stopped(scene: Scene) -> None:
 def elastic(scene: Scene) -> None:
     scene.add_nodes(2)
     launcher.RESIZED_EVERY = 3.0
-    run = scene.start(scene.config(train=LONGER, cluster={"workers": (1, 2)}))
+    train = LONGER | {"epochs": 80, "patience": 80}  # alone a worker is quick, and a node takes its time
+    run = scene.start(scene.config(train=train, cluster={"workers": (1, 2)}))
     scene.until(run, EPOCH * scene.random.randint(1, 3))
     scene.hit(run, "a node of two lost: on with one worker; a node added: two again")
     scene.lose_node(scene.random.choice(scene.busy_nodes()))
@@ -134,7 +136,7 @@ def elastic(scene: Scene) -> None:
     folder = scene.end(run)
     if ran_on(run) != [2, 1, 2]:
         raise VainError(f"ran on {ran_on(run)} workers, one after another")
-    scene.compare(folder, exactly=False, train=LONGER)
+    scene.compare(folder, exactly=False, train=train)
 
 
 def ran_on(run: Run) -> list[int]:
@@ -224,7 +226,9 @@ def sweep_node_lost(scene: Scene) -> None:
     (scene.place / "space.yaml").write_text(yaml.safe_dump(space))
     sweep = scene.raygrec(scene.place / "sweep", "tune", scene.place / "space.yaml", "--json")
     folder = SweepFolder(scene.place / "sweep")
-    sweep.folder = folder.trial({"train.lr": scene.random.choice(rates)}).run(0)  # the one that is waited for
+    sweep.folder = RunFolder(
+        folder.trial({"train.lr": scene.random.choice(rates)}).run(0)
+    )  # the one that is waited for
     scene.until(sweep, scene.step(last=20))
     scene.hit(sweep, "a node with a trial's worker lost, one of three")
     scene.lose_node(scene.random.choice(scene.busy_nodes()))
@@ -232,7 +236,7 @@ def sweep_node_lost(scene: Scene) -> None:
     if [outcome.status for outcome, _ in folder.trials()] != ["finished", "finished"]:
         raise VainError(str([outcome for outcome, _ in folder.trials()]))
     for rate in rates:
-        scene.compare(folder.trial({"train.lr": rate}).run(0), workers=1, train={"lr": rate})
+        scene.compare(RunFolder(folder.trial({"train.lr": rate}).run(0)), workers=1, train={"lr": rate})
 
 
 @row("two-runs-one-folder")

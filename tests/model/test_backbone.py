@@ -1,4 +1,5 @@
 import importlib.util
+import itertools
 import json
 import os
 import pickle
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,6 +21,7 @@ from raygrec.model.backbone import (
     BackboneConfig,
     LoRAConfig,
     generate,
+    like_lengths,
     load_tokenizer,
 )
 from tests.test_tensors import Evil
@@ -307,6 +310,52 @@ def test_a_dropped_llama_by_hand(backbone_folder):
         torch.testing.assert_close(output, torch.where(masks[-1], full / 0.6, 0.0))
     assert 0.45 < torch.cat(masks).double().mean() < 0.75
     assert not torch.equal(*masks)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_groups_of_like_length_have_the_least_padding(seed):
+    """Against every way to cut the sorted lengths."""
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(1, 7, generator.integers(1, 9)).tolist()
+    most = int(generator.integers(1, 5))
+    groups = like_lengths(lengths, most)
+    assert sorted(itertools.chain(*groups)) == list(range(len(lengths)))
+    assert len(groups) <= most and all(groups)
+    ordered, count = sorted(lengths), len(lengths)
+    ways = (cuts for parts in range(most) for cuts in itertools.combinations(range(1, count), parts))
+    least = min(
+        sum((end - start) * ordered[end - 1] for start, end in itertools.pairwise((0, *c, count))) for c in ways
+    )
+    assert sum(len(group) * max(lengths[row] for row in group) for group in groups) == least
+
+
+@pytest.mark.parametrize("partitioned", [False, True], ids=["whole", "ZeRO-3"])
+@pytest.mark.parametrize("longest", [3, 12])
+def test_prompts_of_like_length_are_read_together_with_the_same_result(longest, partitioned, backbone_folder):
+    """Parameters that DeepSpeed has partitioned have an id. Gradients are the same, too, and reach every pass."""
+    backbone = Backbone(BackboneConfig(name=backbone_folder("bert"), layers=2)).freeze().drop(0.3)
+    passes = []
+    backbone.register_forward_pre_hook(lambda _, given: passes.append(given[0].shape[:2].numel()))
+    if partitioned:
+        next(backbone.parameters()).ds_id = 0
+    torch.manual_seed(8)
+    lengths, keys = torch.randint(3, longest + 1, (50,)), torch.arange(50)
+    shown = torch.arange(12) < lengths[:, None]
+    mask = shown[:, None, :] | torch.eye(12, dtype=torch.bool)
+    results = []
+    for read in (
+        lambda embeds: backbone(embeds, mask, keys),
+        lambda embeds: backbone.read(embeds, mask, lengths, keys),
+    ):
+        embeds = torch.randn(50, 12, 16, generator=torch.Generator().manual_seed(3)).requires_grad_()
+        hidden = read(embeds)[shown]
+        hidden.square().sum().backward()
+        results.append((hidden.detach(), embeds.grad[shown]))
+    torch.testing.assert_close(*results)
+    expected = backbone.passes(lengths)
+    assert passes[1:] == [max(len(rows), 1) * width for rows, width in expected]
+    assert len(expected) == (2 if partitioned else 1 if longest == 3 else 3)
+    assert sum(len(rows) * width for rows, width in expected) < (1.1 if longest == 3 else 1.3) * lengths.sum()
 
 
 def test_names_that_are_no_backbone(tmp_path):

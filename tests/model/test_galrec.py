@@ -812,28 +812,6 @@ def test_a_share_of_the_users_is_contrasted_and_does_not_depend_on_the_batch():
         assert (len(symbols) == len(every[row])) == bool(contrasted[row])
 
 
-@pytest.mark.parametrize("share", [1e-9, 0.5, 1.0], ids=["no long prompts", "both", "no short prompts"])
-def test_prompts_of_two_lengths_go_through_the_model_apart_with_the_same_result(share, backbone):
-    prompter = hop_prompts(random_rows(3, fewest=2), contrast={"users": share, "items": 0.0})
-    model = model_of(prompter, backbone)
-    batch = prompter.training(np.arange(14), Draws(6))
-    assert len((batch.hops[:, 2] >= 0).unique()) == (2 if share == 0.5 else 1)
-    passes = []
-    handle = model.backbone.register_forward_hook(lambda *_: passes.append(1))
-    apart = model.hidden(batch)
-    assert len(passes) == 2
-    together = model.hidden(replace(batch, dropout_keys=None))
-    assert len(passes) == 3
-    handle.remove()
-    real = batch.symbols != PAD
-    torch.testing.assert_close(apart[real], together[real], rtol=1e-4, atol=1e-5)
-    weights = torch.randn_like(apart) * real[..., None]
-    gradients = [
-        torch.autograd.grad((hidden * weights).sum(), model.item_projector.weight) for hidden in (apart, together)
-    ]
-    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
-
-
 def test_representations_are_the_hidden_states_of_the_task_tokens(backbone):
     prompter = hop_prompts(TRAIN)
     model = model_of(prompter, backbone)

@@ -92,8 +92,9 @@ def test_workers_and_zero_stages_do_not_change_the_curve(alone, finished, worker
     for split in ("valid", "test"):
         assert folder.metrics()[split] == pytest.approx(alone.metrics()[split], abs=1e-6)
     assert len(folder.metrics()["peak_memory_mib"]) == workers
-    # On one and two workers micro-batches are the same here, and so is the padding of all of them.
-    assert_same_figures(folder, alone, {"loss", "lr", "gradient_norm"} | ({"padding"} if workers <= 2 else set()))
+    # On one and two workers micro-batches are the same here, and so are their passes, but under ZeRO-3.
+    same_passes = workers <= 2 and zero_stage < 3
+    assert_same_figures(folder, alone, {"loss", "lr", "gradient_norm"} | ({"padding"} if same_passes else set()))
 
 
 @pytest.mark.parametrize(
