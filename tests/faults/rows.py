@@ -226,9 +226,7 @@ def sweep_node_lost(scene: Scene) -> None:
     (scene.place / "space.yaml").write_text(yaml.safe_dump(space))
     sweep = scene.raygrec(scene.place / "sweep", "tune", scene.place / "space.yaml", "--json")
     folder = SweepFolder(scene.place / "sweep")
-    sweep.folder = RunFolder(
-        folder.trial({"train.lr": scene.random.choice(rates)}).run(0)
-    )  # the one that is waited for
+    sweep.folder = RunFolder(folder.trial({"train.lr": scene.random.choice(rates)}).run(0))
     scene.until(sweep, scene.step(last=20))
     scene.hit(sweep, "a node with a trial's worker lost, one of three")
     scene.lose_node(scene.random.choice(scene.busy_nodes()))
