@@ -338,8 +338,10 @@ def compared(folder: RunFolder, whole: RunFolder, exactly: bool) -> Comparison:
     ]
     same = len(numbers[0]) == len(numbers[1])
     difference = max(abs(a - b) / max(abs(b), 1e-12) for a, b in zip(*numbers, strict=True)) if same else math.inf
-    parameters = [one.load_parts(one.model_file) for one in (folder, whole)]
-    same = not difference and all(torch.equal(value, parameters[0][name]) for name, value in parameters[1].items())
+    same = not difference
+    if folder.model_file.exists():  # a sweep's trials keep none
+        parameters = [one.load_parts(one.model_file) for one in (folder, whole)]
+        same = same and all(torch.equal(value, parameters[0][name]) for name, value in parameters[1].items())
     figure = f"{split} ndcg@3"
     return Comparison(figure, found[split]["ndcg@3"], expected[split]["ndcg@3"], exactly, difference, same)
 
