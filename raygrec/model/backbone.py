@@ -14,11 +14,11 @@ import torch
 from pydantic import Field
 from safetensors import SafetensorError
 from torch import nn
-from torch.nn import functional
 
 from raygrec.config import StrictConfig
 from raygrec.errors import InputError
 from raygrec.model.dropout import prompt_dropout
+from raygrec.model.prompts import Placed
 from raygrec.progress import track
 from raygrec.remote import fetch, is_address
 
@@ -170,21 +170,26 @@ class Backbone(nn.Module):
 
     def read(
         self,
-        embeds_BTD: torch.Tensor,
+        embeds: Placed,
         attention_BTT: torch.Tensor,
         lengths_B: torch.Tensor,
         keys_B: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """`forward` in the `passes` of prompts of the given lengths; what stands in padding means nothing."""
-        length, passes, parts_rTD = embeds_BTD.shape[1], self.passes(lengths_B), []
-        for rows, width in passes:
-            some = torch.tensor(rows or [0], device=embeds_BTD.device)
-            given = (embeds_BTD[some, :width], attention_BTT[some, :width, :width])
-            hidden_rtD = self(*given, None if keys_B is None else keys_B[some])
-            # A pass on no prompt of its own takes part with no row.
-            parts_rTD.append(functional.pad(hidden_rtD, (0, 0, 0, length - width))[: len(rows)])
-        order = torch.tensor([row for rows, _ in passes for row in rows], device=embeds_BTD.device)
-        return torch.cat(parts_rTD)[order.argsort()]
+    ) -> Placed:
+        """`forward` of prompts of the given lengths, in their `passes`."""
+        passes, where, count = self.passes(lengths_B), torch.zeros_like(embeds.where_BT), 0
+        read = [torch.tensor(rows or [0], device=where.device) for rows, _ in passes]
+        sizes = [len(rows) * width for rows, (_, width) in zip(read, passes, strict=True)]
+        taken = [embeds.where_BT[rows, :width].flatten() for rows, (_, width) in zip(read, passes, strict=True)]
+        parts_nD = embeds.rows_ND.index_select(0, torch.cat(taken)).split(sizes)
+        hidden_nD = []
+        for rows, part_nD, (mine, width) in zip(read, parts_nD, passes, strict=True):
+            given = (part_nD.view(len(rows), width, -1), attention_BTT[rows, :width, :width])
+            hidden_nD.append(self(*given, None if keys_B is None else keys_B[rows]).flatten(0, 1))
+            if mine:  # a pass on no prompt of its own takes part, and is not looked at
+                places = torch.arange(count, count + len(part_nD), device=where.device)
+                where[rows, :width] = places.view(len(rows), width)
+            count += len(part_nD)
+        return Placed(torch.cat(hidden_nD), where)
 
     def passes(self, lengths_B: torch.Tensor) -> list[tuple[list[int], int]]:
         """Rows of prompts of like length, and how wide each pass is, so that little of it is padding.

@@ -25,6 +25,7 @@ from raygrec.model.dropout import keyed_dropout
 from raygrec.model.head import CatalogueHead, Targets
 from raygrec.model.nodes import NODE_SCALE, NodeTables, projector, scaled_texts
 from raygrec.model.prompts import (
+    Placed,
     PromptBatch,
     Symbols,
     as_targets,
@@ -353,7 +354,7 @@ class _Hidden(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: HopBatch) -> torch.Tensor:
+    def forward(self, batch: HopBatch) -> Placed:
         return self.model.hidden(batch)
 
 
@@ -406,25 +407,25 @@ class GALRec(nn.Module):
         The contrastive sums are this rank's share of the global ones (`contrast_terms`). Divide by `batch.counts`,
         summed over all ranks.
         """
-        hidden_RTD = self.hidden(batch)
-        flat_ND, width = hidden_RTD.flatten(0, 1), hidden_RTD.shape[1]
-        answers_PD = flat_ND[batch.answers]
+        hidden = self.hidden(batch)
+        answers_PD = hidden.at(batch.answers)
         if batch.dropout_keys is not None:
+            width = batch.symbols.shape[1]
             rows, columns = batch.answers // width, batch.answers % width
             answers_PD = keyed_dropout(answers_PD, self.config.dropout, batch.dropout_keys[rows], columns, use=1)
         recommended = self.head(answers_PD, self._rows(), batch.targets)
-        return torch.stack([recommended, *self._contrast(flat_ND, batch)])
+        return torch.stack([recommended, *self._contrast(hidden, batch)])
 
-    def _contrast(self, flat_ND: torch.Tensor, batch: HopBatch) -> list[torch.Tensor]:
+    def _contrast(self, hidden: Placed, batch: HopBatch) -> list[torch.Tensor]:
         config = self.config.contrast
-        positive_ND = flat_ND if self.slow is None else self._slow_hidden(batch).flatten(0, 1)
-        sums = {name: flat_ND.new_zeros((), dtype=torch.float32) for name in ("l1", "l2", "l3")}
+        slow = hidden if self.slow is None else self._slow_hidden(batch)
+        sums = {name: hidden.rows_ND.new_zeros((), dtype=torch.float32) for name in ("l1", "l2", "l3")}
         is_user = torch.arange(len(batch.nodes), device=batch.nodes.device) < batch.num_users
         contrasted = batch.hops[:, HOPS - 1] >= 0
         for side, rows in (("user", is_user & contrasted), ("item", ~is_user)):
             for number, pair in enumerate(config.active(side)):
                 hops, nodes, queue = batch.hops[rows], batch.nodes[rows], self.queues[side]
-                anchors, positives = flat_ND[hops[:, pair.anchor]], positive_ND[hops[:, pair.positive]]
+                anchors, positives = hidden.at(hops[:, pair.anchor]), slow.at(hops[:, pair.positive])
                 contrast = contrast_terms(anchors, positives, nodes, queue, config.temperature)
                 sums[pair.weight] = sums[pair.weight] + contrast.share
                 if number == 0:
@@ -432,7 +433,7 @@ class GALRec(nn.Module):
         return list(sums.values())
 
     @torch.no_grad()
-    def _slow_hidden(self, batch: HopBatch) -> torch.Tensor:
+    def _slow_hidden(self, batch: HopBatch) -> Placed:
         """`hidden` by the momentum copy."""
         values = {f"model.{name}": value for name, value in self.slow.values().items()}
         return functional_call(_Hidden(self), values, (batch,))
@@ -469,23 +470,23 @@ class GALRec(nn.Module):
 
     def slot_logits(self, batch: HopBatch, slots: int | None = None) -> torch.Tensor:
         """Logits [B, 1, I] at the read-out position."""
-        hidden = self.hidden(batch).flatten(0, 1)[batch.slots[:, 0]]
+        hidden = self.hidden(batch).at(batch.slots[:, 0])
         return self.head(hidden, self._rows())[:, None]
 
-    def hidden(self, batch: HopBatch) -> torch.Tensor:
-        """Last hidden states [R, T, D]; what stands in padding means nothing."""
+    def hidden(self, batch: HopBatch) -> Placed:
+        """Last hidden states."""
         return self.backbone.read(self.embed(batch), batch.attention, batch.lengths, batch.dropout_keys)
 
     def representations(self, batch: HopBatch) -> torch.Tensor:
         """Hidden states [R, 3, D] of the task tokens; every hop must be in the prompts."""
-        return self.hidden(batch).flatten(0, 1)[batch.hops]
+        return self.hidden(batch).at(batch.hops)
 
     def places_read(self, batch: PromptBatch) -> int:
         """Positions that the language model reads for a batch, padding and all."""
         return sum(len(rows) * width for rows, width in self.backbone.passes(batch.lengths))
 
-    def embed(self, batch: HopBatch) -> torch.Tensor:
-        """Embeddings [R, T, D] of the symbols."""
+    def embed(self, batch: HopBatch) -> Placed:
+        """Embeddings of the symbols."""
 
         def items(numbers: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
             nodes = self.nodes.items(numbers, batch.tables[rows]) + self.item_offsets(numbers)

@@ -22,6 +22,7 @@ from raygrec.model.head import CatalogueHead, Targets
 from raygrec.model.nodes import NodeTables, projector, scaled_texts, sum_rows
 from raygrec.model.profiles import telling_terms
 from raygrec.model.prompts import (
+    Placed,
     PromptBatch,
     Symbols,
     as_targets,
@@ -379,29 +380,29 @@ class GLTA(nn.Module):
 
     def forward(self, batch: PromptBatch) -> torch.Tensor:
         """Cross-entropy summed over the batch's answer positions; divide by their global count."""
-        hidden_BTD = self.hidden(batch)
-        hidden_PD = hidden_BTD.flatten(0, 1)[batch.answers]
+        hidden_PD = self.hidden(batch).at(batch.answers)
         if batch.dropout_keys is not None:
-            rows, columns = batch.answers // hidden_BTD.shape[1], batch.answers % hidden_BTD.shape[1]
+            width = batch.symbols.shape[1]
+            rows, columns = batch.answers // width, batch.answers % width
             hidden_PD = keyed_dropout(hidden_PD, self.config.dropout, batch.dropout_keys[rows], columns, use=1)
         return self.head(hidden_PD, self._rows(), batch.targets)
 
     def slot_logits(self, batch: PromptBatch, slots: int | None = None) -> torch.Tensor:
         """Logits [B, s, I] of the first s answer slots (default: all k)."""
         positions = batch.slots[:, :slots]
-        hidden = self.hidden(batch).flatten(0, 1)[positions.flatten()]
+        hidden = self.hidden(batch).at(positions.flatten())
         return self.head(hidden, self._rows()).view(*positions.shape, -1)
 
-    def hidden(self, batch: PromptBatch) -> torch.Tensor:
-        """Last hidden states [B, T, D]; what stands in padding means nothing."""
+    def hidden(self, batch: PromptBatch) -> Placed:
+        """Last hidden states."""
         return self.backbone.read(self.embed(batch), batch.attention, batch.lengths)
 
     def places_read(self, batch: PromptBatch) -> int:
         """Positions that the language model reads for a batch, padding and all."""
         return sum(len(rows) * width for rows, width in self.backbone.passes(batch.lengths))
 
-    def embed(self, batch: PromptBatch) -> torch.Tensor:
-        """Embeddings [B, T, D] of the symbols: tokens, and in between projected nodes and answer slots."""
+    def embed(self, batch: PromptBatch) -> Placed:
+        """Embeddings of the symbols: tokens, and in between projected nodes and answer slots."""
 
         def items(numbers: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
             tokens = self._item_tokens(numbers, batch.tables[rows])

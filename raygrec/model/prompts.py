@@ -5,7 +5,7 @@ No tokenizer runs here: phrases and terms come tokenised, prompts are gathered w
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -86,6 +86,23 @@ class PromptBatch:
 Embed = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
+class Placed(NamedTuple):
+    """Vectors of the positions of B prompts of at most T symbols, without those of padding: rows_ND, and where_BT,
+    the row of each position. Padding has some row."""
+
+    rows_ND: torch.Tensor
+    where_BT: torch.Tensor
+
+    def at(self, positions: torch.Tensor) -> torch.Tensor:
+        """[..., D] vectors of flat positions (row · T + column)."""
+        rows = self.where_BT.flatten()[positions.flatten()]
+        return self.rows_ND.index_select(0, rows).view(*positions.shape, self.rows_ND.shape[1])
+
+    def padded(self) -> torch.Tensor:
+        """[B, T, D]; what stands in padding means nothing."""
+        return self.at(torch.arange(self.where_BT.numel(), device=self.where_BT.device).view(self.where_BT.shape))
+
+
 def embed_symbols(
     symbols: torch.Tensor,
     base: Symbols,
@@ -93,19 +110,22 @@ def embed_symbols(
     items: Embed,
     users: Embed,
     slots: Embed,
-) -> torch.Tensor:
-    """Embeddings [B, T, D] of symbols [B, T]: each kind by its own function, text (and padding) by `text`."""
-    embeds = text(symbols.clamp(0, base.text - 1) * (symbols < base.text))
+) -> Placed:
+    """Embeddings of symbols [B, T]: each kind by its own function."""
     kinds = (
+        (0, base.text, lambda numbers, *_: text(numbers)),
         (base.first_item, base.first_user, items),
         (base.first_slot, base.first_slot + base.slots, slots),
         (base.first_user, base.first_slot, users),
     )
+    where, found, count = torch.zeros_like(symbols), [], 0
     for first, end, embed in kinds:
         here = (symbols >= first) & (symbols < end)
-        values = embed(symbols[here] - first, *here.nonzero(as_tuple=True))
-        embeds = embeds.masked_scatter(here[..., None], values.to(embeds.dtype))
-    return embeds
+        places = here.nonzero(as_tuple=True)
+        found.append(embed(symbols[places] - first, *places))
+        where[places] = torch.arange(count, count + len(found[-1]), device=symbols.device)
+        count += len(found[-1])
+    return Placed(torch.cat([rows.to(found[0].dtype) for rows in found]), where)
 
 
 def join_rows(parts: list[CSR]) -> CSR:

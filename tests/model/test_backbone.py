@@ -24,6 +24,7 @@ from raygrec.model.backbone import (
     like_lengths,
     load_tokenizer,
 )
+from raygrec.model.prompts import Placed
 from tests.test_tensors import Evil
 
 KINDS = {"bert": "encoder", "t5": "encoder-decoder", "llama": "decoder"}
@@ -329,6 +330,10 @@ def test_groups_of_like_length_have_the_least_padding(seed):
     assert sum(len(group) * max(lengths[row] for row in group) for group in groups) == least
 
 
+def placed(embeds: torch.Tensor) -> Placed:
+    return Placed(embeds.flatten(0, 1), torch.arange(embeds.shape[:2].numel()).view(embeds.shape[:2]))
+
+
 @pytest.mark.parametrize("partitioned", [False, True], ids=["whole", "ZeRO-3"])
 @pytest.mark.parametrize("longest", [3, 12])
 def test_prompts_of_like_length_are_read_together_with_the_same_result(longest, partitioned, backbone_folder):
@@ -345,7 +350,7 @@ def test_prompts_of_like_length_are_read_together_with_the_same_result(longest, 
     results = []
     for read in (
         lambda embeds: backbone(embeds, mask, keys),
-        lambda embeds: backbone.read(embeds, mask, lengths, keys),
+        lambda embeds: backbone.read(placed(embeds), mask, lengths, keys).padded(),
     ):
         embeds = torch.randn(50, 12, 16, generator=torch.Generator().manual_seed(3)).requires_grad_()
         hidden = read(embeds)[shown]

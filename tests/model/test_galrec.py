@@ -160,7 +160,7 @@ def test_the_title_of_a_later_item_changes_no_earlier_representation(place, kind
         batch = prompter.training(np.array([0]), Draws(0))
         row = rows(batch)[0]
         with torch.no_grad():
-            hidden = model.hidden(batch)[0]
+            hidden = model.hidden(batch).padded()[0]
         starts = [row.index(item(number)) for number in history] + [row.index(prompter.symbols.first_slot + 1)]
         groups = [hidden[first:end] for first, end in pairwise(starts)]
         return groups, hidden[starts[-1]]
@@ -260,7 +260,7 @@ def test_a_representation_follows_from_what_its_position_may_see_and_from_nothin
     model = model_of(prompter, Backbone(BackboneConfig(name=backbone_folder(kind))))
     batch = lending(prompter, [0, 2], [5, 4])
     with torch.no_grad():
-        embeds = model.embed(batch)
+        embeds = model.embed(batch).padded()
         before = model.backbone(embeds, batch.attention)
         for row, side in ((0, "user"), (2, "item")):
             expected = matrix(side, sees_user)
@@ -439,7 +439,7 @@ def test_logits_are_those_of_the_read_out(readout, head, backbone):
     with torch.no_grad():
         logits = model.slot_logits(batch, 1)
         assert logits.shape == (4, 1, ITEMS)
-        hidden = model.hidden(batch)
+        hidden = model.hidden(batch).padded()
         for row, [column] in enumerate(in_row(batch, batch.slots)):
             expected = model.head(hidden[row, column][None], rows_of(model))
             torch.testing.assert_close(logits[row], expected)
@@ -492,7 +492,7 @@ def test_every_symbol_is_embedded_as_its_kind(graph, with_texts, backbone):
     base = prompter.symbols
     kinds = set()
     with torch.no_grad():
-        embeds = model.embed(batch)
+        embeds = model.embed(batch).padded()
         for row, symbols in enumerate(rows(batch)):
             # Users read the fit without them, items the fit on all edges.
             fit = 1 + row % 2 if row < 14 else 0
@@ -522,7 +522,7 @@ PAIRS = [
 
 def plain_hidden(model: GALRec, batch: HopBatch) -> list[torch.Tensor]:
     """Hidden states [T, D] of each prompt by itself, without padding."""
-    attention, embeds = batch.attention, model.embed(batch)
+    attention, embeds = batch.attention, model.embed(batch).padded()
     lengths = (batch.symbols != PAD).sum(1).tolist()
     return [
         model.backbone(embeds[row : row + 1, :n], attention[row : row + 1, :n, :n])[0] for row, n in enumerate(lengths)
@@ -766,7 +766,7 @@ def test_dropout_falls_on_half_as_many_entries_of_the_node_tokens(rate, backbone
     batch = prompter.training(np.arange(60), Draws(3))
     is_node = batch.symbols.ge(prompter.symbols.first_item) & batch.symbols.lt(prompter.symbols.first_slot)
     with torch.no_grad():
-        plain, dropped = (model.embed(one) for one in (replace(batch, dropout_keys=None), batch))
+        plain, dropped = (model.embed(one).padded() for one in (replace(batch, dropout_keys=None), batch))
     assert torch.equal(plain[~is_node], dropped[~is_node])
     # Prompts of the same item are dropped alike: fewer independent entries than there are.
     zero = dropped[:60][is_node[:60]] == 0
@@ -817,6 +817,6 @@ def test_representations_are_the_hidden_states_of_the_task_tokens(backbone):
     model = model_of(prompter, backbone)
     batch = prompter.training(np.arange(3), Draws(0))
     with torch.no_grad():
-        found, hidden = model.representations(batch), model.hidden(batch)
+        found, hidden = model.representations(batch), model.hidden(batch).padded()
     for row, columns in enumerate(in_row(batch, batch.hops)):
         assert torch.equal(found[row], hidden[row, columns])

@@ -449,7 +449,7 @@ def test_logits_cover_slots_and_catalogue(head, with_texts, backbone):
         logits = model.slot_logits(batch)
         assert logits.shape == (2, 3, ITEMS)
         torch.testing.assert_close(model.slot_logits(batch, 1), logits[:, :1])
-        hidden = model.hidden(batch)
+        hidden = model.hidden(batch).padded()
         row, slot = 1, 2
         position = int(columns(batch)[row, slot])
         alone = model.head(hidden[row, position][None], rows_of(model))[0]
@@ -471,7 +471,7 @@ def test_every_symbol_is_embedded_as_its_kind(backbone, seed, tuned):
     item_nodes = torch.cat([item_nodes, model.item_texts.expand(2, -1, -1)], dim=2)
     base = prompter.symbols
     with torch.no_grad():
-        embeds = model.embed(batch)
+        embeds = model.embed(batch).padded()
         for row, symbols in enumerate(prompts(batch)):
             for column, symbol in enumerate(symbols):
                 if symbol < base.first_item:
@@ -496,7 +496,7 @@ def test_slots_start_from_no_user_where_the_prompt_has_no_aligned_token(backbone
     model = model_of(prompter, backbone)
     batch = prompter.recommending(np.array([1, 0]), CSR.from_lists([[3, 9], [2]]))
     with torch.no_grad():
-        slots = model.embed(batch).flatten(0, 1)[batch.slots[:, 0]]
+        slots = model.embed(batch).padded().flatten(0, 1)[batch.slots[:, 0]]
         newest = model.nodes.items_KId[[2, 1], [9, 2]] + model.item_offsets.weight[[9, 2]]
         newest = torch.cat([newest, model.item_texts[[9, 2]]], dim=1)
         expected = model.answer_slots.weight[0] + model.item_projector(newest)
@@ -533,7 +533,7 @@ def test_leave_out_vectors_are_the_propagated_shown_histories(backbone):
     assert shown.lengths.min() == 0
     assert shown.lengths.max() > prompter.config.max_history
     with torch.no_grad():
-        embeds = model.embed(batch)[
+        embeds = model.embed(batch).padded()[
             batch.symbols.ge(prompter.symbols.first_user) & batch.symbols.lt(prompter.symbols.first_slot)
         ]
         both = [propagate_users(shares, shown) for shares in model.nodes.shares_KId[1:]]
@@ -560,7 +560,7 @@ def test_user_dropout_leaves_the_bias_alone(vector, backbone):
     assert abs(float(dropped.float().mean()) - 0.3) < 5 * np.sqrt(0.21 / 400)
     is_user = batch.symbols.ge(prompter.symbols.first_user) & batch.symbols.lt(prompter.symbols.first_slot)
     with torch.no_grad():
-        tokens = model.embed(batch)[is_user]
+        tokens = model.embed(batch).padded()[is_user]
     bias = model.user_projector.bias
     torch.testing.assert_close(tokens[dropped], bias.expand(int(dropped.sum()), -1))
     assert (tokens[~dropped] - bias).abs().amax(1).min() > 0
@@ -602,7 +602,7 @@ def test_the_loss_of_a_batch_is_the_sum_of_its_prompts_losses(settings, head, ba
     with torch.no_grad():
         for user in range(8):
             one = prompter.training(np.array([user]), Draws(1), whole)
-            hidden = model.hidden(one)[0]
+            hidden = model.hidden(one).padded()[0]
             for column, wanted in answers(one)[0].items():
                 target = torch.zeros(ITEMS)
                 target[list(wanted)] = torch.tensor(list(wanted.values()))
@@ -634,7 +634,7 @@ def test_dropout_falls_on_half_as_many_entries_of_the_item_tokens(rate, backbone
     batch = prompter.training(np.arange(60), Draws(3))
     is_item = batch.symbols.ge(prompter.symbols.first_item) & batch.symbols.lt(prompter.symbols.first_user)
     with torch.no_grad():
-        plain, dropped = (model.embed(one) for one in (replace(batch, dropout_keys=None), batch))
+        plain, dropped = (model.embed(one).padded() for one in (replace(batch, dropout_keys=None), batch))
     assert torch.equal(plain[~is_item], dropped[~is_item])
     zero = dropped[is_item] == 0
     assert abs(float(zero.float().mean()) - rate / 2) < 5 * np.sqrt(0.16 / zero.numel()) + 1e-9
@@ -647,7 +647,7 @@ def test_a_history_position_knows_nothing_of_what_follows(kind, backbone_folder)
     model = model_of(prompter, Backbone(BackboneConfig(name=backbone_folder(kind))))
     histories = CSR.from_lists([[3, 5, 7, 2], [3, 5, 11, 12]])
     with torch.no_grad():
-        hidden = model.hidden(prompter.recommending(np.zeros(2, dtype=np.int64), histories))
+        hidden = model.hidden(prompter.recommending(np.zeros(2, dtype=np.int64), histories)).padded()
     same, rest = slice(0, 5), slice(5, 7)  # the opening and items 3 and 5, then the two others
     torch.testing.assert_close(hidden[0, same], hidden[1, same], rtol=0, atol=1e-6)
     assert (hidden[0, rest] - hidden[1, rest]).abs().amax(1).min() > 1e-3

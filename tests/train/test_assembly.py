@@ -241,7 +241,7 @@ def test_the_exported_language_model_and_parts_give_the_runs_logits(tiny_store, 
         model.load_state_dict(folder.load_parts(folder.parts_file("train")), strict=False)
         expected = model.slot_logits(batch)[:, 0]
         example = {
-            "embeds": model.embed(batch),
+            "embeds": model.embed(batch).padded(),
             "mask": batch.attention & torch.ones_like(batch.attention[0]).tril()
             if family == "decoder"
             else batch.attention,
