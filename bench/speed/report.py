@@ -25,6 +25,9 @@ NEXT = {
     3: "a batch is some dozens of NumPy calls on a few thousand numbers: calls are paid, not tokens. Assemble the "
     "batches of a pool together, and draw GAL-Rec's neighbours, which raygrec's side alone does here, for a pool at "
     "once. What a step waits is little, and a thread that assembles ahead would hide it.",
+    4: "of a step, what the language model alone does not do is the catalogue: logits of every answer over all items "
+    "and their two gradients, which weigh most beside one or two small layers. Then Adam over the item table, of which "
+    "a step reads a part: fused, or by the rows that were read.",
     7: "the language model's pass over the prompts is 94 % of the time, and two of five of its positions are padding: "
     "batches of prompts of like length, and only the answer slot through the last layer. On a CPU and at 260 k "
     "parameters generation is bound by arithmetic as prompts are; at 1 B on a GPU it is bound by reading the weights "

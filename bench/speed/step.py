@@ -16,7 +16,7 @@ from raygrec.model.prompts import PAD, PromptBatch
 from raygrec.train import loop
 from raygrec.train.engine import LocalEngine
 
-ROUNDS, STEPS = 1, 2  # steps of a round: half a pool of prompts that are sorted by length
+ROUNDS, STEPS = 5, 4  # steps of a round: half a pool of prompts that are sorted by length
 JOBS = {"GLTA": ("glta.yaml", ()), "GAL-Rec, L0 to L3": ("galrec.yaml", ())}
 OURS, BARE, TRAINER = "raygrec", "backbone alone", "Trainer"
 
