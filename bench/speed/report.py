@@ -28,8 +28,8 @@ NEXT = {
     4: "of a step, what the language model alone does not do is the catalogue: logits of every answer over all items "
     "and their two gradients, which weigh most beside one or two small layers. Then Adam over the item table, of which "
     "a step reads a part: fused, or by the rows that were read.",
-    7: "the language model's pass over the prompts is 94 % of the time, and two of five of its positions are padding: "
-    "batches of prompts of like length, and only the answer slot through the last layer. On a CPU and at 260 k "
+    7: "the language model's pass over the prompts is nearly all of the time, attention most of it: only the answer "
+    "slot through the last layer, and the block mask as segments instead of a matrix. On a CPU and at 260 k "
     "parameters generation is bound by arithmetic as prompts are; at 1 B on a GPU it is bound by reading the weights "
     "at every token: measure there.",
     9: "half is the prompts with a second hop and of items (K = 0), half the products of anchors with 65,536 rows: "
