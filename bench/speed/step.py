@@ -35,8 +35,8 @@ def main() -> None:
         {
             "row": 4,
             "title": "Training steps on real (non-padding) tokens (Amazon Beauty)",
-            "against": "forward and backward of the language model alone on the same positions (ratio: our share of its "
-            "speed), and Hugging Face's Trainer on the same prompts in random order, with nodes as new words "
+            "against": "forward and backward of the language model alone on the same positions (ratio: our share of "
+            "its speed), and Hugging Face's Trainer on the same prompts in random order, with nodes as new words "
             "and one linear layer to all items",
             "target": "≥ 85 % of the floor; ≥ 1.5× Trainer; padding under 5 %",
             "reached": floor >= 0.85 and faster >= 1.5 and padding < 0.05,
