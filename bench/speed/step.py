@@ -16,15 +16,15 @@ from raygrec.model.prompts import PAD, PromptBatch
 from raygrec.train import loop
 from raygrec.train.engine import LocalEngine
 
-ROUNDS, STEPS = 5, 4  # steps of a round: half a pool of prompts that are sorted by length
-JOBS = {"GLTA": ("glta.yaml", ()), "GAL-Rec, L0 to L3": ("galrec.yaml", ())}
+ROUNDS, STEPS = 5, 4  # steps of a round
+JOBS = {"GLTA": "glta.yaml", "GAL-Rec, L0 to L3": "galrec.yaml"}
 OURS, BARE, TRAINER = "raygrec", "backbone alone", "Trainer"
 
 
 def main() -> None:
     store, cases, where = beauty(), [], {}
-    for name, (job, settings) in JOBS.items():
-        one = Steps(ready(job, store, job.removesuffix(".yaml"), FEW, *settings))
+    for name, job in JOBS.items():
+        one = Steps(ready(job, store, job.removesuffix(".yaml"), FEW))
         cases += one.cases(name)
         where[name] = shares(lambda one=one: one.ours(0))
     floor = min(case["ratio"]["median"] for case in cases if case["against"] == BARE)
@@ -85,7 +85,7 @@ class Steps:
         return found
 
     def draw(self, number: int) -> None:
-        """Users of a round, in the loop's order: all of a pool's lengths are among its steps."""
+        """Users of a round: some batches of an epoch in the loop's order, each of histories of like length."""
         self.order = loop.epoch_order(self.stage.lengths, self.stage.config.batch, Draws(number + 1))[:STEPS]
         self.calls.clear()
 

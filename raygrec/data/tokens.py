@@ -6,6 +6,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
@@ -52,11 +53,19 @@ class TokenTable:
         return TokenTable(_read(place, "items"), _read(place, "titles"), _read(place, "terms"))
 
 
-def _make(place: Path, source: Path, max_length: int, parts: dict[str, Strings]) -> None:
-    from transformers import AutoTokenizer  # slow to import, and not needed once the table is there
+def transformers_library() -> ModuleType:
+    """The package, silenced. It takes longer to import than torch, and what reads no language model does without."""
+    import transformers
 
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def _make(place: Path, source: Path, max_length: int, parts: dict[str, Strings]) -> None:
+    library = transformers_library()  # slow to import, and not needed once the table is there
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
+        tokenizer = library.AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise InputError(f"{source}: no tokenizer that transformers can load ({_one_line(error)})") from None
     draft = place.with_name(f".{place.name}.draft-{os.getpid()}")

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from raygrec.config import StrictConfig
+from raygrec.data.tokens import transformers_library
 from raygrec.errors import InputError
 from raygrec.model.dropout import prompt_dropout
 from raygrec.model.prompts import Placed
@@ -95,7 +96,7 @@ def positions(name: str) -> int | None:
 def load_tokenizer(name: str) -> object:
     """The fast tokenizer of a backbone; `InputError` when there is none at that name."""
     try:
-        return _transformers().AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=False)
+        return transformers_library().AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(_not_loadable(name, error)) from None
 
@@ -201,6 +202,10 @@ class Backbone(nn.Module):
         groups += [[]] * (2 - len(groups)) * partitioned
         return [(rows, max([1, *(lengths[row] for row in rows)])) for rows in groups]
 
+    def places(self, lengths_B: torch.Tensor) -> int:
+        """Positions in all `passes`, padding and all."""
+        return sum(len(rows) * width for rows, width in self.passes(lengths_B))
+
     def _drop(self, rate: float, use: int, module: nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
         """A forward hook; not of attention weights, which are of four dimensions."""
         if self._keys_B is None or output.dim() != 3:
@@ -281,7 +286,7 @@ def generate(name: str, prompts: list[list[int]], tokens: int, batch_size: int =
     if _family(name, settings.model_type) != "decoder":
         raise InputError(f"backbone '{name}' ({settings.model_type}) cannot generate: use model.texts.source=extracted")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = _transformers().AutoModelForCausalLM.from_pretrained(
+    model = transformers_library().AutoModelForCausalLM.from_pretrained(
         resolve(name), dtype=torch.float32, trust_remote_code=False
     )
     model.eval().to(device)
@@ -318,18 +323,9 @@ def peft_library() -> ModuleType:
     return peft
 
 
-def _transformers() -> ModuleType:
-    """The package, silenced. It takes longer to import than torch, and what reads no language model does without."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    return transformers
-
-
 def _settings(name: str) -> "PreTrainedConfig":
     try:
-        return _transformers().AutoConfig.from_pretrained(resolve(name), trust_remote_code=False)
+        return transformers_library().AutoConfig.from_pretrained(resolve(name), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(_not_loadable(name, error)) from None
 
@@ -361,7 +357,7 @@ def _without_dropout(settings: "PreTrainedConfig") -> None:
 
 
 def _load(config: BackboneConfig, settings: "PreTrainedConfig", family: str) -> "PreTrainedModel":
-    library = _transformers()
+    library = transformers_library()
     loader = library.T5EncoderModel if family == "encoder-decoder" else library.AutoModel
     parts = {"add_pooling_layer": False} if settings.model_type in POOLED else {}
     if not config.pretrained:

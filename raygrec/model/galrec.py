@@ -481,10 +481,6 @@ class GALRec(nn.Module):
         """Hidden states [R, 3, D] of the task tokens; every hop must be in the prompts."""
         return self.hidden(batch).at(batch.hops)
 
-    def places_read(self, batch: PromptBatch) -> int:
-        """Positions that the language model reads for a batch, padding and all."""
-        return sum(len(rows) * width for rows, width in self.backbone.passes(batch.lengths))
-
     def embed(self, batch: HopBatch) -> Placed:
         """Embeddings of the symbols."""
 

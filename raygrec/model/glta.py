@@ -397,10 +397,6 @@ class GLTA(nn.Module):
         """Last hidden states."""
         return self.backbone.read(self.embed(batch), batch.attention, batch.lengths)
 
-    def places_read(self, batch: PromptBatch) -> int:
-        """Positions that the language model reads for a batch, padding and all."""
-        return sum(len(rows) * width for rows, width in self.backbone.passes(batch.lengths))
-
     def embed(self, batch: PromptBatch) -> Placed:
         """Embeddings of the symbols: tokens, and in between projected nodes and answer slots."""
 

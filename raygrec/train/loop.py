@@ -300,7 +300,7 @@ def _step(stage: Stage, engine: Engine, things: np.ndarray, draws: Draws, rate: 
 
 
 def _places(model: Any, batch: PromptBatch) -> int:
-    return model.places_read(batch) if hasattr(model, "places_read") else batch.symbols.numel()
+    return model.backbone.places(batch.lengths) if hasattr(model, "backbone") else batch.symbols.numel()
 
 
 def _with_batch(

@@ -11,10 +11,10 @@ from raygrec.train import loop
 from raygrec.train.folder import LoopState, RunFolder
 from raygrec.train.local import train_here
 from raygrec.train.mirror import Mirror, restore
-from raygrec.train.settings import RunConfig, run_config
+from raygrec.train.settings import run_config
 from tests.train.test_faults import assert_same_end
 from tests.train.test_folder import flip
-from tests.train.workers import tiny_sequential_config
+from tests.train.workers import cut_here, tiny_sequential_config
 
 TENSORS = {"param/w": torch.arange(6.0)}
 
@@ -115,21 +115,6 @@ def test_an_address_that_fails_is_told_once_per_kind(folder, tmp_path, monkeypat
     assert "checkpoints/train-00000005/manifest.json" in there(tmp_path / "there")
 
 
-def cut(config: RunConfig, updates: int) -> None:
-    """Trains so many updates, and is cut off."""
-    step, seen = loop._step, []
-
-    def counted(*arguments: object) -> object:
-        seen.append(1)
-        if len(seen) > updates:
-            raise KeyboardInterrupt
-        return step(*arguments)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "_step", counted)
-        train_here(config)
-
-
 @pytest.fixture(scope="module")
 def whole(tiny_store, tiny_backbone, tmp_path_factory) -> RunFolder:
     config = tiny_sequential_config(tiny_store.path, tiny_backbone, tmp_path_factory.mktemp("whole") / "run")
@@ -143,7 +128,7 @@ def test_a_run_whose_folder_is_lost_goes_on_from_the_address(whole, s3, tmp_path
     address = s3("lost/run") if kind == "s3" else f"file://{tmp_path}/there"
     settings = {"out": tmp_path / "run", "upload": address, "upload_checkpoints": True}
     config = whole.config().model_copy(update=settings)
-    cut(config, 7)
+    cut_here(config, 7)
     shutil.rmtree(config.out)
     if kind == "file":  # the newest has not come whole
         flip(tmp_path / "there" / "checkpoints" / "train-00000006" / "state.safetensors")

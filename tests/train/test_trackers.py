@@ -16,7 +16,7 @@ from raygrec.train.folder import RunFolder
 from raygrec.train.local import train_here
 from raygrec.train.settings import RunConfig
 from raygrec.train.trackers import WeightsAndBiases, tracked
-from tests.train.workers import tiny_sequential_config
+from tests.train.workers import cut_here, tiny_sequential_config
 
 
 class Heard(loop.Reporter):
@@ -133,19 +133,9 @@ def test_a_missing_package_is_said_before_anything_starts(
     assert not config.out.exists()
 
 
-def cut_and_resumed(config: RunConfig, monkeypatch, updates: int) -> RunFolder:
+def cut_and_resumed(config: RunConfig, updates: int) -> RunFolder:
     """A run that was cut off after so many updates, and went on from the checkpoint before."""
-    step, seen = loop._step, []
-
-    def counted(*arguments: object) -> object:
-        seen.append(1)
-        if len(seen) > updates:
-            raise KeyboardInterrupt
-        return step(*arguments)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "_step", counted)
-        train_here(config)
+    cut_here(config, updates)
     train_here(config, resume=True)
     return RunFolder(config.out)
 
@@ -197,7 +187,7 @@ def test_tensorboard_shows_each_step_of_a_resumed_run_once(tiny_store, tiny_back
     track = {"tensorboard": True, "every": 1}
     config = tiny_sequential_config(tiny_store.path, tiny_backbone, tmp_path / "run", track=track)
     # Cut off after update 7, it goes on from update 6: the seventh is logged twice.
-    folder = cut_and_resumed(config, monkeypatch, 7)
+    folder = cut_and_resumed(config, 7)
     assert len(list((folder.path / "tensorboard" / "train").iterdir())) == 2
     found = scalars(folder.path / "tensorboard" / "train")
     assert [step for step, _ in found["loss"]] == list(range(1, 17))
@@ -216,7 +206,7 @@ def test_mlflow_goes_on_with_its_run(tiny_store, tiny_backbone, tmp_path, monkey
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     track = {"mlflow": uri, "every": 1}
     config = tiny_sequential_config(tiny_store.path, tiny_backbone, tmp_path / "run", track=track)
-    folder = cut_and_resumed(config, monkeypatch, 7)
+    folder = cut_and_resumed(config, 7)
     client = mlflow.MlflowClient(uri)
     (run,) = client.search_runs([client.get_experiment_by_name("raygrec").experiment_id])
     assert (run.info.run_name, run.info.status) == ("run", "FINISHED")
@@ -245,7 +235,7 @@ def test_wandb_offline(tiny_store, tiny_backbone, tmp_path, monkeypatch):
     config = tiny_sequential_config(
         tiny_store.path, tiny_backbone, tmp_path / "run", track={"wandb": "project", "every": 1}
     )
-    folder = cut_and_resumed(config, monkeypatch, 7)
+    folder = cut_and_resumed(config, 7)
     name = (folder.path / "wandb.id").read_text()
     logs = sorted(Path(folder.path / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))
     assert len(logs) == 2  # of two processes, which its server makes one run of

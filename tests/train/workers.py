@@ -4,9 +4,12 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+import pytest
+
 from raygrec.train import loop, pipeline
 from raygrec.train.assembly import prepare_run
 from raygrec.train.folder import RunFolder
+from raygrec.train.local import train_here
 from raygrec.train.settings import RunConfig, run_config
 from raygrec.train.writer import CheckpointWriter
 from tests.ranks import run_ranks
@@ -79,6 +82,21 @@ def _cut_off(after: int, ends: bool) -> None:
         return step(*arguments)
 
     loop._step, CheckpointWriter.__enter__ = counted, entered
+
+
+def cut_here(config: RunConfig, updates: int) -> None:
+    """Trains so many updates in this process, without Ray, and is cut off."""
+    step, seen = loop._step, []
+
+    def counted(*arguments: object) -> object:
+        seen.append(1)
+        if len(seen) > updates:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "_step", counted)
+        train_here(config)
 
 
 def tiny_config(store: Path, backbone: Path, out: Path, **changes: object) -> RunConfig:
