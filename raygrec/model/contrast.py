@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import normalize
 
 from raygrec.ranks import world
 
@@ -23,12 +23,12 @@ PAIRS_AT_ONCE = 1024  # rows of the pairwise distances that are held at a time
 
 
 class Contrast(NamedTuple):
-    """A contrastive term as one rank holds it, and what its queue takes after the update.
+    """Contrastive terms of P pairs as one rank holds them, and what their queue takes after the update.
 
-    share: fp32 [], see `rank_share`. positives_ND, ids_N: detached, of all ranks, for `NegativeQueue.enqueue`.
+    shares_P: fp32 [P], see `rank_share`. positives_ND, ids_N: detached, of all ranks, for `NegativeQueue.enqueue`.
     """
 
-    share: torch.Tensor
+    shares_P: torch.Tensor
     positives_ND: torch.Tensor
     ids_N: torch.Tensor
 
@@ -129,17 +129,18 @@ class MomentumCopy:
 
 
 def contrast_terms(
-    anchors_ND: torch.Tensor, positives_ND: torch.Tensor, ids_N: torch.Tensor, queue: NegativeQueue, temperature: float
+    anchors_PND: torch.Tensor, positives_ND: torch.Tensor, ids_N: torch.Tensor, queue: NegativeQueue, temperature: float
 ) -> Contrast:
-    """`info_nce` of one pair of hops over the rows of all ranks and the queue, as this rank's share.
+    """`info_nce` of P anchor hops against one hop over the rows of all ranks and the queue, as this rank's shares.
 
-    anchors_ND, positives_ND: float [N, D], ids_N: int64 [N], all of *this* rank; the ranks' N may differ and be 0.
-    Collective: every rank must call it, as often and in the same order. The queue is read, not changed.
+    anchors_PND: float [P, N, D], positives_ND: float [N, D], ids_N: int64 [N], all of *this* rank; the ranks' N may
+    differ and be 0. Collective: every rank must call it, as often and in the same order. The queue is read, not
+    changed.
     """
-    anchors_ND, positives_ND = gathered(torch.cat([anchors_ND, positives_ND], dim=1)).chunk(2, dim=1)
+    *anchors, positives_ND = gathered(torch.stack([*anchors_PND, positives_ND], dim=1)).unbind(1)
     ids_N = gathered(ids_N)
-    loss = info_nce(anchors_ND, positives_ND, ids_N, *queue.stored(anchors_ND.device), temperature)
-    return Contrast(rank_share(loss), positives_ND.detach(), ids_N)
+    losses_P = info_nce(torch.stack(anchors), positives_ND, ids_N, *queue.stored(positives_ND.device), temperature)
+    return Contrast(rank_share(losses_P), positives_ND.detach(), ids_N)
 
 
 def info_nce(
@@ -152,23 +153,52 @@ def info_nce(
 ) -> torch.Tensor:
     """Sum over anchors n of −log( exp(s_nn / τ) / Σ_{c ∈ C_n} exp(s_nc / τ) ), s the cosine similarity.
 
-    L1–L3 of GAL-Rec for one pair of hops: row n of anchors and positives are two hops of node `ids_N[n]`.
+    L1–L3 of GAL-Rec for a pair of hops: row n of anchors and positives are two hops of node `ids_N[n]`.
     [ours] C_n is the N positives and the K extra rows, less those of anchor n's own node (false negatives; never
     its own positive) and empty queue places (id -1). Anchors and positives get gradient, extra rows none.
 
-    anchors_ND, positives_ND: float [N, D]. ids_N: int64 [N]. extra_KD: float [K, D], unit vectors. extra_ids_K:
-    int64 [K].
-    Computed in fp32 at least, under autocast too. Returns [].
+    anchors_ND: float [N, D], or [P, N, D] for P pairs with the same positives. positives_ND: float [N, D].
+    ids_N: int64 [N]. extra_KD: float [K, D], unit vectors. extra_ids_K: int64 [K].
+    Computed in fp32 at least, under autocast too. Returns [] or [P].
     """
     with torch.autocast(anchors_ND.device.type, enabled=False):
         anchors_ND, positives_ND = _unit(anchors_ND) / temperature, _unit(positives_ND)
-        extra_KD = extra_KD.detach().to(anchors_ND.dtype)
-        logits_NC = torch.cat([anchors_ND @ positives_ND.T, anchors_ND @ extra_KD.T], dim=1)
-        ids_C = torch.cat([ids_N, extra_ids_K])
-        excluded_NC = (ids_C == ids_N[:, None]) | (ids_C == EMPTY)
-        excluded_NC.diagonal().fill_(False)
-        targets_N = torch.arange(len(ids_N), device=logits_NC.device)
-        return cross_entropy(logits_NC.masked_fill(excluded_NC, -torch.inf), targets_N, reduction="sum")
+        others_NN = ids_N == ids_N[:, None]
+        others_NN.diagonal().fill_(False)
+        logits_NN = (anchors_ND @ positives_ND.T).masked_fill(others_NN, -torch.inf)
+        among_N = logits_NN.logsumexp(-1)
+        if len(extra_KD):
+            extra_KD = extra_KD.detach().to(anchors_ND.dtype)
+            excluded_NK = (extra_ids_K == ids_N[:, None]) | (extra_ids_K == EMPTY)
+            among_N = torch.logaddexp(among_N, _AmongExtra.apply(anchors_ND, extra_KD, excluded_NK))
+        return (among_N - logits_NN.diagonal(dim1=-2, dim2=-1)).sum(-1)
+
+
+class _AmongExtra(torch.autograd.Function):
+    """log Σ exp(a_n · x_k) over the extra rows k that are not excluded for anchor n: −∞ where all are.
+
+    The gradient is made while the products are there, so that they are held once and nothing waits for the backward
+    pass but [..., N, D].
+    """
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        anchors_ND: torch.Tensor,
+        extra_KD: torch.Tensor,
+        excluded_NK: torch.Tensor,
+    ) -> torch.Tensor:
+        weights_NK = (anchors_ND @ extra_KD.T).masked_fill_(excluded_NK, -torch.inf)
+        highest_N1 = weights_NK.amax(-1, keepdim=True).clamp_(min=torch.finfo(weights_NK.dtype).min)
+        sums_N1 = weights_NK.sub_(highest_N1).exp_().sum(-1, keepdim=True)
+        ctx.save_for_backward((weights_NK @ extra_KD) / sums_N1.clamp(min=1))
+        return (highest_N1 + sums_N1.log())[..., 0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad_N: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (mean_ND,) = ctx.saved_tensors
+        return mean_ND * grad_N[..., None], None, None
 
 
 def gathered(rows_ND: torch.Tensor) -> torch.Tensor:
@@ -239,4 +269,4 @@ def alignment(a_ND: torch.Tensor, b_ND: torch.Tensor) -> float:
 
 
 def _unit(rows_ND: torch.Tensor) -> torch.Tensor:
-    return normalize(rows_ND.to(torch.promote_types(rows_ND.dtype, torch.float32)), dim=1)
+    return normalize(rows_ND.to(torch.promote_types(rows_ND.dtype, torch.float32)), dim=-1)

@@ -423,11 +423,14 @@ class GALRec(nn.Module):
         is_user = torch.arange(len(batch.nodes), device=batch.nodes.device) < batch.num_users
         contrasted = batch.hops[:, HOPS - 1] >= 0
         for side, rows in (("user", is_user & contrasted), ("item", ~is_user)):
-            for number, pair in enumerate(config.active(side)):
-                hops, nodes, queue = batch.hops[rows], batch.nodes[rows], self.queues[side]
-                anchors, positives = hidden.at(hops[:, pair.anchor]), slow.at(hops[:, pair.positive])
-                contrast = contrast_terms(anchors, positives, nodes, queue, config.temperature)
-                sums[pair.weight] = sums[pair.weight] + contrast.share
+            pairs, hops, nodes = config.active(side), batch.hops[rows], batch.nodes[rows]
+            for number, positive in enumerate(dict.fromkeys(pair.positive for pair in pairs)):
+                mine = [pair for pair in pairs if pair.positive == positive]
+                anchors_PND = hidden.at(hops[:, [pair.anchor for pair in mine]].T)
+                positives_ND = slow.at(hops[:, positive])
+                contrast = contrast_terms(anchors_PND, positives_ND, nodes, self.queues[side], config.temperature)
+                for pair, share in zip(mine, contrast.shares_P, strict=True):
+                    sums[pair.weight] = sums[pair.weight] + share
                 if number == 0:
                     self._fresh.append((side, contrast.positives_ND, contrast.ids_N))
         return list(sums.values())

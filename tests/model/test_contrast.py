@@ -61,6 +61,19 @@ def test_info_nce_against_a_double_loop(extra, temperature):
     assert float(info_nce(*arguments, temperature)) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("extra", [0, EXTRA])
+def test_pairs_with_the_same_positives_are_as_each_alone(extra):
+    anchors, positives, ids, rows, row_ids = example(torch.float64)
+    rest = ids, rows[:extra], row_ids[:extra], TEMPERATURE
+    both = torch.stack([anchors, 0.3 * anchors.flip(0) + 0.1]).requires_grad_()
+    together = info_nce(both, positives.requires_grad_(), *rest)
+    alone = torch.stack([info_nce(one, positives, *rest) for one in both])
+    torch.testing.assert_close(together, alone)
+    weights = torch.tensor([2.0, -0.5], dtype=torch.float64)
+    found, expected = (torch.autograd.grad((losses @ weights), (both, positives)) for losses in (together, alone))
+    torch.testing.assert_close(found, expected)
+
+
 def test_info_nce_against_torch_where_nothing_is_excluded():
     anchors, positives, _, extra, _ = example()
     candidates = torch.cat([functional.normalize(positives), extra])
@@ -344,8 +357,8 @@ def worker(rank: int, split: list[int], folder: str) -> None:
     encoder, queue, records = encoder_of(), NegativeQueue(LENGTH, WIDTH), []
     for update in range(UPDATES):
         first, second, ids = (tensor.split(split)[rank] for tensor in global_batch(update))
-        term = contrast_terms(encoder(first), encoder(second), ids, queue, TEMPERATURE)
-        share = term.share / BATCH
+        term = contrast_terms(encoder(first)[None], encoder(second), ids, queue, TEMPERATURE)
+        share = term.shares_P.sum() / BATCH
         gradients = torch.autograd.grad(share, list(encoder.parameters()))
         loss = share.detach().clone()
         for value in (loss, *gradients):
