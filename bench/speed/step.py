@@ -17,14 +17,20 @@ from raygrec.train import loop
 from raygrec.train.engine import LocalEngine
 
 ROUNDS, STEPS = 5, 4  # steps of a round
-JOBS = {"GLTA": "glta.yaml", "GAL-Rec, L0 to L3": "galrec.yaml"}
+WHOLE = "backbone.layers=null"
+JOBS = {
+    "GLTA": ("glta.yaml",),
+    "GLTA, all of MiniLM": ("glta.yaml", WHOLE),
+    "GAL-Rec, L0 to L3": ("galrec.yaml",),
+    "GAL-Rec, L0 to L3, all of MiniLM": ("galrec.yaml", WHOLE),
+}
 OURS, BARE, TRAINER = "raygrec", "backbone alone", "Trainer"
 
 
 def main() -> None:
     store, cases, where = beauty(), [], {}
-    for name, job in JOBS.items():
-        one = Steps(ready(job, store, job.removesuffix(".yaml"), FEW))
+    for name, (job, *settings) in JOBS.items():
+        one = Steps(ready(job, store, job.removesuffix(".yaml"), FEW, *settings))
         cases += one.cases(name)
         where[name] = shares(lambda one=one: one.ours(0))
     floor = min(case["ratio"]["median"] for case in cases if case["against"] == BARE)

@@ -134,6 +134,7 @@ def _adamw(model: nn.Module, config: EngineConfig) -> torch.optim.AdamW:
         lr=0.0,
         betas=config.betas,
         weight_decay=config.weight_decay,
+        fused=True,  # one pass over memory where the plain one takes a dozen
     )
 
 
@@ -180,7 +181,7 @@ class LocalEngine:
             parameter.data.copy_(tensors[f"param/{name}"])
             if f"exp_avg/{name}" in tensors:
                 self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(steps)),
+                    "step": torch.tensor(float(steps), device=self.device),
                     **{moment: tensors[f"{moment}/{name}"].to(self.device, copy=True) for moment in MOMENTS},
                 }
         _load_carried(self.model, tensors)
