@@ -35,8 +35,8 @@ STATIONS = [
     ("Raw files", "interactions\nand item texts", "#ffffff"),
     ("Store", "filtered, split, tokenised;\nmemory-mapped arrays", "#ffffff"),
     ("LightGCN", "training edges only\n$\\rightarrow E_u,\\ E_i$, then frozen", "#ffffff"),
-    ("Stage 2", "item–text alignment\ntrains $W_i$, slots, head", "#fbeff5"),
-    ("Stage 3", "user–item alignment\ntrains $W_u$, $W_i$, slots, head", "#fbeff5"),
+    ("Stage 2", "item–text alignment\ntrains $W_i$, slot, head", "#fbeff5"),
+    ("Stage 3", "user–item alignment; trains\nall but nodes and language model", "#fbeff5"),
     ("Decoding", "first, slots or\nautoregressive", "#ffffff"),
     ("Full ranking", "all items but the history,\nbeside the run's baselines", "#ffffff"),
 ]
@@ -104,11 +104,11 @@ def draw_prompt(axes: Axes) -> None:
 def draw_sources(axes: Axes) -> None:
     """Where the cells that are no fixed wording come from."""
     sources = [
-        ("item", "item projector\n$V_i = W_i E_i + b_i$"),
+        ("item", "item projector\n$V_i = W_i [E_i + \\delta_i ; t_i] + b_i$"),
         ("profile", "telling terms of\nthe history"),
         ("prediction", "… of its\nnewest items"),
         ("user", "user projector\n$V_u = W_u\\,u(H) + b_u$"),
-        ("slot", "learned, plus\nnewest item"),
+        ("slot", "learned, plus newest\nitem and user"),
     ]
     for kind, text in sources:
         places = [place for place, other in enumerate(KIND) if other == kind]
