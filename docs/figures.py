@@ -36,7 +36,7 @@ STATIONS = [
     ("Store", "filtered, split, tokenised;\nmemory-mapped arrays", "#ffffff"),
     ("LightGCN", "training edges only\n$\\rightarrow E_u,\\ E_i$, then frozen", "#ffffff"),
     ("Stage 2", "item–text alignment\ntrains $W_i$, slot, head", "#fbeff5"),
-    ("Stage 3", "user–item alignment; trains\nall but nodes and LM", "#fbeff5"),
+    ("Stage 3", "user–item alignment\ntrains all but nodes, LM", "#fbeff5"),
     ("Decoding", "first, slots or\nautoregressive", "#ffffff"),
     ("Full ranking", "all items but the history,\nbeside the run's baselines", "#ffffff"),
 ]
