@@ -2,7 +2,9 @@
 
 import functools
 import logging
+import math
 import os
+import random
 import shutil
 import statistics
 import time
@@ -406,7 +408,21 @@ class Remembers:
         super().on_trial_add(controller, trial)
 
 
-class Halving(Remembers, AsyncHyperBandScheduler):
+class Brackets(AsyncHyperBandScheduler):
+    """Draws a trial's bracket by its number, so that a sweep that goes on has the same ones."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.added = 0
+
+    def on_trial_add(self, controller: Any, trial: TuneTrial | Past) -> None:
+        super().on_trial_add(controller, trial)
+        weights = [math.exp(len(bracket._rungs)) for bracket in self._brackets]
+        self._trial_info[trial.trial_id] = random.Random(self.added).choices(self._brackets, weights)[0]
+        self.added += 1
+
+
+class Halving(Remembers, Brackets):
     """Asynchronous successive halving; its last rung is below the last epoch, so that whoever gets there ends."""
 
     def __init__(self, past: list[Past], epochs: int, **settings: Any) -> None:
@@ -416,7 +432,10 @@ class Halving(Remembers, AsyncHyperBandScheduler):
 
 
 class Median(Remembers, MedianStoppingRule):
-    """Ends trials whose best is below the median of the others' means."""
+    """Ends trials whose best is below the median of the others' means; pauses none while there are too few others."""
+
+    def __init__(self, past: list[Past], **settings: Any) -> None:
+        super().__init__(past, hard_stop=True, min_time_slice=math.inf, **settings)
 
 
 def _scheduler(sweep: SweepConfig, example: RunConfig, ended: dict[str, TrialFolder]) -> TrialScheduler:
@@ -426,7 +445,7 @@ def _scheduler(sweep: SweepConfig, example: RunConfig, ended: dict[str, TrialFol
     past = [Past(trial, _results(place)) for trial, place in ended.items()]
     past = [one for one in past if one.results]
     if scheduler.name == "median":
-        return Median(past, mode=sweep.mode, grace_period=scheduler.grace, hard_stop=True)
+        return Median(past, mode=sweep.mode, grace_period=scheduler.grace)
     domain = sweep.space.get("train.epochs")
     return Halving(
         past,

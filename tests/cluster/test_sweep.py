@@ -118,6 +118,35 @@ def test_halving_forgets_nothing_over_a_restart_and_lets_the_last_epoch_end():
     assert again.on_trial_result(None, late, {"epoch": 4.0, "score": 0.1}) == "CONTINUE"
 
 
+def test_hyperband_has_the_same_brackets_after_a_restart():
+    from raygrec.cluster.sweep import Halving, Past
+
+    def brackets(past: int) -> list[int]:
+        reported = [Past(str(number), [{"epoch": 1.0, "score": 0.5}]) for number in range(past)]
+        scheduler = Halving(reported, epochs=10, mode="max", grace_period=1, reduction_factor=2, brackets=3)
+        for number in range(past, 200):
+            scheduler.on_trial_add(None, Past(str(number), []))
+        return [scheduler._brackets.index(scheduler._trial_info[str(number)]) for number in range(past, 200)]
+
+    before = brackets(0)
+    assert brackets(25) == before[25:]
+    # Rungs at 1, 2, 4, 8; at 2, 4, 8; at 4, 8: the more there are, the more trials a bracket gets.
+    assert before.count(0) > before.count(1) > before.count(2) > 0
+
+
+def test_the_median_counts_trials_from_before_a_restart_and_pauses_none():
+    from raygrec.cluster.sweep import Median, Past
+
+    past = [Past(name, [{"epoch": 1.0, "score": score}]) for name, score in (("a", 0.2), ("b", 0.4))]
+    again = Median(past, mode="max", grace_period=1)
+    third, bad, good = (Past(name, []) for name in ("third", "bad", "good"))
+    for trial in (third, bad, good):
+        again.on_trial_add(None, trial)
+    assert again.on_trial_result(None, third, {"epoch": 1.0, "score": 0.3}) == "CONTINUE"  # two others: too few
+    assert again.on_trial_result(None, bad, {"epoch": 1.0, "score": 0.29}) == "STOP"
+    assert again.on_trial_result(None, good, {"epoch": 1.0, "score": 0.31}) == "CONTINUE"
+
+
 def test_optuna_knows_after_a_restart_what_trials_came_to_and_ends_what_was_begun(space, tmp_path):
     from raygrec.cluster.space import read_sweep
     from raygrec.cluster.sweep import _searcher
