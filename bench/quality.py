@@ -40,7 +40,8 @@ class Cell:
     """One method or variant: a job, and how it differs from it."""
 
     kind: Literal["method", "baseline", "ablation", "trap"]
-    job: str
+    job: str | None
+    """None: EASE, in closed form."""
     settings: tuple[str, ...] = ()
     shares: bool = False
     """GLTA: differs in nothing that the early stages read, and goes on from where prompts become whole."""
@@ -61,12 +62,13 @@ class Suite:
         return next(name for name, cell in self.cells.items() if cell.kind == "method")
 
 
-def glta(title: str, store: str, job: str) -> Suite:
+def glta(title: str, store: str, job: str, baselines: dict[str, Cell] | None = None, note: str = "") -> Suite:
     def ablation(*settings: str, shares: bool = True) -> Cell:
         return Cell("ablation", job, settings, shares)
 
     # Trap: node embeddings know the training targets. How users' and items' vectors are made, and what that does.
     cells = {
+        **(baselines or {}),
         "GLTA": Cell("method", job),
         "GLTA without item alignment": ablation("model.item_alignment=false", shares=False),
         "GLTA without user alignment": ablation("model.user_token=id"),
@@ -79,7 +81,7 @@ def glta(title: str, store: str, job: str) -> Suite:
         ),
         "item nodes from four folds": Cell("trap", job, ("graph.folds=4",)),
     }
-    return Suite(title, store, cells, ("slots", "autoregressive"))
+    return Suite(title, store, cells, ("slots", "autoregressive"), note)
 
 
 def galrec(title: str, store: str, published: str) -> Suite:
@@ -110,10 +112,17 @@ def galrec(title: str, store: str, published: str) -> Suite:
     return Suite(title, store, cells, note=f"Published under the same protocol, N@10: {published}.")
 
 
+EASE = {"EASE": Cell("baseline", None)}
 SUITES = {
     "beauty": glta("GLTA on Amazon Beauty, leave-one-out", "beauty", "glta.yaml"),
-    "ml-100k": glta("GLTA on MovieLens-100K, per-user 80/20 random", "ml-100k", "glta-ml100k.yaml"),
-    "ml-100k-time": glta("GLTA on MovieLens-100K, global time", "ml-100k-time", "glta-ml100k.yaml"),
+    "ml-100k": glta("GLTA on MovieLens-100K, per-user 80/20 random", "ml-100k", "glta-ml100k.yaml", EASE),
+    "ml-100k-time": glta(
+        "GLTA on MovieLens-100K, global time",
+        "ml-100k-time",
+        "glta-ml100k.yaml",
+        EASE,
+        "Of 298 users of the test set 106 have a history; for the others popularity is all there is to know.",
+    ),
     "galrec-beauty": galrec("GAL-Rec on Amazon Beauty, leave-one-out", "beauty", "BSARec .0610, GRAM .0531"),
     "galrec-toys": galrec("GAL-Rec on Amazon Toys, leave-one-out", "toys", "BSARec .0663, GRAM .0603"),
 }
@@ -159,15 +168,18 @@ def one(suite_name: str, name: str, seed: int, threads: int, decodings: Sequence
     if known and all(mode in known["metrics"].get("decodings", {}) for mode in wanted):
         return
     out = WORK / suite_name / file.stem
+    if cell.job is None:
+        write_ease(suite_name, name, seed, file)
+        return
     settings = [f"store={prepare(suite.store)}", f"out={out}", f"seed={seed}", *cell.settings]
     if cell.shares and not out.exists():
         start_after_early_stages(
             WORK / suite_name / result_file(suite_name, "GLTA", seed).stem, out, cell.job, settings
         )
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    command = ["train", f"jobs/{cell.job}", *settings]
     started = time.time()
-    call(raygrec(*command, "--local", *(["--resume"] if out.exists() else [])), environment)
+    resumed = ["--resume"] if out.exists() else []
+    call(raygrec("train", f"jobs/{cell.job}", *settings, "--local", *resumed), environment)
     seconds = time.time() - started
     metrics = json.loads((out / "metrics.json").read_text())
     metrics["decodings"] = known["metrics"].get("decodings", {}) if known else {}
@@ -177,19 +189,24 @@ def one(suite_name: str, name: str, seed: int, threads: int, decodings: Sequence
             metrics["decodings"][mode] = json.loads(found)
     history = RunFolder(out).history()
     shown = [f"store=stores/{suite.store}", f"out=runs/{file.stem}", f"seed={seed}", *cell.settings, "--local"]
-    result = {
-        "suite": suite_name,
-        "variant": name,
-        "seed": seed,
-        "command": " ".join(["raygrec train", f"jobs/{cell.job}", *shown]),
-        "metrics": metrics,
-        "history": history,
-        "seconds": known["seconds"] if known else seconds,
-        "machine": machine(),
-    }
+    command = " ".join(["raygrec train", f"jobs/{cell.job}", *shown])
+    seconds = known["seconds"] if known else seconds
+    write_result(file, suite_name, name, seed, command=command, metrics=metrics, history=history, seconds=seconds)
+
+
+def write_ease(suite: str, name: str, seed: int, file: Path) -> None:
+    from bench.ease import ease_metrics
+
+    command = f"python -m bench.quality run {suite} --cells {name}"
+    write_result(file, suite, name, seed, command=command, metrics=ease_metrics(prepare(SUITES[suite].store), seed))
+
+
+def write_result(file: Path, suite: str, name: str, seed: int, **found: Any) -> None:
+    """A cell's file, whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     draft = file.with_suffix(".draft")
-    draft.write_text(json.dumps(result, indent=1) + "\n")
+    told = {"suite": suite, "variant": name, "seed": seed, **found, "machine": machine()}
+    draft.write_text(json.dumps(told, indent=1) + "\n")
     draft.replace(file)
 
 
