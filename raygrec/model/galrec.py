@@ -134,8 +134,8 @@ class GALRecConfig(StrictConfig):
 class HopBatch(PromptBatch):
     """R prompts with hop segments, users' first, then items'.
 
-    hops: [R, 3] int64, flat positions of the task tokens; −1 where the two-hop segment is left out. own: [R, T] bool,
-    the 0-hop segment, which sees itself and the prompt's opening only.
+    hops: [R, 3] int64, flat positions of the task tokens; −1 where one is left out. own: [R, T] bool, the 0-hop
+    segment, which sees itself and the prompt's opening only.
     nodes: [R] int64, user or item numbers. num_users: how many of the R are users. counts: [4], answer positions
     and the `anchors` of L1 to L3.
     """
@@ -158,7 +158,10 @@ class HopBatch(PromptBatch):
 
 
 class HopPrompts:
-    """Makes GAL-Rec's prompts from arrays: `[begin] node <hop0> | neighbours <hop1> | two hops away <hop2>`.
+    """Makes GAL-Rec's prompts from arrays: `[begin] neighbours | node <hop0> | <hop1> | two hops away <hop2>`.
+
+    With `history_sees_user` the node stands first. A prompt that is not contrasted and whose newest history item
+    recommends is `[begin] neighbours` alone: nothing would read the rest.
 
     train: CSR of each user's training items in time order; by_item: the same edges by item. `opening` holds the
     language model's own first token, where it has one. titles: the token ids of each item's text, of which the
@@ -237,10 +240,14 @@ class HopPrompts:
         draws: Draws,
         two_hops: np.ndarray,
     ) -> HopBatch:
-        base, top = self.symbols, self.config.max_history + 1
+        base, top, first = self.symbols, self.config.max_history + 1, len(self.opening)
+        sees_user = self.config.history_sees_user
         shown = truncated(history, self.config.max_history)
         count = len(users) + len(items)
-        own = _stacked([_column(base.first_user + users), self.items.take(items)])
+        # Where nothing reads the own segment and the task tokens, a prompt is its history alone.
+        bare = ~two_hops & (history.lengths > 0) & (self.config.readout == "history" and not sees_user)
+        whole, has_two = (np.concatenate([asked, np.full(len(items), True)]) for asked in (~bare, two_hops))
+        own = _where(whole, _stacked([_column(base.first_user + users), self.items.take(items)]))
         place = np.arange(len(shown.indices)) - shown.indptr[shown.rows]
         one = [expand(shown, self.items)]
         symbols_of = self.items.lengths[shown.indices]
@@ -254,30 +261,31 @@ class HopPrompts:
             one_levels.append(CSR(near.indptr, np.ones(len(near.indices), dtype=np.int64)))
             two.append(CSR(far.indptr, base.first_item + far.indices.astype(np.int64)))
         one, one_levels, two = _stacked(one), _stacked(one_levels), _stacked(two)
-        tokens = [repeated([base.first_slot + hop], count) for hop in range(HOPS)]
-        has_two = np.concatenate([two_hops, np.full(len(items), True)])
-        tokens[2] = CSR(np.concatenate([[0], np.cumsum(has_two)]), np.full(has_two.sum(), base.first_slot + 2))
-        own_level = 0 if self.config.history_sees_user else top
+        tokens = [
+            _where(kept, repeated([base.first_slot + hop], count)) for hop, kept in enumerate((whole, whole, has_two))
+        ]
+        own_level = 0 if sees_user else top
+        own_parts, one_parts = [(own, own_level), (tokens[0], own_level)], [(one, one_levels)]
         parts = [
             (repeated(self.opening, count), 0),
-            (own, own_level),
-            (tokens[0], own_level),
-            (one, one_levels),
+            *(own_parts + one_parts if sees_user else one_parts + own_parts),
             (tokens[1], top),
             (two, top + 1),
             (tokens[2], top + 2),
         ]
         symbols = padded(join_rows([part for part, _ in parts]))
         levels = padded(join_rows([_like(part, level) for part, level in parts]))
-        width, first = symbols.shape[1], len(self.opening)
-        starts = np.arange(count, dtype=np.int64) * width
-        hop0 = starts + first + own.lengths
-        hop1 = hop0 + one.lengths + 1
-        hop2 = np.where(has_two, hop1 + two.lengths + 1, -1)
-        columns = np.arange(width)
-        own_places = (columns >= first) & (columns <= first + own.lengths[:, None])
-        readout = {"history": hop1 - 1, "hop1": hop1, "hop2": hop2}[self.config.readout][: len(users)]
-        answers, targets = _targets(history, shown, target, hop0[shown.rows] + 1 + item_ends, readout)
+        columns, starts = np.arange(symbols.shape[1]), np.arange(count, dtype=np.int64) * symbols.shape[1]
+        before_own = first + one.lengths * (not sees_user)
+        first_of_one = starts + first + (own.lengths + 1) * sees_user
+        hop0 = starts + before_own + own.lengths
+        hop1 = starts + first + own.lengths + 1 + one.lengths
+        hop2 = hop1 + two.lengths + 1
+        last_of_one = np.where(one.lengths > 0, first_of_one + one.lengths - 1, hop0)
+        readout = {"history": last_of_one, "hop1": hop1, "hop2": hop2}[self.config.readout][: len(users)]
+        own_places = (columns >= before_own[:, None]) & (columns <= (before_own + own.lengths)[:, None])
+        hops = np.where(np.stack([whole, whole, has_two], axis=1), np.stack([hop0, hop1, hop2], axis=1), -1)
+        answers, targets = _targets(history, shown, target, first_of_one[shown.rows] + item_ends, readout)
         return HopBatch(
             symbols=torch.from_numpy(symbols),
             segments=torch.from_numpy(levels),
@@ -288,8 +296,8 @@ class HopPrompts:
             history=torch.from_numpy(history.indices.astype(np.int64)),
             tables=torch.from_numpy(np.concatenate([self.tables[users], np.zeros(len(items), dtype=np.int64)])),
             user_kept=torch.ones(len(users), dtype=torch.bool),
-            hops=torch.from_numpy(np.stack([hop0, hop1, hop2], axis=1)),
-            own=torch.from_numpy(own_places),
+            hops=torch.from_numpy(hops),
+            own=torch.from_numpy(own_places & whole[:, None]),
             nodes=torch.from_numpy(np.concatenate([users, items]).astype(np.int64)),
             num_users=len(users),
             anchors=self._anchors(int(two_hops.sum()), len(items)),
@@ -322,6 +330,12 @@ def _targets(
     items = [whole.indices[following], whole.indices[final]]
     answers, rows = np.unique(np.concatenate(positions), return_inverse=True)
     return answers, as_targets(rows, np.concatenate(items), len(answers))
+
+
+def _where(kept: np.ndarray, rows: CSR) -> CSR:
+    """The rows that are `kept`, the others empty."""
+    mine = kept[rows.rows]
+    return CSR.from_pairs(rows.rows[mine], np.asarray(rows.indices)[mine], len(rows))
 
 
 def _column(values: np.ndarray) -> CSR:

@@ -95,23 +95,57 @@ def lending(prompter: HopPrompts, users: list[int], lent: list[int]) -> HopBatch
 def test_training_prompts_by_hand():
     batch = lending(hop_prompts(TRAIN, **RECENT), [0, 2], [5, 4])
     assert rows(batch) == [
+        [BEGIN, item(3), item(5), user(0), HOP0, HOP1, user(2), user(1), HOP2],
+        [BEGIN, item(4), user(2), HOP0, HOP1, HOP2],
+        [BEGIN, user(0), user(1), item(5), HOP0, HOP1, item(3), item(9), HOP2],
+        [BEGIN, user(2), item(4), HOP0, HOP1, HOP2],
+    ]
+    assert rows(batch, batch.segments) == [
+        [0, 1, 2, 5, 5, 5, 6, 6, 7],
+        [0, 1, 5, 5, 5, 7],
+        [0, 1, 1, 5, 5, 5, 6, 6, 7],
+        [0, 1, 5, 5, 5, 7],
+    ]
+    assert in_row(batch, batch.hops) == [[4, 5, 8], [3, 4, 5], [4, 5, 8], [3, 4, 5]]
+    own = [(3, 4), (2, 3), (3, 4), (2, 3)]
+    assert batch.own.nonzero().tolist() == [[row, column] for row in range(4) for column in own[row]]
+    assert batch.nodes.tolist() == [0, 2, 5, 4]
+    assert (batch.num_users, histories(batch)) == (2, [[3, 5], [4]])
+    assert answers(batch) == [{1: {5: 1.0}, 2: {7: 1.0}, 5: {7: 1.0}}, {1: {5: 1.0}, 4: {5: 1.0}}]
+    assert batch.counts.tolist() == [5, 2, 2, 2]
+
+
+def test_where_the_history_sees_the_user_the_node_stands_first():
+    batch = lending(hop_prompts(TRAIN, history_sees_user=True, **RECENT), [0, 2], [5, 4])
+    assert rows(batch) == [
         [BEGIN, user(0), HOP0, item(3), item(5), HOP1, user(2), user(1), HOP2],
         [BEGIN, user(2), HOP0, item(4), HOP1, HOP2],
         [BEGIN, item(5), HOP0, user(0), user(1), HOP1, item(3), item(9), HOP2],
         [BEGIN, item(4), HOP0, user(2), HOP1, HOP2],
     ]
-    assert rows(batch, batch.segments) == [
-        [0, 5, 5, 1, 2, 5, 6, 6, 7],
-        [0, 5, 5, 1, 5, 7],
-        [0, 5, 5, 1, 1, 5, 6, 6, 7],
-        [0, 5, 5, 1, 5, 7],
-    ]
+    assert rows(batch, batch.segments)[0] == [0, 0, 0, 1, 2, 5, 6, 6, 7]
     assert in_row(batch, batch.hops) == [[2, 5, 8], [2, 4, 5], [2, 5, 8], [2, 4, 5]]
-    assert batch.own.nonzero().tolist() == [[row, column] for row in range(4) for column in (1, 2)]
-    assert batch.nodes.tolist() == [0, 2, 5, 4]
-    assert (batch.num_users, histories(batch)) == (2, [[3, 5], [4]])
     assert answers(batch) == [{3: {5: 1.0}, 4: {7: 1.0}, 5: {7: 1.0}}, {3: {5: 1.0}, 4: {5: 1.0}}]
-    assert batch.counts.tolist() == [5, 2, 2, 2]
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5", "llama"])
+def test_a_prompt_of_which_only_the_history_is_read_holds_nothing_else(kind, backbone_folder):
+    """Its hidden states are those that the history has in the whole prompt."""
+    settings = {"readout": "history", "title_tokens": 1, **RECENT}
+    whole = hop_prompts(TRAIN, **settings)
+    bare = hop_prompts(TRAIN, contrast={"l1": 0.0, "l2": 0.0, "items": 0.0}, **settings)
+    model = model_of(whole, Backbone(BackboneConfig(name=backbone_folder(kind))))
+    bare.tables = whole.tables
+    batches = [prompter.training(np.array([0, 2]), Draws(0)) for prompter in (bare, whole)]
+    title = {number: TITLES[number][0] for number in (3, 4, 5)}
+    assert rows(batches[0]) == [[BEGIN, item(3), title[3], item(5), title[5]], [BEGIN, item(4), title[4]]]
+    assert batches[0].hops.tolist() == [[-1, -1, -1]] * 2
+    assert not batches[0].own.any()
+    assert answers(batches[0]) == answers(batches[1])[:2] == [{2: {5: 1.0}, 4: {7: 1.0}}, {2: {5: 1.0}}]
+    assert in_row(batches[0], batches[0].slots) == in_row(batches[1], batches[1].slots) == [[4], [2]]
+    with torch.no_grad():
+        found, expected = (model.hidden(batch).at(batch.answers) for batch in batches)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_prompts_with_titles_by_hand():
@@ -120,28 +154,29 @@ def test_prompts_with_titles_by_hand():
     prompter = hop_prompts(TRAIN, titles, title_tokens=2, **RECENT)
     batch = lending(prompter, [0, 2], [3, 4])
     assert rows(batch) == [
-        [BEGIN, user(0), HOP0, item(3), 13, 14, item(5), 16, HOP1, user(2), user(1), HOP2],
-        [BEGIN, user(2), HOP0, item(4), HOP1, HOP2],
-        [BEGIN, item(3), 13, 14, HOP0, user(0), HOP1, item(5), HOP2],
-        [BEGIN, item(4), HOP0, user(2), HOP1, HOP2],
+        [BEGIN, item(3), 13, 14, item(5), 16, user(0), HOP0, HOP1, user(2), user(1), HOP2],
+        [BEGIN, item(4), user(2), HOP0, HOP1, HOP2],
+        [BEGIN, user(0), item(3), 13, 14, HOP0, HOP1, item(5), HOP2],
+        [BEGIN, user(2), item(4), HOP0, HOP1, HOP2],
     ]
     assert rows(batch, batch.segments) == [
-        [0, 5, 5, 1, 1, 1, 2, 2, 5, 6, 6, 7],
-        [0, 5, 5, 1, 5, 7],
-        [0, 5, 5, 5, 5, 1, 5, 6, 7],
-        [0, 5, 5, 1, 5, 7],
+        [0, 1, 1, 1, 2, 2, 5, 5, 5, 6, 6, 7],
+        [0, 1, 5, 5, 5, 7],
+        [0, 1, 5, 5, 5, 5, 5, 6, 7],
+        [0, 1, 5, 5, 5, 7],
     ]
-    assert in_row(batch, batch.hops) == [[2, 8, 11], [2, 4, 5], [4, 6, 8], [2, 4, 5]]
-    own = [[1, 2], [1, 2], [1, 2, 3, 4], [1, 2]]
+    assert in_row(batch, batch.hops) == [[7, 8, 11], [3, 4, 5], [5, 6, 8], [3, 4, 5]]
+    own = [[6, 7], [2, 3], [2, 3, 4, 5], [2, 3]]
     assert batch.own.nonzero().tolist() == [[row, column] for row in range(4) for column in own[row]]
-    assert answers(batch) == [{5: {5: 1.0}, 7: {7: 1.0}, 8: {7: 1.0}}, {3: {5: 1.0}, 4: {5: 1.0}}]
+    assert answers(batch) == [{3: {5: 1.0}, 5: {7: 1.0}, 8: {7: 1.0}}, {1: {5: 1.0}, 4: {5: 1.0}}]
     read_out = hop_prompts(TRAIN, titles, **{**RECENT, "title_tokens": 2, "readout": "history"})
     asked = read_out.recommending(np.array([0, 2, 3]), CSR.from_lists([[4, 3], [3, 4], []]))
     assert rows(asked)[:2] == [
-        [BEGIN, user(0), HOP0, item(4), item(3), 13, 14, HOP1],
-        [BEGIN, user(2), HOP0, item(3), 13, 14, item(4), HOP1],
+        [BEGIN, item(4), item(3), 13, 14],
+        [BEGIN, item(3), 13, 14, item(4)],
     ]
-    assert in_row(asked, asked.slots) == [[6], [6], [2]]
+    assert rows(asked)[2] == [BEGIN, user(3), HOP0, HOP1]  # for want of a history the user speaks
+    assert in_row(asked, asked.slots) == [[4], [4], [2]]
     # Opening, an item's own prompt, a history of four with their titles, four nodes two hops away, task tokens.
     assert prompter.config.longest_prompt == 1 + 3 + 4 * 3 + 4 + 3
 
@@ -161,9 +196,10 @@ def test_the_title_of_a_later_item_changes_no_earlier_representation(place, kind
         row = rows(batch)[0]
         with torch.no_grad():
             hidden = model.hidden(batch).padded()[0]
-        starts = [row.index(item(number)) for number in history] + [row.index(prompter.symbols.first_slot + 1)]
+        own = row.index(prompter.symbols.first_user)
+        starts = [row.index(item(number)) for number in history] + [own]
         groups = [hidden[first:end] for first, end in pairwise(starts)]
-        return groups, hidden[starts[-1]]
+        return groups, hidden[row.index(prompter.symbols.first_slot + 1)]
 
     before, hop1 = states([30, 31])
     for text in ([30, 32], [30, 31, 33], []):
@@ -175,13 +211,13 @@ def test_the_title_of_a_later_item_changes_no_earlier_representation(place, kind
         assert (hop1_after - hop1).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(("readout", "columns"), [("history", [4, 3]), ("hop1", [5, 4]), ("hop2", [8, 5])])
+@pytest.mark.parametrize(("readout", "columns"), [("history", [2, 1]), ("hop1", [5, 4]), ("hop2", [8, 5])])
 def test_where_prompts_answer(readout, columns):
     prompter = hop_prompts(TRAIN, readout=readout, **RECENT)
     batch = prompter.training(np.array([0, 2]), Draws(0))
     assert in_row(batch, batch.slots) == [[column] for column in columns]
     first, second = ({column: {target: 1.0}} for column, target in zip(columns, (7, 5), strict=True))
-    assert answers(batch) == [{3: {5: 1.0}, 4: {7: 1.0}} | first, {3: {5: 1.0}} | second]
+    assert answers(batch) == [{1: {5: 1.0}, 2: {7: 1.0}} | first, {1: {5: 1.0}} | second]
     assert batch.answers.tolist() == sorted(set(batch.answers.tolist()))
     assert batch.counts[0] == len(batch.answers)
     asked = prompter.recommending(np.array([0, 2]), CSR.from_lists([[3, 5], [4]]))
@@ -189,17 +225,18 @@ def test_where_prompts_answer(readout, columns):
 
 
 MATRICES = {
-    # opening, the node and <hop0>, two neighbours, <hop1>, two nodes two hops away, <hop2>
+    # opening, two neighbours, the node and <hop0>, <hop1>, two nodes two hops away, <hop2>
     ("user", False): """
         1........
+        11.......
         111......
-        111......
-        1..1.....
+        1..11....
         1..11....
         111111...
         11111111.
         11111111.
         111111111""",
+    # opening, the node and <hop0>, two neighbours, …
     ("user", True): """
         111......
         111......
@@ -244,7 +281,7 @@ def test_attention_by_hand(sees_user):
     assert torch.equal(attention[0], matrix("user", sees_user))
     assert torch.equal(attention[2], matrix("item", sees_user))
     # A prompt of six symbols: one neighbour, nothing two hops away, three places of padding.
-    short = [0, 1, 2, 3, 5, 8]
+    short = [0, 1, 2, 3, 5, 8] if sees_user else [0, 1, 3, 4, 5, 8]
     assert torch.equal(attention[1][:6, :6], matrix("user", sees_user)[short][:, short])
     assert torch.equal(attention[1][6:], torch.eye(9, dtype=torch.bool)[6:])
     assert not attention[1][:6, 6:].any()
@@ -312,7 +349,8 @@ def test_no_answer_stands_where_its_position_can_see_it(settings, repeats):
                     # It sees the user's vector, made of the whole history, and perhaps users two hops away.
                     assert not set(items) & set(history)
                     targets |= {(int(users[row]), item) for item in items}
-            others = {s - base.first_user for s in rows(batch)[row][3:] if base.first_user <= s < base.first_slot}
+            far = batch.symbols[row][~batch.own[row]].tolist()
+            others = {s - base.first_user for s in far if base.first_user <= s < base.first_slot}
             seen_far += len(others)
             assert int(users[row]) not in others
             for other in others:  # by an item of the history, which no target is
@@ -320,8 +358,9 @@ def test_no_answer_stands_where_its_position_can_see_it(settings, repeats):
         edges -= targets
         for row in range(batch.num_users, len(batch.symbols)):
             number = int(batch.nodes[row])
-            near = [s - base.first_user for s in rows(batch)[row][3:] if base.first_user <= s < base.first_slot]
-            far = [s - base.first_item for s in rows(batch)[row][3:] if base.first_item <= s < base.first_user]
+            others = batch.symbols[row][~batch.own[row]].tolist()
+            near = [s - base.first_user for s in others if base.first_user <= s < base.first_slot]
+            far = [s - base.first_item for s in others if base.first_item <= s < base.first_user]
             assert all((user, number) in edges for user in near)
             paths = {i for u in range(len(train)) if (u, number) in edges for i in range(ITEMS) if (u, i) in edges}
             assert set(far) <= paths - {number}
@@ -333,14 +372,15 @@ def test_a_history_position_sees_the_user_where_it_is_told_to():
     """The block order taken literally: the vector is made of the items that the history positions must predict."""
     for sees_user in (False, True):
         batch = hop_prompts(TRAIN, history_sees_user=sees_user, **RECENT).training(np.array([0]), Draws(0))
-        assert bool(batch.attention[0, 3, 1]) == sees_user
+        item_of, own = rows(batch)[0].index(item(3)), rows(batch)[0].index(user(0))
+        assert bool(batch.attention[0, item_of, own]) == sees_user
 
 
 @pytest.mark.parametrize(
     ("items", "expected"),
     [
-        ([3, 5, 3, 3, 7], {3: {5: 1.0}, 6: {7: 1.0}, 7: {7: 1.0}}),
-        ([3, 5, 3], {3: {5: 1.0}}),
+        ([3, 5, 3, 3, 7], {1: {5: 1.0}, 4: {7: 1.0}, 7: {7: 1.0}}),
+        ([3, 5, 3], {1: {5: 1.0}}),
         ([3, 3], {}),
     ],
 )
@@ -352,15 +392,15 @@ def test_items_that_came_before_are_no_targets(items, expected):
 
 def test_an_item_that_came_before_what_is_shown_is_no_target():
     batch = hop_prompts([[7, 3, 5, 3, 7]], max_history=2, contrast={"items": 0.0}).training(np.array([0]), Draws(0))
-    assert rows(batch)[0][3:5] == [item(5), item(3)]
+    assert rows(batch)[0][1:3] == [item(5), item(3)]
     assert answers(batch) == [{}]
 
 
 def test_every_prompt_trains_the_newest_items():
     batch = hop_prompts([list(range(10))], max_history=3).training(np.array([0]), Draws(0))
-    assert rows(batch)[0][3:6] == [item(6), item(7), item(8)]
+    assert rows(batch)[0][1:4] == [item(6), item(7), item(8)]
     assert histories(batch) == [list(range(9))]
-    assert answers(batch) == [{3: {7: 1.0}, 4: {8: 1.0}, 5: {9: 1.0}, 6: {9: 1.0}}]
+    assert answers(batch) == [{1: {7: 1.0}, 2: {8: 1.0}, 3: {9: 1.0}, 6: {9: 1.0}}]
 
 
 @pytest.mark.parametrize("settings", [*CHOICES, {"contrast": {"items": 0.5}}], ids=str)
@@ -419,10 +459,10 @@ def test_recommending_prompts_hold_the_given_histories_and_no_target(readout):
     """User 0 has 7 in training: where it is not in the given history, nothing of the prompt comes from it."""
     prompter = hop_prompts(TRAIN, readout=readout, **RECENT)
     batch = prompter.recommending(np.array([0, 3]), CSR.from_lists([[3, 5], []]), "valid", 1)
-    far = {"hop2": [user(2), user(1), HOP2]}.get(readout, [])
+    more = {"history": [], "hop1": [user(0), HOP0, HOP1], "hop2": [user(0), HOP0, HOP1, user(2), user(1), HOP2]}
     assert rows(batch) == [
-        [BEGIN, user(0), HOP0, item(3), item(5), HOP1, *far],
-        [BEGIN, user(3), HOP0, HOP1, *far[2:]],
+        [BEGIN, item(3), item(5), *more[readout]],
+        [BEGIN, user(3), HOP0, HOP1, *[HOP2] * (readout == "hop2")],
     ]
     assert histories(batch) == [[3, 5], []]
     assert not set(batch.answers.tolist()) & set(batch.slots.flatten().tolist())
@@ -503,7 +543,7 @@ def test_every_symbol_is_embedded_as_its_kind(graph, with_texts, backbone):
                     kind, expected = "item", model.item_projector(tables[fit, symbol - base.first_item])
                 elif symbol >= base.first_slot:
                     kind, expected = "hop", model.hop_tokens.weight[symbol - base.first_slot]
-                elif column == 1:
+                elif batch.own[row, column]:
                     kind, expected = "own", model.user_projector(mine[fit, row])
                 else:
                     kind, expected = "other", model.user_projector(model.nodes.users_Ud[symbol - base.first_user])
