@@ -389,12 +389,13 @@ def some_decoder(kind: str, folder: Path) -> str:
 def read_prompts(
     backbone: Backbone, prefix: int, lengths: torch.Tensor, keys: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, int]]]:
-    """Hidden states of block-causal prompts that begin alike, gradients of the rest, and the shape of each pass."""
+    """Hidden states of prompts that begin alike and then see some of what is before, gradients, shapes of passes."""
     places = torch.arange(lengths.max())
     shown = places < lengths[:, None]
-    mask = block_causal((places - PREFIX + 1).clamp(min=0, max=4), len(lengths)) & shown[:, None, :]
-    mask |= torch.eye(len(places), dtype=torch.bool)
     torch.manual_seed(3)
+    mask = everything(len(lengths), len(places)) & shown[:, None, :]
+    mask[:, PREFIX:] &= torch.rand(mask[:, PREFIX:].shape) < 0.6
+    mask |= torch.eye(len(places), dtype=torch.bool)
     embeds = torch.randn(len(lengths), len(places), 16, dtype=next(backbone.parameters()).dtype)
     embeds[:, :PREFIX] = embeds[0, :PREFIX].clone()
     embeds.requires_grad_()
@@ -403,7 +404,7 @@ def read_prompts(
     hidden = backbone.read(placed(embeds), mask, lengths, keys, prefix).padded()[shown]
     hidden.square().sum().backward()
     hook.remove()
-    return hidden.detach(), embeds.grad[:, PREFIX:], passes
+    return hidden.detach(), embeds.grad, passes
 
 
 @pytest.mark.parametrize(("kind", "attention"), DECODERS)
@@ -411,15 +412,17 @@ def test_a_shared_prefix_is_read_once_with_the_same_result(kind, attention, tmp_
     """Some prompts are nothing else. Eager attention takes its softmax in fp32."""
     backbone = Backbone(BackboneConfig(name=some_decoder(kind, tmp_path), attention=attention)).freeze().double()
     lengths = torch.randint(PREFIX, 11, (50,), generator=torch.Generator().manual_seed(8))
-    *whole, whole_passes = read_prompts(backbone, 0, lengths)
-    *shared, passes = read_prompts(backbone, PREFIX, lengths)
-    torch.testing.assert_close(shared, whole, atol=1e-5, rtol=1e-4)
-    assert passes == [(1, PREFIX), *((rows, max(width - PREFIX, 1)) for rows, width in whole_passes)]
     nothing_else = torch.tensor([PREFIX, PREFIX])
-    *whole, _ = read_prompts(backbone, 0, nothing_else)
-    *shared, passes = read_prompts(backbone, PREFIX, nothing_else)
-    torch.testing.assert_close(shared, whole, atol=1e-5, rtol=1e-4)
-    assert passes == [(1, PREFIX - 1), (2, 1)]
+    *_, passes = read_prompts(backbone, 0, lengths)
+    for some, expected in (
+        (lengths, [(1, PREFIX), *((rows, max(width - PREFIX, 1)) for rows, width in passes)]),
+        (nothing_else, [(1, PREFIX - 1), (2, 1)]),
+    ):
+        whole, shared = (read_prompts(backbone, prefix, some) for prefix in (0, PREFIX))
+        torch.testing.assert_close(shared[0], whole[0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(shared[1][:, PREFIX:], whole[1][:, PREFIX:], atol=1e-5, rtol=1e-4)
+        assert not shared[1][:, : PREFIX - 1].any()
+        assert shared[2] == expected
 
 
 def test_every_rank_makes_as_many_passes_with_a_prefix(backbone_folder):
