@@ -184,7 +184,8 @@ class Backbone(nn.Module):
         gradient, and the rest of every prompt reads their keys and values.
         """
         first = min(prefix, embeds.where_BT.shape[1] - 1) if self._shares_prefix(keys_B) else 0
-        where, device, hidden_nD, past = torch.zeros_like(embeds.where_BT), embeds.where_BT.device, [], None
+        where, device = torch.zeros_like(embeds.where_BT), embeds.where_BT.device
+        hidden_nD, past = [], None
         if first:
             past = transformers_library().DynamicCache()
             with torch.no_grad():
