@@ -5,6 +5,7 @@
     python -m bench.speed topk         top-10 lists, against constrained beam search over titles and over ids
     python -m bench.speed assembly     prompts from arrays, against tokenizing them in the loop
     python -m bench.speed step         training steps, against the bare language model and Hugging Face's Trainer
+    python -m bench.speed frozen       training around a frozen language model, against its naive form
     python -m bench.speed contrast     GAL-Rec's queue from 0 to 65,536, against L0 alone
     python -m bench.speed lightgcn     epochs, against PyG's LightGCN
     python -m bench.speed prepare      a store from a table, against a pandas script
@@ -19,7 +20,10 @@ import argparse
 import importlib
 import os
 
-ROWS = ("head", "metrics", "topk", "assembly", "step", "contrast", "lightgcn", "prepare", "checkpoint", "plan")
+ROWS = (
+    *("head", "metrics", "topk", "assembly", "step", "frozen"),
+    *("contrast", "lightgcn", "prepare", "checkpoint", "plan"),
+)
 
 
 def main() -> None:

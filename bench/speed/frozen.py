@@ -1,0 +1,146 @@
+"""Row 5: GLTA's training steps around a frozen language model, against whole prompts and gradients through it all."""
+
+import os
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.speed.measure import Seconds, compared, in_turns, shares, spread, write
+from bench.speed.ready import FEW, Ready, beauty, ready
+from raygrec.draws import Draws
+from raygrec.model.prompts import PromptBatch
+from raygrec.train import loop
+from raygrec.train.engine import LocalEngine
+
+ROUNDS, STEPS = 5, 2  # steps of a round
+OURS, WHOLE, NAIVE = "raygrec", "whole prompts", "naive"  # the second has no gradients of weights, but no cache
+READS = {form: f"{form}, without head and update" for form in (OURS, WHOLE, NAIVE)}
+LONG = "Here are the items that a user has liked, the oldest first. Find what this user will like next:"
+TARGET = 1.5
+
+
+def main() -> None:
+    store = beauty()
+    small = [FEW, f"backbone.name={Path(os.environ['RAYGREC_DATA']) / 'stories260k'}", "backbone.layers=null"]
+    models = {
+        "Llama of 260 k": ready("glta.yaml", store, "frozen-llama", *small),
+        "Llama of 260 k, long instruction": ready(
+            "glta.yaml", store, "frozen-llama", *small, f'model.instruction="{LONG}"'
+        ),
+        "MiniLM, 6 layers": ready("glta.yaml", store, "frozen-minilm", FEW, "backbone.layers=null"),
+    }
+    steps = {
+        f"{name}, {prompts}": Steps(one, whole)
+        for name, one in models.items()
+        for prompts, whole in (("histories", False), ("whole prompts", True))
+    }
+    cases = [one.case(name) for name, one in steps.items()]
+    write(
+        "frozen",
+        {
+            "row": 5,
+            "title": "Training steps of GLTA around a frozen language model (jobs/glta.yaml, Amazon Beauty)",
+            "against": "its naive form: whole prompts, and gradients of all weights and embeddings of the language "
+            "model; same prompts, passes and updates. Histories: the prompts that stage 3 begins with",
+            "target": f"≥ {TARGET}×",
+            "reached": min(case["ratio"]["median"] for case in cases) >= TARGET,
+            "cases": cases,
+            "where": {name: shares(partial(one.steps, OURS, 0)) for name, one in steps.items()},
+        },
+    )
+
+
+class Steps:
+    """The same users' prompts through the loop's own step in each form, and without what follows hidden states."""
+
+    def __init__(self, one: Ready, whole: bool) -> None:
+        self.one, self.whole = one, whole
+        users = one.trainable
+        self.stage = loop.Stage(
+            name="train",
+            number=0,
+            title="",
+            config=one.config.train,
+            lengths=np.minimum(one.prompts.train.lengths[users], one.config.model.max_history),
+            build=lambda numbers, draws: one.prompts.training(users[numbers], draws, whole),
+        )
+        self.engine = LocalEngine(one.model, one.config.engine)
+        self.backbone = one.model.backbone
+        self.order = np.zeros((0, 0), dtype=np.int64)
+        self.batches: list[PromptBatch] = []
+        self.rounds: list[list[PromptBatch]] = []
+
+    def case(self, name: str) -> dict[str, Any]:
+        sides = {form: partial(self.steps, form) for form in READS}
+        sides |= {side: partial(self.reads, form) for form, side in READS.items()}
+        seconds = in_turns(sides, ROUNDS, before=self.draw)
+        self.backbone.freeze()
+        measured = self.rounds[-ROUNDS:]
+        tokens = np.mean([sum(int(batch.lengths.sum()) for batch in batches) for batches in measured])
+        flops = np.mean([sum(map(self.flops, batches)) for batches in measured])
+        work = {OURS: float(tokens), NAIVE: float(tokens)}
+        case = compared(name, seconds, OURS, NAIVE, float(flops), work=work, unit="tokens/s")
+        return case | {"parts": parts(seconds), "note": self.note(seconds, measured)}
+
+    def draw(self, number: int) -> None:
+        """Users of a round: some batches of an epoch in the loop's order, each of histories of like length."""
+        self.order = loop.epoch_order(self.stage.lengths, self.stage.config.batch, Draws(number + 1))[:STEPS]
+        self.batches = [self.stage.build(users, draws(number, place)) for place, users in enumerate(self.order)]
+        self.rounds.append(self.batches)
+
+    def steps(self, form: str, number: int) -> None:
+        stage = replace(self.stage, build=lambda *given: self.given(form, self.stage.build(*given)))
+        self.backbone.requires_grad_(form == NAIVE)
+        for place, users in enumerate(self.order):
+            loop._step(stage, self.engine, users, draws(number, place), 1e-4, False)
+            self.backbone.zero_grad()
+
+    def reads(self, form: str, _: int) -> None:
+        """Hidden states, forward and backward: what the forms differ in."""
+        self.backbone.requires_grad_(form == NAIVE)
+        for batch in self.batches:
+            self.one.model.hidden(self.given(form, batch)).rows_ND.sum().backward()
+            self.one.model.zero_grad()
+
+    def given(self, form: str, batch: PromptBatch) -> PromptBatch:
+        return batch if form == OURS else replace(batch, prefix=0)
+
+    def shared(self, batch: PromptBatch) -> int:
+        return batch.prefix if self.backbone.family == "decoder" else 0
+
+    def flops(self, batch: PromptBatch) -> float:
+        """Of the language model's weights forward and for the gradient of what it is given, and of the head."""
+        weights = sum(p.numel() for name, p in self.backbone.named_parameters() if "embed" not in name)
+        tokens = int((batch.lengths - self.shared(batch)).sum())
+        rows = self.one.model.symbols.items * self.one.model.nodes.width
+        return 2 * weights * (2 * tokens + self.shared(batch)) + 6 * len(batch.answers) * rows
+
+    def note(self, seconds: Seconds, rounds: list[list[PromptBatch]]) -> str:
+        batches = [batch for one in rounds for batch in one]
+        tokens = sum(int(batch.lengths.sum()) for batch in batches)
+        alike = sum(self.shared(batch) * len(batch.symbols) for batch in batches)
+        head = 1 - np.median(np.array(seconds[READS[OURS]]) / np.array(seconds[OURS]))
+        told = [f"{name} ×{found['median']:.3g}" for name, found in parts(seconds).items()]
+        return (
+            f"{self.shared(batches[0])} tokens are the same in all prompts, {alike / tokens:.0%} of all; "
+            f"{'; '.join(told)}; {head:.0%} of raygrec's step is catalogue, update and making prompts"
+        )
+
+
+def draws(number: int, place: int) -> Draws:
+    """Of a step: the same with and without its head."""
+    return Draws(0, 0, number + 1, place)
+
+
+def parts(seconds: Seconds) -> dict[str, dict[str, float]]:
+    """What each part of it gains, of a step and of hidden states alone."""
+    found = {}
+    for what, sides in (("a step", {form: form for form in READS}), ("hidden states alone", READS)):
+        ours, whole, naive = (np.array(seconds[sides[form]]) for form in (OURS, WHOLE, NAIVE))
+        found[f"{what}: cache"] = spread(whole / ours)
+        found[f"{what}: no gradients of weights"] = spread(naive / whole)
+        found[f"{what}: both"] = spread(naive / ours)
+    return found
