@@ -29,8 +29,7 @@ GIB = 2**30
 MFU = 0.35  # share of the datasheet's FLOP/s that training reaches, assumed
 RESERVED = 1.5 * GIB  # CUDA, NCCL and what the allocator cannot use, assumed
 BUCKET = 500_000_000  # entries of DeepSpeed's buffer in which gradients meet before they are reduced
-TERM_TOKENS = 4  # of a term of GLTA's texts, assumed
-EMBEDDED = 6  # copies of a prompt's embeddings [T, D] in fp32 that assembling it keeps
+TERM_TOKENS, MEAN_TERM_TOKENS = 4, 2  # of a term of GLTA's texts, assumed: of a long one, and on average
 
 
 class Setting(NamedTuple):
@@ -73,7 +72,8 @@ class Work:
     total, trained, language_model: parameters, the last without its token table. largest: bytes of the largest module's
     weights, which ZeRO-3 gathers whole. fixed: bytes of node tables, text vectors, queues and the head's rows. logits:
     bytes of the logits that stand in memory. prompt: bytes that one user's prompts keep for the backward pass.
-    longest, mean: tokens of a user's prompts. answers: positions with a target. forward: FLOP of a mean user's prompts;
+    longest: tokens of one prompt at most; most, mean: of all prompts of a user with the longest, and with a mean
+    history, each kind of prompt by its share. answers: positions with a target. forward: FLOP of a mean user's prompts;
     passes: how many times as many training takes.
     """
 
@@ -85,6 +85,7 @@ class Work:
     logits: int
     prompt: int
     longest: int
+    most: float
     mean: float
     answers: int
     forward: float
@@ -262,10 +263,10 @@ def work_of(config: RunConfig, sizes: Sizes) -> Work:
     """Counts a model without content; `InputError` where there is none to count."""
     if not isinstance(config, GLTARun | GALRecRun):
         raise InputError(f"recipe {config.recipe}: a plan is of recipes with a language model, glta or galrec")
-    longest, mean, answers, per_user = _prompts(config, sizes)
+    longest, most, mean, answers = _prompts(config, sizes)
     with torch.device("meta"):
         model = _model(config, sizes)
-    kept = _kept(model.backbone, config, longest)
+    kept = kept_bytes(model.backbone, config, longest)
     table = model.backbone.model.get_input_embeddings().weight
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -276,10 +277,15 @@ def work_of(config: RunConfig, sizes: Sizes) -> Work:
     text = (model.item_texts.shape[1] if model.item_texts is not None else 0) + model.nodes.width
     fixed = sum(b.nbytes for b in model.buffers()) + 4 * 4 * rows  # R, and its gradient as the head makes it
     if isinstance(model, GALRec):
-        fixed += 2 * config.model.contrast.queue * (4 * width + 8)
+        contrast = config.model.contrast
+        fixed += 2 * contrast.queue * (4 * width + 8)
+        for side, share in (("user", contrast.users), ("item", contrast.items)):
+            anchors = config.train.batch * share  # of all GPUs: on each their softmax stands, and which are excluded
+            fixed += len(contrast.active(side)) * anchors * (anchors + contrast.queue) * (4 + 1)
         fixed += 4 * trained if model.slow is not None else 0
-    prompt = per_user * (kept + EMBEDDED * 4 * longest * width) + answers * 4 * (4 * width + 4 * model.nodes.width)
-    forward = per_user * mean * (2 * language_model + 4 * layers * width * mean)
+    # Besides, a token keeps what its projector reads, an answer what the head does and its gradient; masks of dropout.
+    prompt = most * (kept / longest + 4 * text + width) + answers * (5 * width + 4 * model.nodes.width)
+    forward = mean * (2 * language_model + 4 * layers * width * mean)
     forward += answers * 2 * rows + sizes.items * 2 * text * model.nodes.width / config.train.micro_batch
     frozen = isinstance(config, GLTARun) or config.model.tuning != "full"
     return Work(
@@ -291,33 +297,39 @@ def work_of(config: RunConfig, sizes: Sizes) -> Work:
         3 * 4 * sizes.items * positions_at_once(sizes.items),
         int(prompt),
         longest,
-        per_user * mean,
+        most,
+        mean,
         answers,
         forward,
         (2 if frozen else 3) + config.engine.activation_checkpointing,
     )
 
 
-def _prompts(config: GLTARun | GALRecRun, sizes: Sizes) -> tuple[int, float, int, float]:
-    """(tokens of the longest prompt, of a mean one, answers of the longest, prompts per user) of the last stage."""
+def _prompts(config: GLTARun | GALRecRun, sizes: Sizes) -> tuple[int, float, float, int]:
+    """`longest`, `most`, `mean` and `answers` of `Work`, of the last stage."""
     model = config.model
     if isinstance(config, GALRecRun):
-        longest = model.longest_prompt
-        per_item, answers, per_user = 1 + model.title_tokens, model.max_history + 1, 1 + model.contrast.items
+        contrast, near, far = model.contrast, model.neighbours.one_hop, model.neighbours.two_hop + 1
+        longest, per_item, answers = model.longest_prompt, 1 + model.title_tokens, model.max_history + 1
+        two_hops = 1.0 if model.readout == "hop2" else contrast.users * bool(contrast.active("user"))
+        lent = contrast.items * bool(contrast.active("item"))
+        most = 2 + per_item * model.max_history + 2 + two_hops * far + lent * (1 + per_item + near + 2 + far)
     else:
         words = Phrases(load_tokenizer(config.backbone.name), model)
         texts = [words.profile] * model.texts.profile + [words.prediction] * model.texts.prediction
         tokens = [words.begin, words.instruction, *texts, words.user, words.answer]
-        longest = sum(map(len, tokens)) + len(texts) * model.texts.terms * TERM_TOKENS
-        longest += model.max_history + (model.user_token != "none") + model.slots
-        per_item, answers, per_user = 1, model.max_history * model.history_loss + model.slots, 1.0
+        terms = len(texts) * model.texts.terms
+        most = sum(map(len, tokens)) + terms * MEAN_TERM_TOKENS
+        most += model.max_history + (model.user_token != "none") + model.slots
+        longest = most + terms * (TERM_TOKENS - MEAN_TERM_TOKENS)
+        per_item, answers = 1, model.max_history * model.history_loss + model.slots
     known = positions(config.backbone.name)
     if known is not None and longest > known:
         raise InputError(
             f"model.max_history={model.max_history} makes prompts of up to {longest} tokens; "
             f"backbone '{config.backbone.name}' reads {known}"
         )
-    return longest, longest - per_item * (model.max_history - sizes.shown), answers, per_user
+    return longest, most, most - per_item * (model.max_history - sizes.shown), answers
 
 
 def _model(config: GLTARun | GALRecRun, sizes: Sizes) -> GLTA | GALRec:
@@ -343,7 +355,7 @@ def _model(config: GLTARun | GALRecRun, sizes: Sizes) -> GLTA | GALRec:
     return model
 
 
-def _kept(backbone: Backbone, config: RunConfig, length: int) -> int:
+def kept_bytes(backbone: Backbone, config: RunConfig, length: int) -> int:
     """Bytes that autograd keeps of the language model's forward pass over one prompt of `length` tokens.
 
     With activation checkpointing these are each layer's input, and all of one layer.

@@ -8,6 +8,8 @@ import torch
 
 from raygrec.cli import main
 from raygrec.errors import InputError
+from raygrec.model.backbone import Backbone
+from raygrec.model.galrec import tuned
 from raygrec.train.accelerators import ACCELERATORS, Accelerator, accelerator
 from raygrec.train.assembly import build_model, build_prompts, prepare_run
 from raygrec.train.engine import LocalEngine
@@ -20,6 +22,7 @@ from raygrec.train.plan import (
     Sizes,
     Work,
     estimate,
+    kept_bytes,
     plan,
     sizes_of,
     state_bytes,
@@ -39,6 +42,7 @@ WORK = Work(
     logits=20,
     prompt=30,
     longest=9,
+    most=8.0,
     mean=6.0,
     answers=3,
     forward=1e6,
@@ -103,6 +107,46 @@ def test_no_prompt_is_longer_than_the_longest(recipe, tiny_store, tiny_backbone,
     batch = prompts.training(np.flatnonzero(prompts.train.lengths >= 2), Draws(0))
     assert batch.symbols.shape[1] <= found.longest
     assert len(batch.answers) <= found.answers * len(prompts.train)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_tokens_of_a_user_are_those_of_its_prompts(share, tiny_store, tiny_backbone, tmp_path):
+    """Users whose histories are cut, all with a second hop, and the prompts of the items that they lend."""
+    import numpy as np
+
+    from raygrec.draws import Draws
+
+    model = {"max_history": 2, "neighbours": {"one_hop": 3, "two_hop": 2}, "contrast": {"users": 1.0, "items": share}}
+    config = config_of("galrec", tiny_store, tiny_backbone, tmp_path / "run", model=model)
+    folder = RunFolder(config.out)
+    folder.start(config, resume=False)
+    prepare_run(config, folder)
+    prompts = build_prompts(config, tiny_store, folder)
+    users = np.flatnonzero(prompts.train.lengths >= 3)
+    batch = prompts.training(users, Draws(0))
+    lent = (len(batch.lengths) - len(users)) / len(users)
+    found = work_of(config, sizes_of(config, None, None, None))
+    assert int(batch.lengths.sum()) / len(users) == pytest.approx(found.most + (lent - share) * 11, rel=0.05)
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora", "frozen"])
+def test_what_is_kept_is_what_autograd_keeps(tuning, tiny_store, tiny_backbone, tmp_path):
+    """Adapters keep what stands between their two factors, and no copy of what they read."""
+    config = config_of("galrec", tiny_store, tiny_backbone, tmp_path, model={"tuning": tuning})
+    backbone = tuned(Backbone(config.backbone), config.model)
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*backbone.parameters(), *backbone.buffers())}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, torch.nn.Identity()):
+        embeds = torch.zeros(1, 9, backbone.width, requires_grad=True)
+        backbone(embeds, torch.ones(1, 9, 9, dtype=torch.bool))
+    assert kept_bytes(backbone, config, 9) == sum(storage.nbytes() for storage in kept.values())
 
 
 def test_state_by_hand():
