@@ -40,7 +40,7 @@ UNITS = (("", 1), ("k", 1e3), ("M", 1e6), ("G", 1e9), ("T", 1e12), ("P", 1e15))
 
 
 def main() -> None:
-    rows = [json.loads(file.read_text()) for file in SPEED.glob("*.json")]
+    rows = [json.loads(file.read_text()) for file in sorted(SPEED.glob("*.json"))]
     rows.sort(key=lambda row: row["row"])
     out = ROOT / "docs" / "BENCHMARKS.md"
     out.write_text("\n".join([HEADER, _summary(rows), *map(_section, rows)]))

@@ -23,12 +23,14 @@ from raygrec.model.glta import GLTA, Phrases
 from raygrec.model.head import positions_at_once
 from raygrec.model.prompts import Symbols
 from raygrec.train.accelerators import HOST_ADAM, HOST_LINK, NETWORK, Accelerator
+from raygrec.train.engine import BUCKET, FEW
 from raygrec.train.settings import GALRecRun, GLTARun, RunConfig, run_config
 
 GIB = 2**30
 MFU = 0.35  # share of the datasheet's FLOP/s that training reaches, assumed
 RESERVED = 1.5 * GIB  # CUDA, NCCL and what the allocator cannot use, assumed
-BUCKET = 500_000_000  # entries of DeepSpeed's buffer in which gradients meet before they are reduced
+PASSES = 2  # of the language model over a batch under ZeRO-3
+REUSED = 1_000_000_000  # parameters that ZeRO-3 at most leaves whole for their next use, DeepSpeed's default
 TERM_TOKENS, MEAN_TERM_TOKENS = 4, 2  # of a term of GLTA's texts, assumed: of a long one, and on average
 
 
@@ -203,9 +205,10 @@ def state_bytes(work: Work, setting: Setting, gpus: int, width: int) -> tuple[di
     stage, trained = setting.stage, work.trained
     share = 1 if stage == 0 else 1 / gpus
     copies = 0 if stage == 0 and width == 4 else 4
-    bucket = width * BUCKET if stage and gpus > 1 else 0
+    bucket = width * min(trained, BUCKET) if stage and gpus > 1 else 0
+    whole = max(work.largest, width * min(work.total, REUSED))  # under ZeRO-3
     held = {
-        "weights": width * work.total * (1 / gpus if stage == 3 else 1) + (work.largest if stage == 3 else 0),
+        "weights": width * work.total * (1 / gpus if stage == 3 else 1) + (whole if stage == 3 else 0),
         "gradients": width * trained * (share if stage >= 2 else 1) + bucket,
         "optimizer": (8 + copies) * trained * share,
     }
@@ -218,7 +221,7 @@ def state_bytes(work: Work, setting: Setting, gpus: int, width: int) -> tuple[di
         held["gradients"] = bucket + (width * trained if stage == 1 else 0)
     if setting.parameters:
         host += width * work.total / gpus
-        held["weights"] = work.largest
+        held["weights"] = whole
     return held, host
 
 
@@ -232,16 +235,28 @@ def _tokens_per_second(
     seconds = users * work.passes * work.forward / (gpu.rate(config.engine.precision) * mfu)
     link = 1e9 * (gpu.link if gpus <= gpu.node else min(gpu.link, NETWORK))
     others = (gpus - 1) / gpus
-    moved = 2 * width * work.trained * others
-    if setting.stage == 3:  # all weights forward and backward, in every pass; gradients once
-        moved = others * width * (2 * work.total * pieces + work.trained * pieces)
-    seconds += moved / link
+    seconds += others * width * sent_parameters(work, setting.stage, gpus, pieces) / link
     share = 1 / gpus
     if setting.optimizer:
         seconds += share * work.trained * (2 * width / HOST_LINK + 28 / HOST_ADAM) / 1e9
     if setting.parameters:
         seconds += share * 2 * width * work.total * pieces / (HOST_LINK * 1e9)
     return config.train.batch * work.mean / seconds
+
+
+def sent_parameters(work: Work, stage: int, gpus: int, pieces: int) -> float:
+    """Parameters that a ring of many GPUs sends from one to the next in an update of so many micro-batches.
+
+    A gradient that is added up everywhere is sent twice, one that is needed on a single GPU once: so under ZeRO 3, and
+    under ZeRO 1 and 2 on a `FEW` GPUs. These then send what each GPU has updated. Under ZeRO 2 and 3 gradients are sent
+    for every micro-batch. Under ZeRO 3 all weights are, too; the language model's come for each of its `PASSES` and
+    back again, unless they are few enough to stay.
+    """
+    if stage == 3:
+        again = 0 if 2 * work.total <= REUSED else 2 * PASSES - 1
+        return pieces * (work.trained + work.total + again * work.language_model)
+    reduced = 1 if stage and gpus <= FEW else 2
+    return work.trained * (reduced * (pieces if stage == 2 else 1) + (stage > 0))
 
 
 def _refusal(config: RunConfig, setting: Setting) -> str:
