@@ -10,6 +10,7 @@
     python -m bench.speed lightgcn     epochs, against PyG's LightGCN
     python -m bench.speed prepare      a store from a table, against a pandas script
     python -m bench.speed checkpoint   writing and reading one, against the bare disk
+    python -m bench.speed scaling      updates on 1, 2 and 4 workers under ZeRO 0 to 3, with the bytes that they send
     python -m bench.speed plan         what `raygrec plan` foresees, against what processes measure
     python -m bench.speed report       docs/BENCHMARKS.md
 
@@ -22,7 +23,7 @@ import os
 
 ROWS = (
     *("head", "metrics", "topk", "assembly", "step", "frozen"),
-    *("contrast", "lightgcn", "prepare", "checkpoint", "plan"),
+    *("contrast", "lightgcn", "prepare", "checkpoint", "scaling", "plan"),
 )
 
 

@@ -12,6 +12,7 @@ from raygrec.data.store import Store
 from raygrec.draws import Draws
 from raygrec.train.assembly import Model, Prompts, build_model, build_prompts, prepare_run
 from raygrec.train.folder import RunFolder
+from raygrec.train.loop import Stage
 from raygrec.train.settings import RunConfig, run_config
 
 FEW = "graph.epochs=2"  # steps take as long whatever the nodes know
@@ -64,6 +65,19 @@ def prompts_of(config: RunConfig) -> Prompts:
     folder.path.mkdir(parents=True, exist_ok=True)
     prepare_run(config, folder)
     return build_prompts(config, Store.open(config.store), folder)
+
+
+def stage_of(config: RunConfig, prompts: Prompts) -> Stage:
+    """The training of the users that have a prompt, as the loop wants it, without validation."""
+    trainable = np.flatnonzero(prompts.train.lengths >= 2)
+    return Stage(
+        name="train",
+        number=0,
+        title="",
+        config=config.train,
+        lengths=np.minimum(prompts.train.lengths[trainable], config.model.max_history),
+        build=lambda numbers, draws: prompts.training(trainable[numbers], draws),
+    )
 
 
 def beauty() -> Path:

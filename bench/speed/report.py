@@ -34,14 +34,13 @@ NEXT = {
     "at every token: measure there.",
     9: "half is the prompts with a second hop and of items (K = 0), half the products of anchors with 65,536 rows: "
     "four pairs forward and backward: one product for both pairs of a side, bf16, a smaller share of contrasted users.",
-    12: "what adapters keep for the backward pass is underrated; then measure the ZeRO stages on GPUs, where the "
-    "allocator tells its peak.",
+    12: "measure the ZeRO stages on GPUs, where the allocator tells its peak.",
 }
 UNITS = (("", 1), ("k", 1e3), ("M", 1e6), ("G", 1e9), ("T", 1e12), ("P", 1e15))
 
 
 def main() -> None:
-    rows = [json.loads(file.read_text()) for file in SPEED.glob("*.json")]
+    rows = [json.loads(file.read_text()) for file in sorted(SPEED.glob("*.json"))]
     rows.sort(key=lambda row: row["row"])
     out = ROOT / "docs" / "BENCHMARKS.md"
     out.write_text("\n".join([HEADER, _summary(rows), *map(_section, rows)]))

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from bench.speed.measure import compared, in_turns, shares, write
-from bench.speed.ready import FEW, Ready, beauty, ready
+from bench.speed.ready import FEW, Ready, beauty, ready, stage_of
 from raygrec.draws import Draws
 from raygrec.model.backbone import Backbone
 from raygrec.model.prompts import PAD, PromptBatch
@@ -58,15 +58,7 @@ class Steps:
 
     def __init__(self, one: Ready) -> None:
         self.one = one
-        trainable = one.trainable
-        self.stage = loop.Stage(
-            name="train",
-            number=0,
-            title="",
-            config=one.config.train,
-            lengths=np.minimum(one.prompts.train.lengths[trainable], one.config.model.max_history),
-            build=lambda numbers, draws: one.prompts.training(trainable[numbers], draws),
-        )
+        self.stage = stage_of(one.config, one.prompts)
         self.engine = LocalEngine(one.model, one.config.engine)
         self.order = np.zeros((0, 0), dtype=np.int64)
         self.calls: list[tuple[Any, ...]] = []

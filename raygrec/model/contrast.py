@@ -213,7 +213,7 @@ def gathered(rows_ND: torch.Tensor) -> torch.Tensor:
     count = torch.tensor([len(rows_ND)], device=rows_ND.device)
     counts = [torch.empty_like(count) for _ in range(workers)]
     dist.all_gather(counts, count)
-    sizes = [int(size) for size in counts]
+    sizes = torch.cat(counts).tolist()
     # Ranks must pass equal shapes; one row at least, so that no backend meets an empty tensor.
     padded = rows_ND.new_zeros(max(*sizes, 1), *rows_ND.shape[1:])
     padded[: len(rows_ND)] = rows_ND.detach()

@@ -24,6 +24,8 @@ from raygrec.ranks import device, world
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 CARRIED = "carried/"
+FEW = 8  # workers, at most, to which gradients are sent one after the other
+BUCKET = 500_000_000  # entries at most of the buffer in which DeepSpeed collects gradients to reduce them: its default
 
 
 class EngineConfig(StrictConfig):
@@ -200,10 +202,11 @@ class DeepSpeedEngine:
         self.device = device()
         self._deepspeed = deepspeed
         optimizer = _adamw(model, config)
+        trained = sum(getattr(p, "ds_numel", p.numel()) for p in _trainable(model).values())
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model.to(self.device),
             optimizer=optimizer,
-            config=_deepspeed_settings(config, accumulation),
+            config=_deepspeed_settings(config, accumulation, min(trained, BUCKET)),
             dist_init_required=False,
         )
         self.model: nn.Module = self.engine.module
@@ -321,8 +324,14 @@ def _set_lr(optimizer: object, lr: float) -> None:
         group["lr"] = lr * group["lr_share"]
 
 
-def _deepspeed_settings(config: EngineConfig, accumulation: int) -> dict[str, object]:
-    zero: dict[str, object] = {"stage": config.zero_stage, "stage3_param_persistence_threshold": 0}
+def _deepspeed_settings(config: EngineConfig, accumulation: int, bucket: int = BUCKET) -> dict[str, object]:
+    zero: dict[str, object] = {
+        "stage": config.zero_stage,
+        "reduce_bucket_size": bucket,
+        # A gradient is added up where it is needed (half the bytes), unless that makes many small messages.
+        "use_multi_rank_bucket_allreduce": world()[1] > FEW,
+        "stage3_param_persistence_threshold": 0,
+    }
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     if config.offload_parameters:

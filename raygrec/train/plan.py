@@ -23,14 +23,15 @@ from raygrec.model.glta import GLTA, Phrases
 from raygrec.model.head import positions_at_once
 from raygrec.model.prompts import Symbols
 from raygrec.train.accelerators import HOST_ADAM, HOST_LINK, NETWORK, Accelerator
+from raygrec.train.engine import BUCKET, FEW
 from raygrec.train.settings import GALRecRun, GLTARun, RunConfig, run_config
 
 GIB = 2**30
 MFU = 0.35  # share of the datasheet's FLOP/s that training reaches, assumed
 RESERVED = 1.5 * GIB  # CUDA, NCCL and what the allocator cannot use, assumed
-BUCKET = 500_000_000  # entries of DeepSpeed's buffer in which gradients meet before they are reduced
-TERM_TOKENS = 4  # of a term of GLTA's texts, assumed
-EMBEDDED = 6  # copies of a prompt's embeddings [T, D] in fp32 that assembling it keeps
+PASSES = 2  # of the language model over a batch under ZeRO-3
+REUSED = 1_000_000_000  # parameters that ZeRO-3 at most leaves whole for their next use, DeepSpeed's default
+TERM_TOKENS, MEAN_TERM_TOKENS = 4, 2  # of a term of GLTA's texts, assumed: of a long one, and on average
 
 
 class Setting(NamedTuple):
@@ -73,7 +74,8 @@ class Work:
     total, trained, language_model: parameters, the last without its token table. largest: bytes of the largest module's
     weights, which ZeRO-3 gathers whole. fixed: bytes of node tables, text vectors, queues and the head's rows. logits:
     bytes of the logits that stand in memory. prompt: bytes that one user's prompts keep for the backward pass.
-    longest, mean: tokens of a user's prompts. answers: positions with a target. forward: FLOP of a mean user's prompts;
+    longest: tokens of one prompt at most; most, mean: of all prompts of a user with the longest, and with a mean
+    history, each kind of prompt by its share. answers: positions with a target. forward: FLOP of a mean user's prompts;
     passes: how many times as many training takes.
     """
 
@@ -85,6 +87,7 @@ class Work:
     logits: int
     prompt: int
     longest: int
+    most: float
     mean: float
     answers: int
     forward: float
@@ -202,9 +205,10 @@ def state_bytes(work: Work, setting: Setting, gpus: int, width: int) -> tuple[di
     stage, trained = setting.stage, work.trained
     share = 1 if stage == 0 else 1 / gpus
     copies = 0 if stage == 0 and width == 4 else 4
-    bucket = width * BUCKET if stage and gpus > 1 else 0
+    bucket = width * min(trained, BUCKET) if stage and gpus > 1 else 0
+    whole = max(work.largest, width * min(work.total, REUSED))  # under ZeRO-3
     held = {
-        "weights": width * work.total * (1 / gpus if stage == 3 else 1) + (work.largest if stage == 3 else 0),
+        "weights": width * work.total * (1 / gpus if stage == 3 else 1) + (whole if stage == 3 else 0),
         "gradients": width * trained * (share if stage >= 2 else 1) + bucket,
         "optimizer": (8 + copies) * trained * share,
     }
@@ -217,7 +221,7 @@ def state_bytes(work: Work, setting: Setting, gpus: int, width: int) -> tuple[di
         held["gradients"] = bucket + (width * trained if stage == 1 else 0)
     if setting.parameters:
         host += width * work.total / gpus
-        held["weights"] = work.largest
+        held["weights"] = whole
     return held, host
 
 
@@ -231,16 +235,28 @@ def _tokens_per_second(
     seconds = users * work.passes * work.forward / (gpu.rate(config.engine.precision) * mfu)
     link = 1e9 * (gpu.link if gpus <= gpu.node else min(gpu.link, NETWORK))
     others = (gpus - 1) / gpus
-    moved = 2 * width * work.trained * others
-    if setting.stage == 3:  # all weights forward and backward, in every pass; gradients once
-        moved = others * width * (2 * work.total * pieces + work.trained * pieces)
-    seconds += moved / link
+    seconds += others * width * sent_parameters(work, setting.stage, gpus, pieces) / link
     share = 1 / gpus
     if setting.optimizer:
         seconds += share * work.trained * (2 * width / HOST_LINK + 28 / HOST_ADAM) / 1e9
     if setting.parameters:
         seconds += share * 2 * width * work.total * pieces / (HOST_LINK * 1e9)
     return config.train.batch * work.mean / seconds
+
+
+def sent_parameters(work: Work, stage: int, gpus: int, pieces: int) -> float:
+    """Parameters that a ring of many GPUs sends from one to the next in an update of so many micro-batches.
+
+    A gradient that is added up everywhere is sent twice, one that is needed on a single GPU once: so under ZeRO 3, and
+    under ZeRO 1 and 2 on a `FEW` GPUs. These then send what each GPU has updated. Under ZeRO 2 and 3 gradients are sent
+    for every micro-batch. Under ZeRO 3 all weights are, too; the language model's come for each of its `PASSES` and
+    back again, unless they are few enough to stay.
+    """
+    if stage == 3:
+        again = 0 if 2 * work.total <= REUSED else 2 * PASSES - 1
+        return pieces * (work.trained + work.total + again * work.language_model)
+    reduced = 1 if stage and gpus <= FEW else 2
+    return work.trained * (reduced * (pieces if stage == 2 else 1) + (stage > 0))
 
 
 def _refusal(config: RunConfig, setting: Setting) -> str:
@@ -262,10 +278,10 @@ def work_of(config: RunConfig, sizes: Sizes) -> Work:
     """Counts a model without content; `InputError` where there is none to count."""
     if not isinstance(config, GLTARun | GALRecRun):
         raise InputError(f"recipe {config.recipe}: a plan is of recipes with a language model, glta or galrec")
-    longest, mean, answers, per_user = _prompts(config, sizes)
+    longest, most, mean, answers = _prompts(config, sizes)
     with torch.device("meta"):
         model = _model(config, sizes)
-    kept = _kept(model.backbone, config, longest)
+    kept = kept_bytes(model.backbone, config, longest)
     table = model.backbone.model.get_input_embeddings().weight
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -276,10 +292,15 @@ def work_of(config: RunConfig, sizes: Sizes) -> Work:
     text = (model.item_texts.shape[1] if model.item_texts is not None else 0) + model.nodes.width
     fixed = sum(b.nbytes for b in model.buffers()) + 4 * 4 * rows  # R, and its gradient as the head makes it
     if isinstance(model, GALRec):
-        fixed += 2 * config.model.contrast.queue * (4 * width + 8)
+        contrast = config.model.contrast
+        fixed += 2 * contrast.queue * (4 * width + 8)
+        for side, share in (("user", contrast.users), ("item", contrast.items)):
+            anchors = config.train.batch * share  # of all GPUs: on each their softmax stands, and which are excluded
+            fixed += len(contrast.active(side)) * anchors * (anchors + contrast.queue) * (4 + 1)
         fixed += 4 * trained if model.slow is not None else 0
-    prompt = per_user * (kept + EMBEDDED * 4 * longest * width) + answers * 4 * (4 * width + 4 * model.nodes.width)
-    forward = per_user * mean * (2 * language_model + 4 * layers * width * mean)
+    # Besides, a token keeps what its projector reads, an answer what the head does and its gradient; masks of dropout.
+    prompt = most * (kept / longest + 4 * text + width) + answers * (5 * width + 4 * model.nodes.width)
+    forward = mean * (2 * language_model + 4 * layers * width * mean)
     forward += answers * 2 * rows + sizes.items * 2 * text * model.nodes.width / config.train.micro_batch
     frozen = isinstance(config, GLTARun) or config.model.tuning != "full"
     return Work(
@@ -291,33 +312,39 @@ def work_of(config: RunConfig, sizes: Sizes) -> Work:
         3 * 4 * sizes.items * positions_at_once(sizes.items),
         int(prompt),
         longest,
-        per_user * mean,
+        most,
+        mean,
         answers,
         forward,
         (2 if frozen else 3) + config.engine.activation_checkpointing,
     )
 
 
-def _prompts(config: GLTARun | GALRecRun, sizes: Sizes) -> tuple[int, float, int, float]:
-    """(tokens of the longest prompt, of a mean one, answers of the longest, prompts per user) of the last stage."""
+def _prompts(config: GLTARun | GALRecRun, sizes: Sizes) -> tuple[int, float, float, int]:
+    """`longest`, `most`, `mean` and `answers` of `Work`, of the last stage."""
     model = config.model
     if isinstance(config, GALRecRun):
-        longest = model.longest_prompt
-        per_item, answers, per_user = 1 + model.title_tokens, model.max_history + 1, 1 + model.contrast.items
+        contrast, near, far = model.contrast, model.neighbours.one_hop, model.neighbours.two_hop + 1
+        longest, per_item, answers = model.longest_prompt, 1 + model.title_tokens, model.max_history + 1
+        two_hops = 1.0 if model.readout == "hop2" else contrast.users * bool(contrast.active("user"))
+        lent = contrast.items * bool(contrast.active("item"))
+        most = 2 + per_item * model.max_history + 2 + two_hops * far + lent * (1 + per_item + near + 2 + far)
     else:
         words = Phrases(load_tokenizer(config.backbone.name), model)
         texts = [words.profile] * model.texts.profile + [words.prediction] * model.texts.prediction
         tokens = [words.begin, words.instruction, *texts, words.user, words.answer]
-        longest = sum(map(len, tokens)) + len(texts) * model.texts.terms * TERM_TOKENS
-        longest += model.max_history + (model.user_token != "none") + model.slots
-        per_item, answers, per_user = 1, model.max_history * model.history_loss + model.slots, 1.0
+        terms = len(texts) * model.texts.terms
+        most = sum(map(len, tokens)) + terms * MEAN_TERM_TOKENS
+        most += model.max_history + (model.user_token != "none") + model.slots
+        longest = most + terms * (TERM_TOKENS - MEAN_TERM_TOKENS)
+        per_item, answers = 1, model.max_history * model.history_loss + model.slots
     known = positions(config.backbone.name)
     if known is not None and longest > known:
         raise InputError(
             f"model.max_history={model.max_history} makes prompts of up to {longest} tokens; "
             f"backbone '{config.backbone.name}' reads {known}"
         )
-    return longest, longest - per_item * (model.max_history - sizes.shown), answers, per_user
+    return longest, most, most - per_item * (model.max_history - sizes.shown), answers
 
 
 def _model(config: GLTARun | GALRecRun, sizes: Sizes) -> GLTA | GALRec:
@@ -343,7 +370,7 @@ def _model(config: GLTARun | GALRecRun, sizes: Sizes) -> GLTA | GALRec:
     return model
 
 
-def _kept(backbone: Backbone, config: RunConfig, length: int) -> int:
+def kept_bytes(backbone: Backbone, config: RunConfig, length: int) -> int:
     """Bytes that autograd keeps of the language model's forward pass over one prompt of `length` tokens.
 
     With activation checkpointing these are each layer's input, and all of one layer.

@@ -8,19 +8,22 @@ import torch
 
 from raygrec.cli import main
 from raygrec.errors import InputError
+from raygrec.model.backbone import Backbone
+from raygrec.model.galrec import tuned
 from raygrec.train.accelerators import ACCELERATORS, Accelerator, accelerator
 from raygrec.train.assembly import build_model, build_prompts, prepare_run
 from raygrec.train.engine import LocalEngine
 from raygrec.train.folder import RunFolder
 from raygrec.train.plan import (
-    BUCKET,
     GIB,
     SETTINGS,
     Setting,
     Sizes,
     Work,
     estimate,
+    kept_bytes,
     plan,
+    sent_parameters,
     sizes_of,
     state_bytes,
     table,
@@ -39,6 +42,7 @@ WORK = Work(
     logits=20,
     prompt=30,
     longest=9,
+    most=8.0,
     mean=6.0,
     answers=3,
     forward=1e6,
@@ -105,13 +109,53 @@ def test_no_prompt_is_longer_than_the_longest(recipe, tiny_store, tiny_backbone,
     assert len(batch.answers) <= found.answers * len(prompts.train)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_tokens_of_a_user_are_those_of_its_prompts(share, tiny_store, tiny_backbone, tmp_path):
+    """Users whose histories are cut, all with a second hop, and the prompts of the items that they lend."""
+    import numpy as np
+
+    from raygrec.draws import Draws
+
+    model = {"max_history": 2, "neighbours": {"one_hop": 3, "two_hop": 2}, "contrast": {"users": 1.0, "items": share}}
+    config = config_of("galrec", tiny_store, tiny_backbone, tmp_path / "run", model=model)
+    folder = RunFolder(config.out)
+    folder.start(config, resume=False)
+    prepare_run(config, folder)
+    prompts = build_prompts(config, tiny_store, folder)
+    users = np.flatnonzero(prompts.train.lengths >= 3)
+    batch = prompts.training(users, Draws(0))
+    lent = (len(batch.lengths) - len(users)) / len(users)
+    found = work_of(config, sizes_of(config, None, None, None))
+    assert int(batch.lengths.sum()) / len(users) == pytest.approx(found.most + (lent - share) * 11, rel=0.05)
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora", "frozen"])
+def test_what_is_kept_is_what_autograd_keeps(tuning, tiny_store, tiny_backbone, tmp_path):
+    """Adapters keep what stands between their two factors, and no copy of what they read."""
+    config = config_of("galrec", tiny_store, tiny_backbone, tmp_path, model={"tuning": tuning})
+    backbone = tuned(Backbone(config.backbone), config.model)
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*backbone.parameters(), *backbone.buffers())}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, torch.nn.Identity()):
+        embeds = torch.zeros(1, 9, backbone.width, requires_grad=True)
+        backbone(embeds, torch.ones(1, 9, 9, dtype=torch.bool))
+    assert kept_bytes(backbone, config, 9) == sum(storage.nbytes() for storage in kept.values())
+
+
 def test_state_by_hand():
     """1000 parameters of which 400 are trained, on 4 GPUs. fp32: 4 bytes each; Adam: two moments of 4, and a copy."""
     by_stage = {stage: state_bytes(WORK, Setting(stage), 4, 4)[0] for stage in range(4)}
     assert by_stage[0] == {"weights": 4000, "gradients": 1600, "optimizer": 3200}
-    assert by_stage[1] == {"weights": 4000, "gradients": 1600 + 4 * BUCKET, "optimizer": 1200}
-    assert by_stage[2] == {"weights": 4000, "gradients": 400 + 4 * BUCKET, "optimizer": 1200}
-    assert by_stage[3] == {"weights": 1000 + 50, "gradients": 400 + 4 * BUCKET, "optimizer": 1200}
+    assert by_stage[1] == {"weights": 4000, "gradients": 1600 + 4 * 400, "optimizer": 1200}
+    assert by_stage[2] == {"weights": 4000, "gradients": 400 + 4 * 400, "optimizer": 1200}
+    assert by_stage[3] == {"weights": 1000 + 4000, "gradients": 400 + 4 * 400, "optimizer": 1200}
 
 
 def test_state_in_bf16_by_hand():
@@ -119,17 +163,17 @@ def test_state_in_bf16_by_hand():
     assert state_bytes(WORK, Setting(0), 4, 2)[0] == {"weights": 2000, "gradients": 800 + 1600, "optimizer": 4800}
     assert state_bytes(WORK, Setting(2), 4, 2)[0] == {
         "weights": 2000,
-        "gradients": 200 + 2 * BUCKET,
+        "gradients": 200 + 2 * 400,
         "optimizer": 1200,
     }
 
 
 def test_what_is_offloaded_is_in_the_hosts_memory():
     held, host = state_bytes(WORK, Setting(2, True), 4, 2)
-    assert held == {"weights": 2000, "gradients": 2 * BUCKET, "optimizer": 0}
+    assert held == {"weights": 2000, "gradients": 2 * 400, "optimizer": 0}
     assert host == 1200 + 400  # 12 bytes of a quarter of 400, and their gradients in fp32
     held, host = state_bytes(WORK, Setting(3, True, True), 4, 2)
-    assert held == {"weights": 50, "gradients": 2 * BUCKET, "optimizer": 0}
+    assert held == {"weights": 2000, "gradients": 2 * 400, "optimizer": 0}
     assert host == 1200 + 400 + 500
 
 
@@ -162,6 +206,28 @@ def test_time_by_hand():
     two = estimate(config, SIZES, WORK, Setting(0), 2, gpu, 0.25)
     seconds = 32 * 3 * 1e6 / (1e12 * 0.25) + 2 * 4 * 400 * 0.5 / 100e9
     assert two.tokens_per_second == pytest.approx(64 * 6 / seconds)
+
+
+@pytest.mark.parametrize(
+    ("stage", "gpus", "pieces", "sent"),
+    [
+        (0, 4, 3, 2 * 400),
+        (1, 4, 3, 400 + 400),
+        (2, 4, 3, 3 * 400 + 400),
+        (1, 64, 3, 2 * 400 + 400),
+        (2, 64, 3, 3 * 2 * 400 + 400),
+        (3, 64, 3, 3 * (1000 + 400)),
+    ],
+)
+def test_what_is_sent_by_hand(stage, gpus, pieces, sent):
+    """Gradients of 400 parameters, three micro-batches. On few GPUs they are added up where they are needed."""
+    assert sent_parameters(WORK, stage, gpus, pieces) == sent
+
+
+def test_large_models_come_again_under_zero_3():
+    """For two passes and back, but for the token table of 100 M."""
+    large = replace(WORK, total=1_000_000_000, trained=900_000_000, language_model=900_000_000)
+    assert sent_parameters(large, 3, 64, 1) == 4 * 900e6 + 100e6 + 900e6
 
 
 def test_the_choice_is_the_simplest_that_fits(tiny_store, tiny_backbone, tmp_path):
