@@ -28,6 +28,10 @@ NEXT = {
     4: "of a step, what the language model alone does not do is the catalogue: logits of every answer over all items "
     "and their two gradients, which weigh most beside one or two small layers. Then Adam over the item table, of which "
     "a step reads a part: fused, or by the rows that were read.",
+    5: "what both sides pay alike, the catalogue and, in a Llama as small, attention, hides what weights without "
+    "gradients save: measure at 1 B on a GPU. The opening is worth reading once where it is a large part of a prompt; "
+    "the job's own is not, in prompts with texts and slots. Then only the answers' positions through the last layer, "
+    "and the opening of encoders, which in ordered prompts sees itself alone: `transformers` promises them no cache.",
     7: "the language model's pass over the prompts is nearly all of the time, attention most of it: only the answer "
     "slot through the last layer, and the block mask as segments instead of a matrix. On a CPU and at 260 k "
     "parameters generation is bound by arithmetic as prompts are; at 1 B on a GPU it is bound by reading the weights "
