@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from bench.speed.measure import compared, in_turns, spread, write
 from bench.speed.ready import FEW, beauty, job_config, prompts_of, stage_of
+from bench.speed.report import _scaled
 from raygrec.data.store import Store
 from raygrec.draws import Draws
 from raygrec.train.assembly import build_model
@@ -30,15 +31,33 @@ from raygrec.train.engine import Engine, make_engine
 from raygrec.train.folder import RunFolder
 from raygrec.train.loop import _step, epoch_order
 
-WORKERS, STAGES, ALONE = (1, 2, 4), (0, 1, 2, 3), (1, None)  # alone: one process without DeepSpeed
+WORKERS, STAGES = (1, 2, 4), (0, 1, 2, 3)
 ROUNDS, UPDATES, WARM = 7, 2, 2  # updates of a round; messages are counted in the last round that is not timed
 # Collectives: which argument is the whole message, and how often a ring passes it on, less each worker's own share.
 RING = dict.fromkeys(("_allgather_base_", "allgather_", "reduce_", "broadcast_"), (0, 1))
 RING |= {"allreduce_": (0, 2), "_reduce_scatter_base_": (1, 1), "reduce_scatter_": (1, 1)}
 STATE, CONTRAST, COUNTS = KINDS = ("weights and gradients", "contrast", "counts")
 ASKED_BY = {"raygrec.model.contrast": CONTRAST, "raygrec.ranks": COUNTS}
-Side = tuple[int, int | None]  # workers, ZeRO stage
 Told = dict[str, Any]  # what a worker says of a round
+
+
+class Side(NamedTuple):
+    """Workers with an engine of a ZeRO stage, or of none; they make an update of each of so many shares of a batch."""
+
+    workers: int
+    zero: int | None
+    shares: int = 1
+
+    @property
+    def name(self) -> str:
+        if self.zero is None:
+            return "1 process" if self.shares == 1 else f"1 process, {self.shares} shares one after the other"
+        return f"{self.workers} worker{'s' * (self.workers > 1)}, ZeRO {self.zero}"
+
+
+ALONE = Side(1, None)
+# What several workers would take that had nothing to say to each other, and those that do.
+SIDES = [*(Side(1, None, n) for n in WORKERS[1:]), *(Side(n, zero) for n in WORKERS for zero in STAGES)]
 
 
 class Sent(TorchDispatchMode):
@@ -73,7 +92,7 @@ def _work(rank: int, workers: int, folder: str, orders: Connection) -> None:
     config = job_config("galrec.yaml", beauty(), "galrec", FEW)
     prompts, engines = prompts_of(config), {}
     stage = stage_of(config, prompts)
-    for zero, number in iter(orders.recv, None):
+    for zero, shares, number in iter(orders.recv, None):
         if zero not in engines:
             engine = config.engine.model_copy(update={"zero_stage": zero or 0})
             made = (config.model_copy(update={"engine": engine}), Store.open(config.store), prompts)
@@ -81,8 +100,9 @@ def _work(rank: int, workers: int, folder: str, orders: Connection) -> None:
             engines[zero] = make_engine(model, engine, 1, zero is not None)
         order = epoch_order(stage.lengths, config.train.batch, Draws(number + WARM))[:UPDATES]
         steps = [
-            partial(_step, stage, engines[zero], things, Draws(0, number + WARM, place), 1e-4, False)
+            partial(_step, stage, engines[zero], share, Draws(0, number + WARM, place), 1e-4, False)
             for place, things in enumerate(order)
+            for share in np.array_split(things, shares)
         ]
         orders.send(_round(engines[zero], steps, counts=number == -1))
     os._exit(0)  # at the interpreter's own end, a thread of the group may abort the process
@@ -113,14 +133,13 @@ def main() -> None:
     prompts_of(job_config("galrec.yaml", beauty(), "galrec", FEW))  # before several workers look for them
     spawn, pipes = multiprocessing.get_context("spawn"), {}
     found: dict[Side, list[list[Told]]] = {}
-    sides = [ALONE, *((workers, zero) for workers in WORKERS for zero in STAGES)]
 
-    def side(workers: int, zero: int | None, number: int) -> float:
-        """CPU seconds of all workers for an update."""
-        for pipe in pipes[workers]:
-            pipe.send((zero, number))
-        told = [pipe.recv() for pipe in pipes[workers]]
-        found.setdefault((workers, zero), []).append(told)
+    def take(side: Side, number: int) -> float:
+        """CPU seconds of all workers for a batch."""
+        for pipe in pipes[side.workers]:
+            pipe.send((side.zero, side.shares, number))
+        told = [pipe.recv() for pipe in pipes[side.workers]]
+        found.setdefault(side, []).append(told)
         return sum(one["cpu"] for one in told) / UPDATES
 
     with tempfile.TemporaryDirectory() as folder:
@@ -129,7 +148,7 @@ def main() -> None:
             for rank, (_, its) in enumerate(ends):
                 spawn.Process(target=_work, args=(rank, workers, folder, its), daemon=True).start()
             pipes[workers] = [mine for mine, _ in ends]
-        seconds = in_turns({_name(one): partial(side, *one) for one in sides}, ROUNDS, WARM)
+        seconds = in_turns({side.name: partial(take, side) for side in (ALONE, *SIDES)}, ROUNDS, WARM)
         for pipe in itertools.chain(*pipes.values()):
             pipe.send(None)
     write(
@@ -141,29 +160,27 @@ def main() -> None:
             "it costs nothing to distribute",
             "target": "stated",
             "reached": True,
-            "cases": [_case(one, seconds, found) for one in sides[1:]],
+            "cases": [_case(side, seconds, found) for side in SIDES],
         },
         "deepspeed",
     )
 
 
-def _name(side: Side) -> str:
-    workers, zero = side
-    return "1 process" if zero is None else f"{workers} worker{'s' * (workers > 1)}, ZeRO {zero}"
-
-
 def _case(side: Side, seconds: dict[str, list[float]], found: dict[Side, list[list[Told]]]) -> dict[str, Any]:
     """Besides CPU time: how much sooner an update ends, and what a worker sends for it: counted, by theory, by gloo."""
-    workers, zero = side
-    counted, timed = found[side][WARM - 1], found[side][WARM:]
+    workers, counted, timed = side.workers, found[side][WARM - 1], found[side][WARM:]
     alone, wall = (np.array([told[0]["wall"] for told in found[one][WARM:]]) for one in (ALONE, side))
-    case = compared(_name(side), seconds, _name(side), _name(ALONE)) | {"faster": spread(alone / wall)}
+    case = compared(side.name, seconds, side.name, ALONE.name) | {"faster": spread(alone / wall)}
+    if workers == 1:
+        return case
     total, trained = counted[0]["total"], counted[0]["trained"]
     sent = {kind: sum(told["bytes"][kind] for told in counted) / workers / UPDATES for kind in KINDS}
     messages = {kind: counted[0]["messages"][kind] / UPDATES for kind in KINDS}
-    theory = (1 - 1 / workers) * (2 * total + trained if zero == 3 else 2 * trained)
+    theory = (1 - 1 / workers) * (2 * total + trained if side.zero == 3 else 2 * trained)
     carried = float(np.median([told[0]["carried"] for told in timed])) / workers / UPDATES
-    told = ", ".join(f"{sent[kind] / 1e6:.3g} MB of {kind} in {messages[kind]:.0f} messages" for kind in KINDS)
-    told = f"a worker sends {told} ({theory / 1e6:.3g} MB of {STATE} by theory; gloo in all {carried / 1e6:.3g} MB); "
-    note = f"{told * (workers > 1)}an update ends ×{case['faster']['median']:.2f} as soon"
+    told = [f"{_scaled(sent[kind])}B of {kind} in {messages[kind]:.0f} messages" for kind in KINDS]
+    note = (
+        f"a worker sends {', '.join(told)}; by theory {_scaled(theory)}B of {STATE}; gloo {_scaled(carried)}B in all; "
+    )
+    note += f"by the clock an update is done ×{case['faster']['median']:.2f} as fast"
     return case | {"sent": sent, "messages": messages, "theory": theory, "carried": carried, "note": note}

@@ -294,9 +294,11 @@ def work_of(config: RunConfig, sizes: Sizes) -> Work:
     if isinstance(model, GALRec):
         contrast = config.model.contrast
         fixed += 2 * contrast.queue * (4 * width + 8)
-        for side, share in (("user", contrast.users), ("item", contrast.items)):
-            anchors = config.train.batch * share  # of all GPUs: on each their softmax stands, and which are excluded
-            fixed += len(contrast.active(side)) * anchors * (anchors + contrast.queue) * (4 + 1)
+        # Products of the anchors of all GPUs, and which are excluded: those of one side stand at a time.
+        anchors = {
+            side: config.train.batch * share for side, share in (("user", contrast.users), ("item", contrast.items))
+        }
+        fixed += max(len(contrast.active(side)) * n * (n + contrast.queue) * (4 + 1) for side, n in anchors.items())
         fixed += 4 * trained if model.slow is not None else 0
     # Besides, a token keeps what its projector reads, an answer what the head does and its gradient; masks of dropout.
     prompt = most * (kept / longest + 4 * text + width) + answers * (5 * width + 4 * model.nodes.width)
@@ -328,7 +330,10 @@ def _prompts(config: GLTARun | GALRecRun, sizes: Sizes) -> tuple[int, float, flo
         longest, per_item, answers = model.longest_prompt, 1 + model.title_tokens, model.max_history + 1
         two_hops = 1.0 if model.readout == "hop2" else contrast.users * bool(contrast.active("user"))
         lent = contrast.items * bool(contrast.active("item"))
-        most = 2 + per_item * model.max_history + 2 + two_hops * far + lent * (1 + per_item + near + 2 + far)
+        # A prompt without a second hop is its history alone where nothing else reads the user's node and task tokens.
+        whole = two_hops if model.readout == "history" and not model.history_sees_user else 1.0
+        most = 1 + per_item * model.max_history + whole * 3 + two_hops * far
+        most += lent * (1 + per_item + near + 2 + far)
     else:
         words = Phrases(load_tokenizer(config.backbone.name), model)
         texts = [words.profile] * model.texts.profile + [words.prediction] * model.texts.prediction

@@ -109,14 +109,18 @@ def test_no_prompt_is_longer_than_the_longest(recipe, tiny_store, tiny_backbone,
     assert len(batch.answers) <= found.answers * len(prompts.train)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_tokens_of_a_user_are_those_of_its_prompts(share, tiny_store, tiny_backbone, tmp_path):
-    """Users whose histories are cut, all with a second hop, and the prompts of the items that they lend."""
+@pytest.mark.parametrize(("contrasted", "lending"), [(1.0, 0.0), (0.3, 0.5), (1.0, 1.0)])
+def test_tokens_of_a_user_are_those_of_its_prompts(contrasted, lending, tiny_store, tiny_backbone, tmp_path):
+    """Users whose histories are cut; 6 more tokens where one is contrasted, and 11 of the item that it lends."""
     import numpy as np
 
     from raygrec.draws import Draws
 
-    model = {"max_history": 2, "neighbours": {"one_hop": 3, "two_hop": 2}, "contrast": {"users": 1.0, "items": share}}
+    model = {
+        "max_history": 2,
+        "neighbours": {"one_hop": 3, "two_hop": 2},
+        "contrast": {"users": contrasted, "items": lending},
+    }
     config = config_of("galrec", tiny_store, tiny_backbone, tmp_path / "run", model=model)
     folder = RunFolder(config.out)
     folder.start(config, resume=False)
@@ -124,9 +128,10 @@ def test_tokens_of_a_user_are_those_of_its_prompts(share, tiny_store, tiny_backb
     prompts = build_prompts(config, tiny_store, folder)
     users = np.flatnonzero(prompts.train.lengths >= 3)
     batch = prompts.training(users, Draws(0))
-    lent = (len(batch.lengths) - len(users)) / len(users)
+    drawn = float((batch.hops[: batch.num_users, 2] >= 0).sum()) / len(users) - contrasted
+    lent = (len(batch.lengths) - len(users)) / len(users) - lending
     found = work_of(config, sizes_of(config, None, None, None))
-    assert int(batch.lengths.sum()) / len(users) == pytest.approx(found.most + (lent - share) * 11, rel=0.05)
+    assert int(batch.lengths.sum()) / len(users) == pytest.approx(found.most + drawn * 6 + lent * 11, rel=0.05)
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora", "frozen"])
