@@ -2,15 +2,17 @@
 
 import numpy as np
 
+from raygrec.data.arrays import stable_order
+
 
 def first_occurrences(users: np.ndarray, items: np.ndarray) -> np.ndarray:
     """[entries] bool: true at the first entry of each (user, item) pair, in the given order."""
-    pairs = users.astype(np.int64)
-    pairs *= int(items.max(initial=0)) + 1
-    pairs += items
-    _, first = np.unique(pairs, return_index=True)
-    keep = np.zeros(len(users), dtype=bool)
-    keep[first] = True
+    order = stable_order(items, users)
+    users, items = users[order], items[order]
+    first = np.ones(len(order), dtype=bool)
+    first[1:] = (users[1:] != users[:-1]) | (items[1:] != items[:-1])
+    keep = np.empty_like(first)
+    keep[order] = first
     return keep
 
 

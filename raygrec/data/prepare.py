@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raygrec.data import files, filters, splits
-from raygrec.data.arrays import CSR, Strings
+from raygrec.data.arrays import CSR, Strings, stable_order
 from raygrec.data.options import PrepareOptions
 from raygrec.data.readers import Chunk, Source, open_source
 from raygrec.data.store import Store, StoreWriter, check_output, new_store
@@ -36,7 +36,7 @@ def prepare(options: PrepareOptions) -> Store:
         labels = _split(data, options, log)
         data, labels = _drop_unseen(data, labels, options, log)
         data = data.renumbered()
-        items = _describe(source, data.item_ids, options, log)
+        items = _describe(source, data.item_ids.to_pylist(), options, log)
         _write(writer, data, labels, items, options)
         draft = writer.finish(_facts(source, data, labels, options, log))
         if options.tokenizer:
@@ -63,13 +63,14 @@ class Interactions:
     """Interactions and the ids behind their numbers.
 
     users, items: [entries] int32. times: [entries] int64. Sorted by user, then time, then place in the file.
+    user_ids, item_ids: Arrow strings.
     """
 
     users: np.ndarray
     items: np.ndarray
     times: np.ndarray
-    user_ids: list[str]
-    item_ids: list[str]
+    user_ids: pa.LargeStringArray
+    item_ids: pa.LargeStringArray
 
     def where(self, keep: np.ndarray) -> "Interactions":
         columns = (self.users[keep], self.items[keep], self.times[keep])
@@ -79,9 +80,7 @@ class Interactions:
         """Without the users and items that have no interaction left."""
         users, old_users = filters.compact(self.users)
         items, old_items = filters.compact(self.items)
-        user_ids = [self.user_ids[number] for number in old_users]
-        item_ids = [self.item_ids[number] for number in old_items]
-        return Interactions(users, items, self.times, user_ids, item_ids)
+        return Interactions(users, items, self.times, self.user_ids.take(old_users), self.item_ids.take(old_items))
 
 
 class _Ids:
@@ -98,7 +97,7 @@ class _Ids:
         self._distinct.append(encoded.dictionary.cast(pa.large_string()))  # together they may exceed 2 GiB
         return encoded.indices.to_numpy()
 
-    def settle(self, numbers: np.ndarray) -> list[str]:
+    def settle(self, numbers: np.ndarray) -> pa.LargeStringArray:
         """Turns the numbers of all chunks, one after the other, into those of the whole, in place; the ids in order."""
         whole = pa.concat_arrays(self._distinct).dictionary_encode()
         of_chunks = np.split(whole.indices.to_numpy(), np.cumsum([len(ids) for ids in self._distinct])[:-1])
@@ -106,7 +105,7 @@ class _Ids:
         for end, rows, in_whole in zip(ends, self._rows, of_chunks, strict=True):
             numbers[end - rows : end] = in_whole[numbers[end - rows : end]]
         self._distinct = []
-        return whole.dictionary.to_pylist()
+        return whole.dictionary
 
 
 def _check_source(source: Source, options: PrepareOptions) -> None:
@@ -173,7 +172,7 @@ def _sorted(paths: list[Path], of_users: _Ids, of_items: _Ids, log: Log, moments
         np.memmap(path, dtype=dtype, mode="r+") for path, dtype in zip(paths, ("i4", "i4", "i8"), strict=True)
     )
     user_ids, item_ids = of_users.settle(users), of_items.settle(items)
-    order = np.lexsort((times, users))  # stable: equal times keep the order of the file
+    order = stable_order(times, users)  # equal times keep the order of the file
     data = Interactions(users[order], items[order], times[order], user_ids, item_ids)
     if moments:
         log.notes.append(_tie_note(data))
@@ -253,8 +252,8 @@ def _write(
     terms, term_names = item_terms(items)
     writer.write_csr("terms", terms)
     writer.write_strings("term_names", term_names)
-    writer.write_strings("user_ids", Strings.from_list(data.user_ids))
-    writer.write_strings("item_ids", Strings.from_list(data.item_ids))
+    writer.write_strings("user_ids", Strings.from_arrow(data.user_ids))
+    writer.write_strings("item_ids", Strings.from_arrow(data.item_ids))
     writer.write_strings("titles", Strings.from_list(item.title or item.id for item in items))
     writer.write_strings("texts", Strings.from_list(fill_template(options.text_template, item) for item in items))
 

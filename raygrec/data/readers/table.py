@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
-import pyarrow.parquet
 
 from raygrec.data.files import open_metered, read_lines
 from raygrec.data.options import PrepareOptions
@@ -143,6 +142,8 @@ def _open_table(path: Path, request: _Request, layout: Layout, bar: bool = True)
 
 
 def _parquet(path: Path, file: BinaryIO, request: _Request, layout: Layout) -> Iterator[pa.RecordBatch]:
+    import pyarrow.parquet  # slow to import
+
     table = pa.parquet.ParquetFile(file)
     columns = _present(path, table.schema_arrow.names, request)
     for batch in table.iter_batches(_ROWS, columns=columns):
