@@ -2,17 +2,21 @@
 
 import numpy as np
 
-from raygrec.data.arrays import stable_order
-
 
 def first_occurrences(users: np.ndarray, items: np.ndarray) -> np.ndarray:
     """[entries] bool: true at the first entry of each (user, item) pair, in the given order."""
-    order = stable_order(items, users)
-    users, items = users[order], items[order]
-    first = np.ones(len(order), dtype=bool)
-    first[1:] = (users[1:] != users[:-1]) | (items[1:] != items[:-1])
-    keep = np.empty_like(first)
-    keep[order] = first
+    width = int(items.max(initial=0)) + 1
+    pairs = users.astype(np.int64)
+    pairs *= width
+    pairs += items
+    ordered = np.sort(pairs)  # quick; the indirect sort inside `unique` is not, and few users repeat anything
+    repeats = np.zeros(int(users.max(initial=-1)) + 1, dtype=bool)
+    repeats[ordered[1:][ordered[1:] == ordered[:-1]] // width] = True
+    places = np.flatnonzero(repeats[users])
+    _, first = np.unique(pairs[places], return_index=True)
+    keep = np.ones(len(users), dtype=bool)
+    keep[places] = False
+    keep[places[first]] = True
     return keep
 
 

@@ -119,7 +119,7 @@ def item_terms(items: Sequence[Item]) -> tuple[CSR, Strings]:
     for item, title_words in zip(items, words, strict=True):
         found = [name for path in item.categories for name in reversed(path)]
         found += [word for word in title_words if frequency[word] > 1 or word in numbers]
-        rows.append(list(dict.fromkeys(map(numbers.__getitem__, found))))
+        rows.append(tuple(dict.fromkeys(map(numbers.__getitem__, found))))
     return CSR.from_lists(rows), Strings.from_list(numbers.names)
 
 
@@ -138,8 +138,8 @@ class _Numbers(dict):
         return self[name]
 
 
-def _title_words(title: str) -> list[str]:
-    return list(dict.fromkeys(filter(None, map(_term, _WORD.findall(title.casefold())))))
+def _title_words(title: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(filter(None, map(_term, _WORD.findall(title.casefold())))))
 
 
 @_remembered

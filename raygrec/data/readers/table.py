@@ -72,7 +72,7 @@ def open_source(options: PrepareOptions) -> Source:
         files=[interactions, items] if items else [interactions],
         chunks=lambda: read_interactions(interactions, columns),
         items=(lambda: read_items(items, options)) if items else None,
-        ticks_per_second=ticks_per_second(interactions, columns.time),
+        has_times=columns.time is not None,
         has_ratings=columns.rating is not None,
         notes=note if items else (*note, "no items table: the items' ids stand for their titles"),
     )
@@ -87,7 +87,8 @@ def read_interactions(path: Path, columns: Columns, layout: Layout = Layout()) -
             users, items = (_ids(path, batch, name, row, layout) for name in (columns.user, columns.item))
             times = _times(path, batch, columns.time, row, layout) if columns.time else None
             ratings = _ratings(path, batch[columns.rating], columns.rating) if columns.rating else None
-            yield Chunk(users, items, times, ratings)
+            whole = columns.time is None or pa.types.is_integer(batch[columns.time].type)
+            yield Chunk(users, items, times, ratings, 1 if whole else 1_000_000)
             row += batch.num_rows
 
 
@@ -111,15 +112,6 @@ def read_items(path: Path, options: PrepareOptions, layout: Layout = Layout()) -
                 yield make_item(str(item), name, [names or ()], words)
 
 
-def ticks_per_second(path: Path, time_column: str | None, layout: Layout = Layout()) -> int | None:
-    """The unit of the times that `read_interactions` gives: whole numbers are seconds, else microseconds."""
-    if time_column is None:
-        return None
-    with _open_table(path, _Request([time_column], []), layout, bar=False) as batches:
-        first = next(iter(batches), None)
-    return 1 if first is None or pa.types.is_integer(first.schema.field(time_column).type) else 1_000_000
-
-
 def _find(path: Path, stem: str, needed: bool) -> Path | None:
     if not path.is_dir():
         return path if needed else None
@@ -130,11 +122,11 @@ def _find(path: Path, stem: str, needed: bool) -> Path | None:
 
 
 @contextmanager
-def _open_table(path: Path, request: _Request, layout: Layout, bar: bool = True) -> Iterator[Iterator[pa.RecordBatch]]:
+def _open_table(path: Path, request: _Request, layout: Layout) -> Iterator[Iterator[pa.RecordBatch]]:
     if not path.name.endswith(_ENDINGS) and not layout.names:
         raise InputError(f"{path}: unknown kind of table; expected a name ending in {', '.join(_ENDINGS)}")
     try:
-        with open_metered(path, f"reading {path.name}" if bar else None) as file:
+        with open_metered(path, f"reading {path.name}") as file:
             opener = _parquet if path.suffix == ".parquet" else _csv
             yield opener(path, file, request, layout)
     except pa.ArrowInvalid as error:
@@ -142,9 +134,9 @@ def _open_table(path: Path, request: _Request, layout: Layout, bar: bool = True)
 
 
 def _parquet(path: Path, file: BinaryIO, request: _Request, layout: Layout) -> Iterator[pa.RecordBatch]:
-    import pyarrow.parquet  # slow to import
+    from pyarrow.parquet import ParquetFile  # slow to import
 
-    table = pa.parquet.ParquetFile(file)
+    table = ParquetFile(file)
     columns = _present(path, table.schema_arrow.names, request)
     for batch in table.iter_batches(_ROWS, columns=columns):
         yield _as_strings(batch, request.strings)
