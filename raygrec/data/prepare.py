@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from raygrec.data import files, filters, splits
 from raygrec.data.arrays import CSR, Strings, stable_order
@@ -82,7 +81,13 @@ class Interactions:
         """Without the users and items that have no interaction left."""
         users, old_users = filters.compact(self.users)
         items, old_items = filters.compact(self.items)
-        return Interactions(users, items, self.times, self.user_ids.take(old_users), self.item_ids.take(old_items))
+        user_ids, item_ids = self.user_ids.take(_arrow(old_users)), self.item_ids.take(_arrow(old_items))
+        return Interactions(users, items, self.times, user_ids, item_ids)
+
+
+def _arrow(numbers: np.ndarray) -> pa.Int64Array:
+    """A view of them; `pa.array` would import pandas to ask whether they are its own."""
+    return pa.Int64Array.from_buffers(pa.int64(), len(numbers), [None, pa.py_buffer(numbers)])
 
 
 class _Ids:
@@ -104,7 +109,7 @@ class _Ids:
         """[entries] int32 numbers of all chunks, memory-mapped; the ids in their order."""
         self._encode()
         whole = pa.concat_arrays(self._distinct).dictionary_encode()
-        of_groups = np.split(whole.indices.to_numpy(), np.cumsum([len(ids) for ids in self._distinct])[:-1])
+        of_groups = np.split(np.from_dlpack(whole.indices), np.cumsum([len(ids) for ids in self._distinct])[:-1])
         self._distinct = []
         numbers = np.memmap(self._path, np.int32, "r+")
         ends = np.cumsum(self._rows)
@@ -121,7 +126,7 @@ class _Ids:
         self._rows.append(len(encoded))
         self._distinct.append(encoded.dictionary.cast(pa.large_string()))  # together they may exceed 2 GiB
         with self._path.open("ab") as file:
-            encoded.indices.to_numpy().tofile(file)
+            np.from_dlpack(encoded.indices).tofile(file)
 
 
 def _check_source(source: Source, options: PrepareOptions) -> None:
@@ -158,7 +163,7 @@ def _read(source: Source, options: PrepareOptions, log: Log, folder: Path) -> In
 
 
 def _taken(ids: pa.StringArray, keep: np.ndarray) -> pa.StringArray:
-    return ids if keep.all() else pc.filter(ids, pa.array(keep))
+    return ids if keep.all() else ids.take(_arrow(np.flatnonzero(keep)))
 
 
 def _liked(chunk: Chunk, options: PrepareOptions) -> np.ndarray:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
+import numpy as np  # np.from_dlpack: Arrow's own to_numpy, and values of Python beside columns, import pandas
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
@@ -188,8 +188,8 @@ def _as_strings(batch: pa.RecordBatch, strings: list[str]) -> pa.RecordBatch:
 
 def _ids(path: Path, batch: pa.RecordBatch, name: str, row: int, layout: Layout) -> pa.Array:
     ids = batch[name]
-    empty = pc.fill_null(pc.equal(ids, ""), True)
-    if (first := pc.index(empty, True).as_py()) >= 0:
+    if ids.null_count or pc.min(pc.binary_length(ids)).as_py() == 0:
+        first = pc.index(pc.fill_null(pc.equal(ids, ""), True), True).as_py()
         raise InputError(f"{path}, {_place(path, row + first, layout)}: column '{name}' is empty; expected an id")
     return ids
 
@@ -197,17 +197,18 @@ def _ids(path: Path, batch: pa.RecordBatch, name: str, row: int, layout: Layout)
 def _times(path: Path, batch: pa.RecordBatch, name: str, row: int, layout: Layout) -> np.ndarray:
     times = batch[name]
     wrong = _not_times(times)
-    if (first := pc.index(wrong, True).as_py()) >= 0:
+    if pc.any(wrong).as_py():
+        first = pc.index(wrong, True).as_py()
         place, found = _place(path, row + first, layout), times[first].as_py()
         found = "nothing" if found is None else repr(found)
         raise InputError(
             f"{path}, {place}: column '{name}': expected seconds since 1970 or ISO dates in one form, found {found}"
         )
     if pa.types.is_floating(times.type):
-        return np.round(times.to_numpy() * 1e6).astype(np.int64)
+        return np.round(np.from_dlpack(times) * 1e6).astype(np.int64)
     if pa.types.is_date(times.type) or pa.types.is_timestamp(times.type):
-        return times.cast(pa.timestamp("us")).cast(pa.int64()).to_numpy()
-    return times.cast(pa.int64()).to_numpy()
+        times = times.cast(pa.timestamp("us"))
+    return np.from_dlpack(times.cast(pa.int64()))
 
 
 def _not_times(times: pa.Array) -> pa.Array:
@@ -221,7 +222,7 @@ def _not_times(times: pa.Array) -> pa.Array:
         forms = pc.replace_substring_regex(times.cast(pa.string()), r"\d+", "0")
         wrong = pc.not_equal(forms, forms[0])
         wrong = wrong if pc.any(wrong).as_py() else pc.is_valid(forms)
-    return pc.or_(pc.is_null(times), pc.fill_null(wrong, True))
+    return pc.or_kleene(pc.is_null(times), wrong)
 
 
 def _ratings(path: Path, ratings: pa.Array, name: str) -> np.ndarray:
