@@ -77,7 +77,7 @@ class Strings(Sequence):
 
     @staticmethod
     def from_list(strings: Iterable[str]) -> "Strings":
-        parts = [string.encode() for string in strings]
+        parts = list(map(str.encode, strings))
         return Strings(_starts(map(len, parts)), np.frombuffer(b"".join(parts), dtype=np.uint8))
 
     @staticmethod

@@ -45,11 +45,10 @@ def make_item(
     item_id: str, title: str | None, paths: Sequence[Sequence[str]] = (), description: str | None = ""
 ) -> Item:
     """An `Item` of cleaned text, without empty names and without repeated paths."""
-    cleaned = (_cleaned_path(tuple(path)) for path in paths)
     return Item(
         id=item_id,
         title=clean(title or ""),
-        categories=tuple(dict.fromkeys(filter(None, cleaned))),
+        categories=_cleaned(tuple(map(tuple, paths))),
         description=clean((description or "")[: 4 * _DESCRIPTION_LIMIT])[:_DESCRIPTION_LIMIT],
     )
 
@@ -64,8 +63,9 @@ def clean(text: str) -> str:
 
 
 @_remembered
-def _cleaned_path(path: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(filter(None, map(clean, path)))
+def _cleaned(paths: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], ...]:
+    cleaned = (tuple(filter(None, map(clean, path))) for path in paths)
+    return tuple(dict.fromkeys(filter(None, cleaned)))
 
 
 def check_template(template: str) -> str:
@@ -117,10 +117,15 @@ def item_terms(items: Sequence[Item]) -> tuple[CSR, Strings]:
     numbers = _Numbers()
     rows = []
     for item, title_words in zip(items, words, strict=True):
-        found = [name for path in item.categories for name in reversed(path)]
+        found = [*_leaf_to_root(item.categories)]
         found += [word for word in title_words if frequency[word] > 1 or word in numbers]
         rows.append(tuple(dict.fromkeys(map(numbers.__getitem__, found))))
     return CSR.from_lists(rows), Strings.from_list(numbers.names)
+
+
+@_remembered
+def _leaf_to_root(categories: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
+    return tuple(name for path in categories for name in reversed(path))
 
 
 class _Numbers(dict):
