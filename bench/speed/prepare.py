@@ -69,7 +69,8 @@ def cases(size: int, rounds: int) -> list[dict[str, Any]]:
         "pandas": [sys.executable, str(ROOT / "bench/speed/pandas_prepare.py"), str(source), str(out["pandas"])],
     }
     if RECBOLE in os.environ and size <= RECBOLE_MOST:
-        commands["RecBole"] = [os.environ[RECBOLE], str(ROOT / "bench/speed/recbole_prepare.py"), str(atomic(source))]
+        script = ROOT / "bench/speed/recbole_prepare.py"
+        commands["RecBole"] = [os.environ[RECBOLE], "-W", "ignore", str(script), str(atomic(source))]
     facts: dict[str, dict[str, int]] = {}
     peaks: dict[str, float] = {}
 
