@@ -1,4 +1,8 @@
-"""Row 2: `raygrec prepare table`, against a pandas script with the same filters, ids, splits and texts."""
+"""Row 2: `raygrec prepare table`, against a pandas script with the same filters, ids, splits and texts, and RecBole.
+
+RecBole is compared where RECBOLE_PYTHON names an interpreter that has it (1.2.1 runs with "numpy<2", "pandas<2.3",
+"scipy<1.11" and "setuptools<81" on Python 3.11).
+"""
 
 import json
 import os
@@ -14,45 +18,59 @@ import numpy as np
 import pandas as pd
 
 from bench.quality import ROOT, WORK, raygrec
-from bench.speed.measure import compared, in_turns, status, write
+from bench.speed.measure import Seconds, compared, in_turns, status, write
 
 SIZES = {1_000_000: 3, 10_000_000: 1}  # interactions: rounds
+ALONE = 50_000_000  # interactions that raygrec reads without the others
+RECBOLE = "RECBOLE_PYTHON"
+RECBOLE_MOST = 1_000_000  # interactions: what it takes grows with them, and it takes long
+PART = 1_000_000  # interactions that are written at once
 FOLDER = WORK / "prepare"
 WORDS = ("red", "blue", "green", "small", "large", "soft", "round", "classic", "travel", "kitchen", "garden", "winter")
 
 
 def main() -> None:
-    cases: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = []
     for size, rounds in SIZES.items():
-        cases.append(case(size, rounds))
-        told(cases)  # a row that is cut off has what it had
+        found += cases(size, rounds)
+        told(found)  # a row that is cut off has what it had
+    found[-1]["note"] = alone(ALONE)
+    if RECBOLE not in os.environ:
+        found[0]["note"] = f"RecBole is left out, {RECBOLE} names no interpreter that has it"
+    told(found)
 
 
-def told(cases: list[dict[str, Any]]) -> None:
-    largest = cases[-1]["peak_mib"]["raygrec"][""]
-    fast = min(one["ratio"]["median"] for one in cases) >= 3
+def told(found: list[dict[str, Any]]) -> None:
+    largest = found[-1]["peak_mib"]["raygrec"][""]
+    fast = min(one["ratio"]["median"] for one in found) >= 3
+    whole = f"{max(SIZES):,}" in found[-1]["case"] and any("RecBole" in one["case"] for one in found)
     write(
         "prepare",
         {
             "row": 2,
             "title": "From interactions.csv and items.csv to filtered, numbered, split arrays and texts",
-            "against": "a pandas script (`bench/speed/pandas_prepare.py`), as processes",
+            "against": "a pandas script (`bench/speed/pandas_prepare.py`) and RecBole's data set and loaders, which it "
+            "does not write (`bench/speed/recbole_prepare.py`), as processes",
             "target": "≥ 3×, peak memory under 2 GB at 10 M",
-            "reached": fast and len(cases) == len(SIZES) and largest * 2**20 < 2e9,
-            "cases": cases,
+            "reached": fast and whole and largest * 2**20 < 2e9,
+            "cases": found,
         },
         "pandas",
         "pyarrow",
     )
 
 
-def case(size: int, rounds: int) -> dict[str, Any]:
+def cases(size: int, rounds: int) -> list[dict[str, Any]]:
+    """raygrec against each of the others, all in the same turns."""
     source = written(size)
     out = {side: FOLDER / f"{side}-{size}" for side in ("raygrec", "pandas")}
     commands = {
         "raygrec": [*raygrec("prepare", "table", source, "--out", out["raygrec"], "--json")],
         "pandas": [sys.executable, str(ROOT / "bench/speed/pandas_prepare.py"), str(source), str(out["pandas"])],
     }
+    if RECBOLE in os.environ and size <= RECBOLE_MOST:
+        script = ROOT / "bench/speed/recbole_prepare.py"
+        commands["RecBole"] = [os.environ[RECBOLE], "-W", "ignore", str(script), str(atomic(source))]
     facts: dict[str, dict[str, int]] = {}
     peaks: dict[str, float] = {}
 
@@ -67,17 +85,33 @@ def case(size: int, rounds: int) -> dict[str, Any]:
 
     seconds = in_turns({side: lambda _, side=side: run(side) for side in commands}, rounds, warm=0, before=clean)
     clean(0)
-    if facts["raygrec"] != facts["pandas"]:
-        raise SystemExit(f"the two do not make the same data: {facts}")
-    read = sum(file.stat().st_size for file in source.iterdir())
+    if any(found != facts["raygrec"] for found in facts.values()):
+        raise SystemExit(f"they do not make the same data: {facts}")
+    others = [side for side in commands if side != "raygrec"]
+    return [case(f"{size:,} interactions, {side}", seconds, side, source, peaks, facts["raygrec"]) for side in others]
+
+
+def case(
+    name: str, seconds: Seconds, other: str, source: Path, peaks: dict[str, float], facts: dict[str, int]
+) -> dict[str, Any]:
     return compared(
-        f"{size:,} interactions",
+        name,
         seconds,
-        *commands,
-        moved=2 * read,  # read once, and for the manifest's checksum once more
-        peak_mib={side: {"": peak} for side, peak in peaks.items()},
-        facts=facts["raygrec"],
+        "raygrec",
+        other,
+        moved=2 * _bytes(source),  # read once, and for the manifest's checksum once more
+        peak_mib={side: {"": peaks[side]} for side in ("raygrec", other)},
+        facts=facts,
     )
+
+
+def alone(size: int) -> str:
+    out = FOLDER / f"raygrec-{size}"
+    try:
+        _, peak, seconds = process([*raygrec("prepare", "table", written(size), "--out", out, "--json")])
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
+    return f"raygrec alone reads {size:,} interactions in {seconds:,.0f} s, with {peak:,.0f} MiB of memory"
 
 
 def process(command: list[str]) -> tuple[dict[str, Any], float, float]:
@@ -116,13 +150,17 @@ def written(size: int) -> Path:
     drawn = np.random.default_rng(0)
     users, items = size // 10, size // 40
     draft = folder.with_suffix(".draft")
-    draft.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
     table = {
-        "user": pd.Series(drawn.integers(users, size=size)).map("A{:012d}".format),
-        "item": pd.Series((items * drawn.random(size) ** 2).astype(np.int64)).map("B{:09d}".format),
+        "user": drawn.integers(users, size=size),
+        "item": (items * drawn.random(size) ** 2).astype(np.int64),
         "time": drawn.integers(1_300_000_000, 1_700_000_000, size),
     }
-    pd.DataFrame(table).to_csv(draft / "interactions.csv", index=False)
+    for start in range(0, size, PART):
+        part = pd.DataFrame({name: column[start : start + PART] for name, column in table.items()})
+        part["user"], part["item"] = part["user"].map("A{:012d}".format), part["item"].map("B{:09d}".format)
+        part.to_csv(draft / "interactions.csv", index=False, header=not start, mode="a")
     words = np.array(WORDS)[drawn.integers(len(WORDS), size=(items, 6))]
     text = {
         "item": [f"B{number:09d}" for number in range(items)],
@@ -132,3 +170,25 @@ def written(size: int) -> Path:
     pd.DataFrame(text).to_csv(draft / "items.csv", index=False)
     draft.rename(folder)
     return folder
+
+
+def atomic(source: Path) -> Path:
+    """The same two tables as RecBole's atomic files, in a folder of their own beside them."""
+    folder = source.with_name(f"recbole-{source.name}")
+    if folder.exists():
+        return folder
+    draft = folder.with_suffix(".draft")
+    draft.mkdir(parents=True, exist_ok=True)
+    columns = {"user": "user_id:token", "item": "item_id:token", "time": "timestamp:float"}
+    interactions = pd.read_csv(source / "interactions.csv").rename(columns=columns)
+    interactions.to_csv(draft / f"{folder.name}.inter", sep="\t", index=False)
+    items = pd.read_csv(source / "items.csv")
+    items["categories"] = items["categories"].str.replace("|", " ")
+    columns = {"item": "item_id:token", "title": "title:token_seq", "categories": "categories:token_seq"}
+    items.rename(columns=columns).to_csv(draft / f"{folder.name}.item", sep="\t", index=False)
+    draft.rename(folder)
+    return folder
+
+
+def _bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())

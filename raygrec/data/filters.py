@@ -5,12 +5,18 @@ import numpy as np
 
 def first_occurrences(users: np.ndarray, items: np.ndarray) -> np.ndarray:
     """[entries] bool: true at the first entry of each (user, item) pair, in the given order."""
+    width = int(items.max(initial=0)) + 1
     pairs = users.astype(np.int64)
-    pairs *= int(items.max(initial=0)) + 1
+    pairs *= width
     pairs += items
-    _, first = np.unique(pairs, return_index=True)
-    keep = np.zeros(len(users), dtype=bool)
-    keep[first] = True
+    ordered = np.sort(pairs)  # quick; the indirect sort inside `unique` is not, and few users repeat anything
+    repeats = np.zeros(int(users.max(initial=-1)) + 1, dtype=bool)
+    repeats[ordered[1:][ordered[1:] == ordered[:-1]] // width] = True
+    places = np.flatnonzero(repeats[users])
+    _, first = np.unique(pairs[places], return_index=True)
+    keep = np.ones(len(users), dtype=bool)
+    keep[places] = False
+    keep[places[first]] = True
     return keep
 
 

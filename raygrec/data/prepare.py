@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from raygrec.data import files, filters, splits
-from raygrec.data.arrays import CSR, Strings
+from raygrec.data.arrays import CSR, Strings, stable_order
 from raygrec.data.options import PrepareOptions
 from raygrec.data.readers import Chunk, Source, open_source
 from raygrec.data.store import Store, StoreWriter, check_output, new_store
@@ -19,6 +18,8 @@ from raygrec.data.text import Item, fill_template, item_terms
 from raygrec.errors import InputError
 
 __all__ = ["PrepareOptions", "prepare"]
+
+_GROUP = 64 << 20  # bytes of ids that are numbered together
 
 
 def prepare(options: PrepareOptions) -> Store:
@@ -36,7 +37,7 @@ def prepare(options: PrepareOptions) -> Store:
         labels = _split(data, options, log)
         data, labels = _drop_unseen(data, labels, options, log)
         data = data.renumbered()
-        items = _describe(source, data.item_ids, options, log)
+        items = _describe(source, data.item_ids.to_pylist(), options, log)
         _write(writer, data, labels, items, options)
         draft = writer.finish(_facts(source, data, labels, options, log))
         if options.tokenizer:
@@ -63,13 +64,14 @@ class Interactions:
     """Interactions and the ids behind their numbers.
 
     users, items: [entries] int32. times: [entries] int64. Sorted by user, then time, then place in the file.
+    user_ids, item_ids: Arrow strings.
     """
 
     users: np.ndarray
     items: np.ndarray
     times: np.ndarray
-    user_ids: list[str]
-    item_ids: list[str]
+    user_ids: pa.LargeStringArray
+    item_ids: pa.LargeStringArray
 
     def where(self, keep: np.ndarray) -> "Interactions":
         columns = (self.users[keep], self.items[keep], self.times[keep])
@@ -79,40 +81,58 @@ class Interactions:
         """Without the users and items that have no interaction left."""
         users, old_users = filters.compact(self.users)
         items, old_items = filters.compact(self.items)
-        user_ids = [self.user_ids[number] for number in old_users]
-        item_ids = [self.item_ids[number] for number in old_items]
+        user_ids, item_ids = self.user_ids.take(_arrow(old_users)), self.item_ids.take(_arrow(old_items))
         return Interactions(users, items, self.times, user_ids, item_ids)
 
 
+def _arrow(numbers: np.ndarray) -> pa.Int64Array:
+    """A view of them; `pa.array` would import pandas to ask whether they are its own."""
+    return pa.Int64Array.from_buffers(pa.int64(), len(numbers), [None, pa.py_buffer(numbers)])
+
+
 class _Ids:
-    """Numbers ids from 0 in the order of their first appearance: in each chunk first, then in all at once."""
+    """Numbers ids from 0 in the order of their first appearance: in groups of chunks first, then in all at once."""
 
-    def __init__(self) -> None:
-        self._rows: list[int] = []  # of each chunk
-        self._distinct: list[pa.Array] = []
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._waiting: list[pa.StringArray] = []
+        self._rows: list[int] = []  # of each group
+        self._distinct: list[pa.LargeStringArray] = []
 
-    def encode(self, ids: pa.Array) -> np.ndarray:
-        """[n] int32, numbers inside this chunk."""
-        encoded = ids.dictionary_encode()
-        self._rows.append(len(ids))
-        self._distinct.append(encoded.dictionary.cast(pa.large_string()))  # together they may exceed 2 GiB
-        return encoded.indices.to_numpy()
+    def add(self, ids: pa.StringArray) -> None:
+        """The next chunk."""
+        self._waiting.append(ids)
+        if sum(chunk.nbytes for chunk in self._waiting) >= _GROUP:
+            self._encode()
 
-    def settle(self, numbers: np.ndarray) -> list[str]:
-        """Turns the numbers of all chunks, one after the other, into those of the whole, in place; the ids in order."""
+    def settle(self) -> tuple[np.ndarray, pa.LargeStringArray]:
+        """[entries] int32 numbers of all chunks, memory-mapped; the ids in their order."""
+        self._encode()
         whole = pa.concat_arrays(self._distinct).dictionary_encode()
-        of_chunks = np.split(whole.indices.to_numpy(), np.cumsum([len(ids) for ids in self._distinct])[:-1])
-        ends = np.cumsum(self._rows)
-        for end, rows, in_whole in zip(ends, self._rows, of_chunks, strict=True):
-            numbers[end - rows : end] = in_whole[numbers[end - rows : end]]
+        of_groups = np.split(np.from_dlpack(whole.indices), np.cumsum([len(ids) for ids in self._distinct])[:-1])
         self._distinct = []
-        return whole.dictionary.to_pylist()
+        numbers = np.memmap(self._path, np.int32, "r+")
+        ends = np.cumsum(self._rows)
+        for end, rows, in_whole in zip(ends, self._rows, of_groups, strict=True):
+            numbers[end - rows : end] = in_whole[numbers[end - rows : end]]
+        return numbers, whole.dictionary
+
+    def _encode(self) -> None:
+        """Writes the numbers inside the group."""
+        if not self._waiting:
+            return
+        encoded = pa.concat_arrays(self._waiting).dictionary_encode()
+        self._waiting = []
+        self._rows.append(len(encoded))
+        self._distinct.append(encoded.dictionary.cast(pa.large_string()))  # together they may exceed 2 GiB
+        with self._path.open("ab") as file:
+            np.from_dlpack(encoded.indices).tofile(file)
 
 
 def _check_source(source: Source, options: PrepareOptions) -> None:
     if options.min_rating is not None and not source.has_ratings:
         raise InputError(f"min_rating: {options.format} data have no ratings")
-    if (options.date_from or options.date_to) and source.ticks_per_second is None:
+    if (options.date_from or options.date_to) and not source.has_times:
         raise InputError("date_from, date_to: these data have an order but no dates")
     if source.items is None and not options.allow_missing_text and options.format != "table":
         raise InputError(
@@ -122,30 +142,28 @@ def _check_source(source: Source, options: PrepareOptions) -> None:
 
 def _read(source: Source, options: PrepareOptions, log: Log, folder: Path) -> Interactions:
     """Streams the source through temporary columns on disk, without a Python object per interaction."""
-    users, items = _Ids(), _Ids()
     read = rated = dated = 0
     with tempfile.TemporaryDirectory(dir=folder, prefix="columns-") as spill:
-        paths = [Path(spill) / name for name in ("users", "items", "times")]
-        with (
-            paths[0].open("wb") as user_file,
-            paths[1].open("wb") as item_file,
-            paths[2].open("wb") as time_file,
-        ):
+        users, items = _Ids(Path(spill, "users")), _Ids(Path(spill, "items"))
+        with Path(spill, "times").open("wb") as time_file:
             for chunk in source.chunks():
                 times = chunk.times if chunk.times is not None else np.arange(read, read + len(chunk.users))
                 liked = _liked(chunk, options)
-                keep = liked & _in_window(times, source, options)
+                keep = liked & _in_window(times, chunk.ticks_per_second, options)
                 read, rated, dated = read + len(keep), rated + int(liked.sum()), dated + int(keep.sum())
-                mask = pa.array(keep)
-                users.encode(pc.filter(chunk.users, mask)).tofile(user_file)
-                items.encode(pc.filter(chunk.items, mask)).tofile(item_file)
+                users.add(_taken(chunk.users, keep))
+                items.add(_taken(chunk.items, keep))
                 times[keep].astype(np.int64).tofile(time_file)
         log.count("read", read, f"{source.files[0]} is empty")
         if options.min_rating is not None:
             log.count("minimum rating", rated, f"min_rating={options.min_rating}")
         if options.date_from or options.date_to:
             log.count("date window", dated, f"date_from={options.date_from}, date_to={options.date_to}")
-        return _sorted(paths, users, items, log, source.ticks_per_second is not None)
+        return _sorted(users, items, Path(spill, "times"), log, source.has_times)
+
+
+def _taken(ids: pa.StringArray, keep: np.ndarray) -> pa.StringArray:
+    return ids if keep.all() else ids.take(_arrow(np.flatnonzero(keep)))
 
 
 def _liked(chunk: Chunk, options: PrepareOptions) -> np.ndarray:
@@ -154,9 +172,8 @@ def _liked(chunk: Chunk, options: PrepareOptions) -> np.ndarray:
     return chunk.ratings >= options.min_rating  # false where there is no rating
 
 
-def _in_window(times: np.ndarray, source: Source, options: PrepareOptions) -> np.ndarray:
+def _in_window(times: np.ndarray, ticks: int, options: PrepareOptions) -> np.ndarray:
     keep = np.ones(len(times), dtype=bool)
-    ticks = source.ticks_per_second or 1
     if options.date_from:
         keep &= times >= _midnight(options.date_from) * ticks
     if options.date_to:
@@ -168,12 +185,10 @@ def _midnight(day: date) -> int:
     return int(datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp())
 
 
-def _sorted(paths: list[Path], of_users: _Ids, of_items: _Ids, log: Log, moments: bool) -> Interactions:
-    users, items, times = (
-        np.memmap(path, dtype=dtype, mode="r+") for path, dtype in zip(paths, ("i4", "i4", "i8"), strict=True)
-    )
-    user_ids, item_ids = of_users.settle(users), of_items.settle(items)
-    order = np.lexsort((times, users))  # stable: equal times keep the order of the file
+def _sorted(of_users: _Ids, of_items: _Ids, time_file: Path, log: Log, moments: bool) -> Interactions:
+    (users, user_ids), (items, item_ids) = of_users.settle(), of_items.settle()
+    times = np.memmap(time_file, np.int64, "r")
+    order = stable_order(times, users)  # equal times keep the order of the file
     data = Interactions(users[order], items[order], times[order], user_ids, item_ids)
     if moments:
         log.notes.append(_tie_note(data))
@@ -181,7 +196,7 @@ def _sorted(paths: list[Path], of_users: _Ids, of_items: _Ids, log: Log, moments
 
 
 def _tie_note(data: Interactions) -> str:
-    tied = int(((np.diff(data.users) == 0) & (np.diff(data.times) == 0)).sum())
+    tied = int(((data.users[1:] == data.users[:-1]) & (data.times[1:] == data.times[:-1])).sum())
     return f"{tied} interactions have the same time as the one before them in their history; they keep the file's order"
 
 
@@ -253,8 +268,8 @@ def _write(
     terms, term_names = item_terms(items)
     writer.write_csr("terms", terms)
     writer.write_strings("term_names", term_names)
-    writer.write_strings("user_ids", Strings.from_list(data.user_ids))
-    writer.write_strings("item_ids", Strings.from_list(data.item_ids))
+    writer.write_strings("user_ids", Strings.from_arrow(data.user_ids))
+    writer.write_strings("item_ids", Strings.from_arrow(data.item_ids))
     writer.write_strings("titles", Strings.from_list(item.title or item.id for item in items))
     writer.write_strings("texts", Strings.from_list(fill_template(options.text_template, item) for item in items))
 

@@ -5,6 +5,8 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
 from string import Formatter
 
 from raygrec.data.arrays import CSR, Strings
@@ -19,9 +21,10 @@ _COMMON = """
     pack part set that the their this to up vol volume book edition with without you your
 """
 _COMMON_WORDS = frozenset(_COMMON.split())
+_remembered = lru_cache(maxsize=1 << 16)  # words and categories recur from item to item
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Item:
     """An item as its source describes it.
 
@@ -42,11 +45,10 @@ def make_item(
     item_id: str, title: str | None, paths: Sequence[Sequence[str]] = (), description: str | None = ""
 ) -> Item:
     """An `Item` of cleaned text, without empty names and without repeated paths."""
-    cleaned = (tuple(filter(None, map(clean, path))) for path in paths)
     return Item(
         id=item_id,
         title=clean(title or ""),
-        categories=tuple(dict.fromkeys(filter(None, cleaned))),
+        categories=_cleaned(tuple(map(tuple, paths))),
         description=clean((description or "")[: 4 * _DESCRIPTION_LIMIT])[:_DESCRIPTION_LIMIT],
     )
 
@@ -58,6 +60,12 @@ def clean(text: str) -> str:
     if "<" in text:
         text = _TAG.sub(" ", text)
     return " ".join(text.split())
+
+
+@_remembered
+def _cleaned(paths: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], ...]:
+    cleaned = (tuple(filter(None, map(clean, path))) for path in paths)
+    return tuple(dict.fromkeys(filter(None, cleaned)))
 
 
 def check_template(template: str) -> str:
@@ -77,18 +85,24 @@ def check_template(template: str) -> str:
 
 def fill_template(template: str, item: Item) -> str:
     """The template with the item's fields; an empty field goes together with the words before it."""
-    values = {
-        "title": item.title,
-        "categories": ", ".join(dict.fromkeys(name for path in item.categories for name in path)),
-        "description": item.description,
-    }
+    values = {"title": item.title, "categories": _listed(item.categories), "description": item.description}
     text = ""
-    for literal, name, _, _ in Formatter().parse(template):
+    for literal, name in _parts(template):
         if name is not None and not values[name]:
             continue
         text += literal if text else literal.lstrip(" .,;:")
         text += values[name] if name is not None else ""
     return text.strip() or item.id
+
+
+@_remembered
+def _listed(categories: tuple[tuple[str, ...], ...]) -> str:
+    return ", ".join(dict.fromkeys(chain.from_iterable(categories)))
+
+
+@_remembered
+def _parts(template: str) -> list[tuple[str, str | None]]:
+    return [(literal, name) for literal, name, _, _ in Formatter().parse(template)]
 
 
 def item_terms(items: Sequence[Item]) -> tuple[CSR, Strings]:
@@ -99,20 +113,42 @@ def item_terms(items: Sequence[Item]) -> tuple[CSR, Strings]:
     case are one term, written as it is seen first.
     """
     words = [_title_words(item.title) for item in items]
-    frequency = Counter(word for row in words for word in row)
-    numbers: dict[str, int] = {}
-    names: list[str] = []
+    frequency = Counter(chain.from_iterable(words))
+    numbers = _Numbers()
     rows = []
     for item, title_words in zip(items, words, strict=True):
-        found = [name for path in item.categories for name in reversed(path)]
+        found = [*_leaf_to_root(item.categories)]
         found += [word for word in title_words if frequency[word] > 1 or word in numbers]
-        for name in found:
-            if numbers.setdefault(name.casefold(), len(names)) == len(names):
-                names.append(name)
-        rows.append(list(dict.fromkeys(numbers[name.casefold()] for name in found)))
-    return CSR.from_lists(rows), Strings.from_list(names)
+        rows.append(tuple(dict.fromkeys(map(numbers.__getitem__, found))))
+    return CSR.from_lists(rows), Strings.from_list(numbers.names)
 
 
-def _title_words(title: str) -> list[str]:
-    words = (word.strip("-'’") for word in _WORD.findall(title.casefold()))
-    return list(dict.fromkeys(word for word in words if len(word) > 2 and word not in _COMMON_WORDS))
+@_remembered
+def _leaf_to_root(categories: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
+    return tuple(name for path in categories for name in reversed(path))
+
+
+class _Numbers(dict):
+    """Numbers names from 0 as they are asked for; names: as each is seen first."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def __missing__(self, name: str) -> int:
+        folded = name.casefold()
+        if folded not in self:
+            self[folded] = len(self.names)
+            self.names.append(name)
+        self[name] = self[folded]
+        return self[name]
+
+
+def _title_words(title: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(filter(None, map(_term, _WORD.findall(title.casefold())))))
+
+
+@_remembered
+def _term(word: str) -> str:
+    """Without marks at its ends; nothing where it tells nothing."""
+    word = word.strip("-'’")
+    return word if len(word) > 2 and word not in _COMMON_WORDS else ""

@@ -9,6 +9,15 @@ def test_first_occurrence_of_each_pair_stays():
     assert first_occurrences(users, items).tolist() == [True, True, False, True, False]
 
 
+def test_first_occurrences_agree_with_a_slow_one_on_random_data():
+    rng = np.random.default_rng(0)
+    for most in (4, 400):
+        users, items = rng.integers(most, size=300), rng.integers(9, size=300)
+        seen = set()
+        slow = [not (pair in seen or seen.add(pair)) for pair in zip(users, items, strict=True)]
+        assert first_occurrences(users, items).tolist() == slow
+
+
 def test_k_core_repeats_until_nothing_changes():
     # 2-core by hand: item 3 has one entry and goes; then user 2 has one left and goes; then item 2 has one
     # left (user 0) and goes; users 0 and 1 with items 0 and 1 remain.

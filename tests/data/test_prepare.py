@@ -1,5 +1,7 @@
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +115,29 @@ def test_file_order_without_times(tmp_path):
     store = build(tmp_path, [("u", "b", 1, 9), ("u", "a", 1, 5), ("u", "c", 1, 1)], time_column="")
     assert named(store, "test") == {"u": ["c"]}
     assert "no time column" in store.manifest["notes"][0]
+
+
+def test_chunks_and_groups_do_not_show(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    users, items, ratings, times = (rng.integers(most, size=300) for most in (20, 30, 6, 50))
+    rows = list(zip((f"u{user}" for user in users), (f"i{item}" for item in items), ratings, times, strict=True))
+    whole = build(tmp_path, rows, min_rating=2, k_core=2)
+    monkeypatch.setattr("raygrec.data.readers.table._BLOCK", 200)
+    monkeypatch.setattr("raygrec.data.prepare._GROUP", 300)
+    parts = build(tmp_path, rows, min_rating=2, k_core=2, overwrite=True)
+    assert parts.fingerprint == whole.fingerprint
+
+
+def test_pandas_is_not_imported(tmp_path):
+    """It takes half a second, and Arrow imports it by itself where it is asked to compare with values of Python."""
+    source = table(tmp_path / "source", ROWS, {"a": "Lamp", "b": "Chair"})
+    code = f"""
+import sys
+from raygrec.data.prepare import PrepareOptions, prepare
+prepare(PrepareOptions(format="table", path="{source}", out="{tmp_path / "store"}", k_core=0))
+sys.exit("pandas" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_manifest_tells_what_was_done(tmp_path):

@@ -20,9 +20,9 @@ def open_source(options: PrepareOptions) -> Source:
     meta = find_one(folder, "meta", [f"meta_{pattern}" for pattern in patterns])
     return Source(
         files=[reviews, meta] if meta else [reviews],
-        chunks=lambda: record_chunks(reviews, _row_2023 if release_2023 else _row),
+        chunks=lambda: record_chunks(reviews, _row_2023, 1000) if release_2023 else record_chunks(reviews, _row),
         items=(lambda: item_stream(meta, _item, python_literals=not release_2023)) if meta else None,
-        ticks_per_second=1000 if release_2023 else 1,
+        has_times=True,
         has_ratings=True,
     )
 

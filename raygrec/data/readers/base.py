@@ -20,13 +20,14 @@ _CHUNK = 200_000  # records of one chunk; bounds the memory that Python objects 
 class Chunk:
     """A run of interactions in the order of the file.
 
-    users, items: ids as Arrow strings. times: int64, in the source's ticks. ratings: float32, NaN = unrated.
+    users, items: ids as Arrow strings. times: int64, in ticks. ratings: float32, NaN = unrated.
     """
 
     users: pa.Array
     items: pa.Array
     times: np.ndarray | None = None
     ratings: np.ndarray | None = None
+    ticks_per_second: int = 1
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,14 @@ class Source:
     """An opened data set.
 
     files: all that is read, for checksums; the interactions first, the items second. chunks, items: start
-    reading when called; items is None where no file describes them. ticks_per_second: unit of the times;
-    None = positions, not moments. notes: for the manifest.
+    reading when called; items is None where no file describes them. has_times: moments, not just an order.
+    notes: for the manifest.
     """
 
     files: list[Path]
     chunks: Callable[[], Iterator[Chunk]]
     items: Callable[[], Iterator[Item]] | None
-    ticks_per_second: int | None
+    has_times: bool
     has_ratings: bool
     notes: tuple[str, ...] = ()
 
@@ -69,13 +70,9 @@ def need_one(folder: Path, what: str, patterns: list[str], exclude: str = "") ->
 Row = tuple[str, str, float, int]  # user, item, rating, time
 
 
-def record_chunks(path: Path, to_row: Callable[[dict[str, Any]], Row]) -> Iterator[Chunk]:
+def record_chunks(path: Path, to_row: Callable[[dict[str, Any]], Row], ticks_per_second: int = 1) -> Iterator[Chunk]:
     """Chunks of a JSON-lines file; what `to_row` cannot find or read in a record names the line."""
-    return row_chunks(_rows(path, to_row))
-
-
-def row_chunks(rows: Iterator[Row]) -> Iterator[Chunk]:
-    """Gathers rows into chunks."""
+    rows = _rows(path, to_row)
     while batch := list(islice(rows, _CHUNK)):
         users, items, ratings, times = zip(*batch, strict=True)
         yield Chunk(
@@ -83,6 +80,7 @@ def row_chunks(rows: Iterator[Row]) -> Iterator[Chunk]:
             pa.array(items, pa.string()),
             np.array(times, dtype=np.int64),
             np.array(ratings, dtype=np.float32),
+            ticks_per_second,
         )
 
 

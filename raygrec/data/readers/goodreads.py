@@ -26,7 +26,7 @@ def open_source(options: PrepareOptions) -> Source:
         files=[interactions, books],
         chunks=lambda: record_chunks(interactions, _row),
         items=lambda: item_stream(books, _item),
-        ticks_per_second=1,
+        has_times=True,
         has_ratings=True,
         notes=("the time of an interaction is its date_added",),
     )

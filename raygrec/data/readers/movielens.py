@@ -31,7 +31,7 @@ def open_source(options: PrepareOptions) -> Source:
         files=files,
         chunks=lambda: table.read_interactions(ratings, _COLUMNS, layout),
         items=lambda: reader(movies),
-        ticks_per_second=1,
+        has_times=True,
         has_ratings=True,
     )
 
@@ -45,7 +45,7 @@ def _csv_source(folder: Path, ratings: Path) -> Source:
         files=[ratings, movies],
         chunks=lambda: table.read_interactions(ratings, columns),
         items=lambda: (_flat(item) for item in table.read_items(movies, names)),
-        ticks_per_second=1,
+        has_times=True,
         has_ratings=True,
     )
 

@@ -25,7 +25,7 @@ def open_source(options: PrepareOptions) -> Source:
         files=[sequences, items] if has_items else [sequences],
         chunks=lambda: _chunks(sequences),
         items=(lambda: item_stream(items, _item)) if has_items else None,
-        ticks_per_second=None,
+        has_times=False,
         has_ratings=False,
         notes=("the order within a line is taken as the order in time; tied times cannot be seen there",),
     )

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
+import numpy as np  # np.from_dlpack: Arrow's own to_numpy, and values of Python beside columns, import pandas
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
-import pyarrow.parquet
 
 from raygrec.data.files import open_metered, read_lines
 from raygrec.data.options import PrepareOptions
@@ -73,7 +72,7 @@ def open_source(options: PrepareOptions) -> Source:
         files=[interactions, items] if items else [interactions],
         chunks=lambda: read_interactions(interactions, columns),
         items=(lambda: read_items(items, options)) if items else None,
-        ticks_per_second=ticks_per_second(interactions, columns.time),
+        has_times=columns.time is not None,
         has_ratings=columns.rating is not None,
         notes=note if items else (*note, "no items table: the items' ids stand for their titles"),
     )
@@ -88,7 +87,8 @@ def read_interactions(path: Path, columns: Columns, layout: Layout = Layout()) -
             users, items = (_ids(path, batch, name, row, layout) for name in (columns.user, columns.item))
             times = _times(path, batch, columns.time, row, layout) if columns.time else None
             ratings = _ratings(path, batch[columns.rating], columns.rating) if columns.rating else None
-            yield Chunk(users, items, times, ratings)
+            whole = columns.time is None or pa.types.is_integer(batch[columns.time].type)
+            yield Chunk(users, items, times, ratings, 1 if whole else 1_000_000)
             row += batch.num_rows
 
 
@@ -112,15 +112,6 @@ def read_items(path: Path, options: PrepareOptions, layout: Layout = Layout()) -
                 yield make_item(str(item), name, [names or ()], words)
 
 
-def ticks_per_second(path: Path, time_column: str | None, layout: Layout = Layout()) -> int | None:
-    """The unit of the times that `read_interactions` gives: whole numbers are seconds, else microseconds."""
-    if time_column is None:
-        return None
-    with _open_table(path, _Request([time_column], []), layout, bar=False) as batches:
-        first = next(iter(batches), None)
-    return 1 if first is None or pa.types.is_integer(first.schema.field(time_column).type) else 1_000_000
-
-
 def _find(path: Path, stem: str, needed: bool) -> Path | None:
     if not path.is_dir():
         return path if needed else None
@@ -131,11 +122,11 @@ def _find(path: Path, stem: str, needed: bool) -> Path | None:
 
 
 @contextmanager
-def _open_table(path: Path, request: _Request, layout: Layout, bar: bool = True) -> Iterator[Iterator[pa.RecordBatch]]:
+def _open_table(path: Path, request: _Request, layout: Layout) -> Iterator[Iterator[pa.RecordBatch]]:
     if not path.name.endswith(_ENDINGS) and not layout.names:
         raise InputError(f"{path}: unknown kind of table; expected a name ending in {', '.join(_ENDINGS)}")
     try:
-        with open_metered(path, f"reading {path.name}" if bar else None) as file:
+        with open_metered(path, f"reading {path.name}") as file:
             opener = _parquet if path.suffix == ".parquet" else _csv
             yield opener(path, file, request, layout)
     except pa.ArrowInvalid as error:
@@ -143,7 +134,9 @@ def _open_table(path: Path, request: _Request, layout: Layout, bar: bool = True)
 
 
 def _parquet(path: Path, file: BinaryIO, request: _Request, layout: Layout) -> Iterator[pa.RecordBatch]:
-    table = pa.parquet.ParquetFile(file)
+    from pyarrow.parquet import ParquetFile  # slow to import
+
+    table = ParquetFile(file)
     columns = _present(path, table.schema_arrow.names, request)
     for batch in table.iter_batches(_ROWS, columns=columns):
         yield _as_strings(batch, request.strings)
@@ -195,8 +188,8 @@ def _as_strings(batch: pa.RecordBatch, strings: list[str]) -> pa.RecordBatch:
 
 def _ids(path: Path, batch: pa.RecordBatch, name: str, row: int, layout: Layout) -> pa.Array:
     ids = batch[name]
-    empty = pc.fill_null(pc.equal(ids, ""), True)
-    if (first := pc.index(empty, True).as_py()) >= 0:
+    if ids.null_count or pc.min(pc.binary_length(ids)).as_py() == 0:
+        first = pc.index(pc.fill_null(pc.equal(ids, ""), True), True).as_py()
         raise InputError(f"{path}, {_place(path, row + first, layout)}: column '{name}' is empty; expected an id")
     return ids
 
@@ -204,17 +197,18 @@ def _ids(path: Path, batch: pa.RecordBatch, name: str, row: int, layout: Layout)
 def _times(path: Path, batch: pa.RecordBatch, name: str, row: int, layout: Layout) -> np.ndarray:
     times = batch[name]
     wrong = _not_times(times)
-    if (first := pc.index(wrong, True).as_py()) >= 0:
+    if pc.any(wrong).as_py():
+        first = pc.index(wrong, True).as_py()
         place, found = _place(path, row + first, layout), times[first].as_py()
         found = "nothing" if found is None else repr(found)
         raise InputError(
             f"{path}, {place}: column '{name}': expected seconds since 1970 or ISO dates in one form, found {found}"
         )
     if pa.types.is_floating(times.type):
-        return np.round(times.to_numpy() * 1e6).astype(np.int64)
+        return np.round(np.from_dlpack(times) * 1e6).astype(np.int64)
     if pa.types.is_date(times.type) or pa.types.is_timestamp(times.type):
-        return times.cast(pa.timestamp("us")).cast(pa.int64()).to_numpy()
-    return times.cast(pa.int64()).to_numpy()
+        times = times.cast(pa.timestamp("us"))
+    return np.from_dlpack(times.cast(pa.int64()))
 
 
 def _not_times(times: pa.Array) -> pa.Array:
@@ -228,7 +222,7 @@ def _not_times(times: pa.Array) -> pa.Array:
         forms = pc.replace_substring_regex(times.cast(pa.string()), r"\d+", "0")
         wrong = pc.not_equal(forms, forms[0])
         wrong = wrong if pc.any(wrong).as_py() else pc.is_valid(forms)
-    return pc.or_(pc.is_null(times), pc.fill_null(wrong, True))
+    return pc.or_kleene(pc.is_null(times), wrong)
 
 
 def _ratings(path: Path, ratings: pa.Array, name: str) -> np.ndarray:

@@ -16,7 +16,7 @@ def open_source(options: PrepareOptions) -> Source:
         files=[reviews, businesses],
         chunks=lambda: record_chunks(reviews, _row),
         items=lambda: item_stream(businesses, _item),
-        ticks_per_second=1,
+        has_times=True,
         has_ratings=True,
         notes=("dates have no time zone in the source and are taken as UTC",),
     )

@@ -37,6 +37,11 @@ def read(format_name, path, **options):
     return (users, items, times, ratings), {item.id: item for item in (source.items() if source.items else ())}
 
 
+def ticks(format_name, path):
+    source = open_source(PrepareOptions(format=format_name, path=path, out=path / "out"))
+    return [chunk.ticks_per_second for chunk in source.chunks()]
+
+
 def refused(format_name, path, **options):
     with pytest.raises(InputError) as error:
         read(format_name, path, **options)
@@ -79,6 +84,14 @@ def test_amazon_2018_and_2023(tmp_path):
     rows, items = read("amazon", tmp_path / "2023")
     assert rows == (["U"], ["A"], [1600000000123], [4.0])
     assert items == {"A": Item("A", "T", (("Toys", "Games"),), "One. Two.")}
+    assert ticks("amazon", tmp_path / "2018") == [1]
+    assert ticks("amazon", tmp_path / "2023") == [1000]
+
+
+@pytest.mark.parametrize(("time", "unit"), [("5", 1), ("5.5", 1_000_000), ("1970-01-02", 1_000_000)])
+def test_ticks_of_a_table(tmp_path, time, unit):
+    write(tmp_path / "interactions.csv", f"user,item,time\nu,i,{time}\n")
+    assert ticks("table", tmp_path) == [unit]
 
 
 @pytest.mark.parametrize(
