@@ -26,8 +26,7 @@ NEXT = {
     "batches of a pool together, and draw GAL-Rec's neighbours, which raygrec's side alone does here, for a pool at "
     "once. What a step waits is little, and a thread that assembles ahead would hide it.",
     4: "of a step, what the language model alone does not do is the catalogue: logits of every answer over all items "
-    "and their two gradients, which weigh most beside one or two small layers. Then Adam over the item table, of which "
-    "a step reads a part: fused, or by the rows that were read.",
+    "and their two gradients, which weigh most beside one or two small layers and least beside all of MiniLM.",
     5: "what both sides pay alike, the catalogue and, in a Llama as small, attention, hides what weights without "
     "gradients save: measure at 1 B on a GPU. The opening is worth reading once where it is a large part of a prompt; "
     "the job's own is not, in prompts with texts and slots. Then only the answers' positions through the last layer, "
@@ -36,8 +35,9 @@ NEXT = {
     "slot through the last layer, and the block mask as segments instead of a matrix. On a CPU and at 260 k "
     "parameters generation is bound by arithmetic as prompts are; at 1 B on a GPU it is bound by reading the weights "
     "at every token: measure there.",
-    9: "half is the prompts with a second hop and of items (K = 0), half the products of anchors with 65,536 rows: "
-    "four pairs forward and backward: one product for both pairs of a side, bf16, a smaller share of contrasted users.",
+    9: "a third is the products of anchors with 65,536 rows, which are near a matrix product's floor: representations "
+    "of 128 entries for the contrast, as MoCo's are, make a third of it. The rest is the prompts with all hops and of "
+    "items (K = 0): a smaller share of contrasted users (`contrast.users`, `items`; a fifth today).",
     12: "measure the ZeRO stages on GPUs, where the allocator tells its peak.",
 }
 UNITS = (("", 1), ("k", 1e3), ("M", 1e6), ("G", 1e9), ("T", 1e12), ("P", 1e15))
