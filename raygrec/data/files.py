@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import io
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any, BinaryIO
 from raygrec.errors import InputError
 from raygrec.progress import progress_bar
 
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # written as an escape, it may stand alone
 _MEGABYTE = 1 << 20
 _BAR_FROM_BYTES = 32 * _MEGABYTE  # below that a file is read in the blink of an eye
 
@@ -82,6 +84,12 @@ def read_records(path: Path, python_literals: bool = False) -> Iterator[tuple[in
         record = _parse(text, python_literals)
         if not isinstance(record, dict):
             raise InputError(f"{path}, line {number}: expected one JSON object, found {text[:40]!r}")
+        if _SURROGATE.search(text):
+            try:
+                json.dumps(record, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                half = error.object[error.start]
+                raise InputError(f"{path}, line {number}: {half!r} is half a character; expected both") from None
         yield number, record
 
 

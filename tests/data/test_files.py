@@ -55,3 +55,13 @@ def test_python_literals_only_where_asked_and_never_run(tmp_path):
     path.write_text("__import__('os').getcwd()\n")
     with pytest.raises(InputError, match="line 1: expected one JSON object"):
         list(files.read_records(path, python_literals=True))
+
+
+def test_half_a_character_names_its_line_and_whole_ones_pass(tmp_path):
+    path = tmp_path / "items.json"
+    path.write_text('{"title": "\\ud83d\\ude00 \\u00e9"}\n{"title": "cut \\uD83D"}\n')
+    found = files.read_records(path)
+    assert next(found) == (1, {"title": "\U0001f600 \u00e9"})
+    with pytest.raises(InputError) as caught:
+        next(found)
+    assert str(caught.value) == f"{path}, line 2: '\\ud83d' is half a character; expected both"
