@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from bench.speed.measure import Seconds, compared, in_turns, shares, spread, write
-from bench.speed.ready import FEW, Ready, beauty, ready
+from bench.speed.ready import FEW, Ready, beauty, ready, stage_of
 from raygrec.draws import Draws
 from raygrec.model.prompts import PromptBatch
 from raygrec.train import loop
@@ -58,15 +58,7 @@ class Steps:
 
     def __init__(self, one: Ready, whole: bool) -> None:
         self.one, self.whole = one, whole
-        users = one.trainable
-        self.stage = loop.Stage(
-            name="train",
-            number=0,
-            title="",
-            config=one.config.train,
-            lengths=np.minimum(one.prompts.train.lengths[users], one.config.model.max_history),
-            build=lambda numbers, draws: one.prompts.training(users[numbers], draws, whole),
-        )
+        self.stage = stage_of(one.config, one.prompts, whole)
         self.engine = LocalEngine(one.model, one.config.engine)
         self.backbone = one.model.backbone
         self.order = np.zeros((0, 0), dtype=np.int64)

@@ -67,8 +67,8 @@ def prompts_of(config: RunConfig) -> Prompts:
     return build_prompts(config, Store.open(config.store), folder)
 
 
-def stage_of(config: RunConfig, prompts: Prompts) -> Stage:
-    """The training of the users that have a prompt, as the loop wants it, without validation."""
+def stage_of(config: RunConfig, prompts: Prompts, *options: object) -> Stage:
+    """The training of the users that have a prompt, as the loop wants it, without validation; options: for prompts."""
     trainable = np.flatnonzero(prompts.train.lengths >= 2)
     return Stage(
         name="train",
@@ -76,7 +76,7 @@ def stage_of(config: RunConfig, prompts: Prompts) -> Stage:
         title="",
         config=config.train,
         lengths=np.minimum(prompts.train.lengths[trainable], config.model.max_history),
-        build=lambda numbers, draws: prompts.training(trainable[numbers], draws),
+        build=lambda numbers, draws: prompts.training(trainable[numbers], draws, *options),
     )
 
 
