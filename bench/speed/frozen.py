@@ -57,7 +57,7 @@ class Steps:
     """The same users' prompts through the loop's own step in each form, and without what follows hidden states."""
 
     def __init__(self, one: Ready, whole: bool) -> None:
-        self.one, self.whole = one, whole
+        self.one = one
         self.stage = stage_of(one.config, one.prompts, whole)
         self.engine = LocalEngine(one.model, one.config.engine)
         self.backbone = one.model.backbone
