@@ -1,8 +1,7 @@
-"""GAL-Rec's figures: what its hops look like, what its settings do, what its contrast costs.
+"""GAL-Rec's figures: what its hops look like, what its settings do.
 
     python -m bench.galrec hops RUN          2-D distribution, uniformity and alignment of a finished run's hops
     python -m bench.galrec sweep             effect of τ, queue length and neighbour counts, on the demo's store
-    python -m bench.galrec cost STORE        time of a training step with the contrast against L0 alone
 
 Figures go to docs/figures/, numbers to docs/results/. Needs the extra `figures`.
 """
@@ -11,7 +10,6 @@ import argparse
 import json
 import statistics
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +35,12 @@ def main() -> None:
     seen.add_argument("--users", type=int, default=3000)
     swept = commands.add_parser("sweep")
     swept.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    priced = commands.add_parser("cost")
-    priced.add_argument("store", type=Path)
-    priced.add_argument("--steps", type=int, default=30)
     arguments = parser.parse_args()
     FIGURES.mkdir(exist_ok=True)
     if arguments.command == "hops":
         hops(arguments.run, arguments.users)
-    elif arguments.command == "sweep":
-        sweep(arguments.seeds)
     else:
-        cost(arguments.store, arguments.steps)
+        sweep(arguments.seeds)
 
 
 def hops(run: Path, count: int) -> None:
@@ -160,54 +153,6 @@ def draw_sweep(found: dict[str, list[dict[str, Any]]]) -> None:
     figure.suptitle("GAL-Rec on the demo's store: mean over seeds ± standard deviation", fontsize=11)
     figure.savefig(FIGURES / "galrec_sweep.png", dpi=130)
     print(FIGURES / "galrec_sweep.png")
-
-
-def cost(store_path: Path, steps: int) -> None:
-    """Forward and backward passes on the same users, with the contrast and without, taken in turns."""
-    import torch
-
-    from raygrec.config import apply_overrides, read_yaml
-    from raygrec.data.store import Store
-    from raygrec.draws import Draws
-    from raygrec.train.assembly import build_model, build_prompts, prepare_run
-    from raygrec.train.folder import RunFolder
-    from raygrec.train.settings import run_config
-
-    store = Store.open(store_path)
-    sides = {"L0 alone": [f"model.contrast.l{n}=0" for n in (1, 2, 3)], "with L1, L2, L3": []}
-    ready = {}
-    for name, settings in sides.items():
-        out = WORK / "galrec-cost" / name.replace(" ", "-")
-        out.mkdir(parents=True, exist_ok=True)
-        places = [f"store={store_path}", f"out={out}"]
-        config = run_config(apply_overrides(read_yaml(ROOT / "jobs" / "galrec.yaml"), [*places, *settings]), "cost")
-        prepare_run(config, RunFolder(out))
-        prompts = build_prompts(config, store, RunFolder(out))
-        ready[name] = (build_model(config, store, prompts, RunFolder(out), distributed=False), prompts)
-    trainable = np.flatnonzero(store.interactions("train").lengths >= 2)
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for step in range(steps + 2):
-        users = trainable[Draws(step).permutation(len(trainable))[:128]]
-        for name, (model, prompts) in ready.items():
-            started = time.perf_counter()
-            batch = prompts.training(users, Draws(0, step))
-            weights = torch.tensor(list(model.terms.values())) / batch.counts.clamp(min=1)
-            (model(batch) * weights).sum().backward()
-            model.after_update()
-            model.zero_grad()
-            seconds[name].append(time.perf_counter() - started)
-    ratios = [two / one for one, two in zip(*seconds.values(), strict=True)][2:]
-    low, middle, high = np.quantile(ratios, [0.1, 0.5, 0.9])
-    write(
-        "galrec_cost.json",
-        {
-            "command": f"python -m bench.galrec cost stores/{store_path.name}",
-            "steps": len(ratios),
-            "ratio": middle,
-            "from": low,
-            "to": high,
-        },
-    )
 
 
 def write(name: str, content: dict[str, Any]) -> None:

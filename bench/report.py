@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from raygrec.evaluate.tables import Row, markdown_table
+from raygrec.model.galrec import ContrastConfig
 
 METRIC = "ndcg@10"
 
@@ -17,9 +18,9 @@ def write_report(results: Path, out: Path, suites: dict[str, Any]) -> None:
         found = [json.loads(file.read_text()) for file in sorted((results / name).glob("*.json"))]
         if any(result["variant"] == suite.method for result in found):
             sections.append(_suite(suite, found))
-    cost = results / "galrec_cost.json"
-    if cost.exists():
-        sections.append(_cost(json.loads(cost.read_text())))
+    contrast = results / "speed" / "contrast.json"
+    if contrast.exists():
+        sections.append(_contrast(json.loads(contrast.read_text())))
     sweeps = {file.stem: json.loads(file.read_text()) for file in (results / "sweep").glob("*.json")}
     if sweeps:
         sections.append(_sweep(sweeps))
@@ -110,12 +111,14 @@ def _traps(rows: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cost(found: dict[str, Any]) -> str:
+def _contrast(found: dict[str, Any]) -> str:
+    one = next(case for case in found["cases"] if case["case"] == f"K = {ContrastConfig().queue:,}")
+    ratio = one["ratio"]
     return (
         "## What GAL-Rec's contrast costs\n\n"
-        f"A training step (prompts, forward, backward) with L1, L2, L3 and queues against one with L0 alone, on the "
-        f"same users, taken in turns, {found['steps']} times: ×{found['ratio']:.2f} (10th to 90th percentile "
-        f"×{found['from']:.2f} to ×{found['to']:.2f}). `{found['command']}`.\n"
+        f"A training step with L1, L2, L3 and the default queues ({one['case']}) against one with L0 alone, on the "
+        f"same users, taken in turns, {ratio['rounds']} times: ×{ratio['median']:.2f} (×{ratio['low']:.2f} to "
+        f"×{ratio['high']:.2f}). `{found['command']}`.\n"
     )
 
 
