@@ -63,7 +63,7 @@ def _suite(suite: Any, found: list[dict[str, Any]]) -> str:
         ranked = [r["metrics"]["decodings"][mode]["test"] for r in method if mode in r["metrics"]["decodings"]]
         if ranked:
             rows.append(Row(f"{suite.method}, {mode} decoding", ranked))
-    rows += map(row, done("ablation"))
+    rows += [*map(row, done("ours")), *map(row, done("ablation"))]
     example = method[0]
     versions = ", ".join(f"{name} {version}" for name, version in example["machine"]["versions"].items())
     seeds = sorted({len(by_name[name]) for name in suite.cells if by_name[name]})

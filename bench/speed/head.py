@@ -51,7 +51,7 @@ def main() -> None:
 def step(name: str, items: int, positions: int) -> Callable[[], None]:
     """One forward and backward pass of the head."""
     torch.manual_seed(0)
-    head = CatalogueHead(WIDTH, items, NODE_WIDTH, None, free=True)
+    head = CatalogueHead(WIDTH, items, NODE_WIDTH, None)
     nodes, hidden = torch.randn(items, NODE_WIDTH), torch.randn(positions, WIDTH, requires_grad=True)
     wanted = torch.randint(items, (positions,))
     targets = Targets(torch.arange(positions + 1), wanted, torch.ones(positions))

@@ -20,7 +20,7 @@ from raygrec.data.arrays import CSR
 from raygrec.data.filters import first_occurrences
 from raygrec.draws import Draws
 from raygrec.model.dropout import prompt_dropout
-from raygrec.model.head import Targets, matched
+from raygrec.model.head import TiedHead
 from raygrec.model.nodes import scaled_texts
 from raygrec.model.prompts import PromptBatch, Symbols, as_targets, padded, truncated
 
@@ -125,17 +125,6 @@ class ItemTable(nn.Module):
 
     def forward(self) -> torch.Tensor:
         return self.free if self.from_text is None else self.free + self.from_text(self.texts)
-
-
-class TiedHead(nn.Module):
-    """Logits [P, I], or their cross-entropy: inner products of hidden states with the item table, plus a bias each."""
-
-    def __init__(self, num_items: int) -> None:
-        super().__init__()
-        self.bias = nn.Parameter(torch.zeros(num_items))
-
-    def forward(self, hidden_Pd: torch.Tensor, rows_Id: torch.Tensor, targets: Targets | None = None) -> torch.Tensor:
-        return matched(hidden_Pd, rows_Id, self.bias, targets)
 
 
 class FrequencyFilter(nn.Module):

@@ -22,8 +22,8 @@ from raygrec.graph.neighbours import NeighbourConfig, NeighbourSampler
 from raygrec.model.backbone import Backbone, LoRAConfig
 from raygrec.model.contrast import EMPTY, MomentumCopy, NegativeQueue, contrast_terms
 from raygrec.model.dropout import keyed_dropout
-from raygrec.model.head import CatalogueHead, Targets
-from raygrec.model.nodes import NODE_SCALE, NodeTables, projector, scaled_texts
+from raygrec.model.head import CatalogueHead, Targets, TiedHead
+from raygrec.model.nodes import NODE_SCALE, ItemProjector, NodeTables, projector, scaled_texts
 from raygrec.model.prompts import (
     Placed,
     PromptBatch,
@@ -115,9 +115,9 @@ class GALRecConfig(StrictConfig):
     title_tokens: int = Field(0, ge=0, le=64)
     """External embeddings: so many first tokens of its text follow an item's token in a user's history and in the
     item's own prompt. An item's last token names the next."""
-    head: Literal["linear", "tied"] = "linear"
-    """`tied`: an item's row is a map of what its token shows, node, trained offset and text, and has nothing of its
-    own; in `linear` the offset is left out and the row has a free part."""
+    head: Literal["linear", "tied"] = "tied"
+    """`tied`: an item is recommended by the inner product of the hidden state with its own token (`ItemProjector`), as
+    masked language models name words; in `linear` its row has a node map, text map and free part of its own."""
     dropout: float = Field(0.3, ge=0, lt=1)
     """Share of the hidden states' entries that the head does not see, and half that share of the node tokens'."""
     layer_dropout: float = Field(0.0, ge=0, lt=1)
@@ -396,16 +396,14 @@ class GALRec(nn.Module):
         self.backbone = tuned(backbone, config)
         self.nodes = NodeTables(nodes, NODE_SCALE * config.graph_vectors)
         self.register_buffer("item_texts", None if item_texts is None else scaled_texts(item_texts), persistent=False)
-        node_width, text_width = self.nodes.width, 0 if item_texts is None else item_texts.shape[1]
-        self.item_projector = projector(node_width + text_width, backbone.width, token_scale)
+        node_width, text_width = self.nodes.width, None if item_texts is None else item_texts.shape[1]
+        shown = (symbols.items, node_width, text_width)
+        tied = config.head == "tied"
+        self.item_projector = ItemProjector(*shown, backbone.width, token_scale, tied)
         self.user_projector = projector(node_width, backbone.width, token_scale)
-        self.item_offsets = nn.Embedding(symbols.items, node_width)
-        nn.init.zeros_(self.item_offsets.weight)
         self.hop_tokens = nn.Embedding(HOPS, backbone.width)
         nn.init.normal_(self.hop_tokens.weight, std=token_scale)
-        self.head = CatalogueHead(
-            backbone.width, symbols.items, node_width, text_width or None, free=config.head == "linear"
-        )
+        self.head = TiedHead(symbols.items) if tied else CatalogueHead(backbone.width, *shown)
         self.slow = None
         if contrast.momentum is not None:
             trained = {
@@ -427,7 +425,7 @@ class GALRec(nn.Module):
             width = batch.symbols.shape[1]
             rows, columns = batch.answers // width, batch.answers % width
             answers_PD = keyed_dropout(answers_PD, self.config.dropout, batch.dropout_keys[rows], columns, use=1)
-        recommended = self.head(answers_PD, self._rows(), batch.targets)
+        recommended = self._matched(answers_PD, batch.targets)
         return torch.stack([recommended, *self._contrast(hidden, batch)])
 
     def _contrast(self, hidden: Placed, batch: HopBatch) -> list[torch.Tensor]:
@@ -488,7 +486,7 @@ class GALRec(nn.Module):
     def slot_logits(self, batch: HopBatch, slots: int | None = None) -> torch.Tensor:
         """Logits [B, 1, I] at the read-out position."""
         hidden = self.hidden(batch).at(batch.slots[:, 0])
-        return self.head(hidden, self._rows())[:, None]
+        return self._matched(hidden)[:, None]
 
     def hidden(self, batch: HopBatch) -> Placed:
         """Last hidden states."""
@@ -502,10 +500,9 @@ class GALRec(nn.Module):
         """Embeddings of the symbols."""
 
         def items(numbers: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-            nodes = self.nodes.items(numbers, batch.tables[rows]) + self.item_offsets(numbers)
-            if self.item_texts is not None:
-                nodes = torch.cat([nodes, self.item_texts[numbers]], dim=1)
-            return self._dropped(self.item_projector(nodes), batch, rows, columns)
+            texts = None if self.item_texts is None else self.item_texts[numbers]
+            tokens = self.item_projector(self.nodes.items(numbers, batch.tables[rows]), texts, numbers)
+            return self._dropped(tokens, batch, rows, columns)
 
         def users(numbers: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
             # A user's own token is rebuilt from the history that the prompt shows, which holds no target.
@@ -527,9 +524,9 @@ class GALRec(nn.Module):
             return tokens
         return keyed_dropout(tokens, self.config.dropout / 2, batch.dropout_keys[rows], columns, use=2)
 
-    def _rows(self) -> torch.Tensor:
-        vectors_Id = self.nodes.items_Id
+    def _matched(self, hidden_PD: torch.Tensor, targets: Targets | None = None) -> torch.Tensor:
+        """Logits [P, I] of hidden states, or their cross-entropy."""
+        known = self.nodes.items_Id, self.item_texts
         if self.config.head == "tied":
-            # Asked for as tokens are: under ZeRO-3 only a module's own forward has its parameters.
-            vectors_Id = vectors_Id + self.item_offsets(torch.arange(len(vectors_Id), device=vectors_Id.device))
-        return self.head.rows(vectors_Id, self.item_texts)
+            return self.head(self.item_projector.queries(hidden_PD), self.item_projector.rows(*known), targets)
+        return self.head(hidden_PD, self.head.rows(*known), targets)

@@ -4,11 +4,11 @@ Paper: "Training Large Recommendation Models via Graph-Language Token Alignment"
 """
 
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from raygrec.config import StrictConfig
@@ -18,8 +18,8 @@ from raygrec.draws import Draws
 from raygrec.graph.lightgcn import NodeEmbeddings
 from raygrec.model.backbone import Backbone
 from raygrec.model.dropout import keyed_dropout
-from raygrec.model.head import CatalogueHead, Targets
-from raygrec.model.nodes import NodeTables, projector, scaled_texts, sum_rows
+from raygrec.model.head import CatalogueHead, ItemRows, Targets, TiedHead
+from raygrec.model.nodes import ItemProjector, NodeTables, projector, scaled_texts, sum_rows
 from raygrec.model.profiles import telling_terms
 from raygrec.model.prompts import (
     Placed,
@@ -59,15 +59,15 @@ class GLTAConfig(StrictConfig):
     slots: int = Field(10, ge=1)
     """k, the number of answer slots."""
     head: Literal["linear", "tied"] = "linear"
-    """`linear` is the paper's; in `tied`, an item's row is a function of its node and text alone: with `tune_items`
-    off, nothing that is trained grows with the catalogue but its biases."""
+    """`linear` is the paper's, an item's row has maps and a free part of its own; in `tied`, an item is recommended by
+    the inner product of the hidden state with its own token (`ItemProjector`)."""
     text_vectors: bool = True
     """[ours] Item tokens and the head's rows start from the items' text vectors too, not from their nodes alone."""
     item_alignment: bool = True
     """Stage 2; without it both projectors are trained in stage 3."""
     tune_items: bool = True
-    """[ours] Stage 3 goes on training the item projector, and an offset δ_i, from zero, that is added to each
-    item's node before it; the paper freezes both projector and nodes."""
+    """[ours] Stage 3 goes on training the item projector, and an offset δ_i that is added to what it makes of each
+    item's node; the paper freezes both projector and nodes."""
     user_token: Literal["aligned", "id", "none"] = "aligned"
     """`id` writes the user's number as plain text (the paper's ablation)."""
     user_vector: Literal["full", "leave_out"] = "leave_out"
@@ -104,6 +104,12 @@ class GLTAConfig(StrictConfig):
     prediction_lead: str = "; wants"
     user_lead: str = "; user"
     answer_lead: str = "; next:"
+
+    @model_validator(mode="after")
+    def _tied_items_are_tuned(self) -> Self:
+        if self.head == "tied" and not self.tune_items:
+            raise ValueError("head: tied wants tune_items, since a head of fixed tokens would have nothing to train")
+        return self
 
 
 def opening_tokens(tokenizer: object) -> list[int]:
@@ -369,17 +375,13 @@ class GLTA(nn.Module):
         self.nodes = NodeTables(nodes)
         texts = None if item_texts is None else scaled_texts(item_texts)
         self.register_buffer("item_texts", texts, persistent=False)
-        text_width = 0 if texts is None else texts.shape[1]
-        self.item_projector = projector(self.nodes.width + text_width, backbone.width, token_scale)
+        shown = (symbols.items, self.nodes.width, None if texts is None else texts.shape[1])
+        tied = config.head == "tied"
+        self.item_projector = ItemProjector(*shown, backbone.width, token_scale, tied, free=config.tune_items)
         self.user_projector = projector(self.nodes.width, backbone.width, token_scale)
         self.answer_slots = nn.Embedding(symbols.slots, backbone.width)
         nn.init.normal_(self.answer_slots.weight, std=token_scale)
-        self.item_offsets = nn.Embedding(symbols.items, self.nodes.width) if config.tune_items else None
-        if self.item_offsets is not None:
-            nn.init.zeros_(self.item_offsets.weight)
-        self.head = CatalogueHead(
-            backbone.width, symbols.items, self.nodes.width, text_width or None, free=config.head == "linear"
-        )
+        self.head = TiedHead(symbols.items) if tied else CatalogueHead(backbone.width, *shown)
 
     def forward(self, batch: PromptBatch) -> torch.Tensor:
         """Cross-entropy summed over the batch's answer positions; divide by their global count."""
@@ -388,13 +390,13 @@ class GLTA(nn.Module):
             width = batch.symbols.shape[1]
             rows, columns = batch.answers // width, batch.answers % width
             hidden_PD = keyed_dropout(hidden_PD, self.config.dropout, batch.dropout_keys[rows], columns, use=1)
-        return self.head(hidden_PD, self._rows(), batch.targets)
+        return self._matched(hidden_PD, batch.targets)
 
     def slot_logits(self, batch: PromptBatch, slots: int | None = None) -> torch.Tensor:
         """Logits [B, s, I] of the first s answer slots (default: all k)."""
         positions = batch.slots[:, :slots]
         hidden = self.hidden(batch).at(positions.flatten())
-        return self.head(hidden, self._rows()).view(*positions.shape, -1)
+        return self._matched(hidden).view(*positions.shape, -1)
 
     def hidden(self, batch: PromptBatch) -> Placed:
         """Last hidden states."""
@@ -424,19 +426,29 @@ class GLTA(nn.Module):
 
         return embed_symbols(batch.symbols, self.symbols, self.backbone.embed, items, users, slots)
 
-    def _rows(self) -> torch.Tensor:
-        return self.head.rows(self.nodes.items_Id, self.item_texts)
+    def _matched(self, hidden_PD: torch.Tensor, targets: Targets | None = None) -> torch.Tensor:
+        """Logits [P, I] of hidden states, or their cross-entropy."""
+        known = self.nodes.items_Id, self.item_texts
+        if self.config.head == "tied":
+            return self.head(self.item_projector.queries(hidden_PD), self.item_projector.rows(*known), targets)
+        return self.head(hidden_PD, self.head.rows(*known), targets)
 
     def _vectors(self, items: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
-        """[E_i + δ_i; t_i] [n, d + t] of items [n], each node from the given fit."""
-        vectors = self.nodes.items(items, tables)
-        if self.item_offsets is not None:
-            vectors = vectors + self.item_offsets(items)
-        return vectors if self.item_texts is None else torch.cat([vectors, self.item_texts[items]], dim=1)
+        """x_i [n, r] of items [n], each node from the given fit."""
+        texts = None if self.item_texts is None else self.item_texts[items]
+        return self.item_projector.rows(self.nodes.items(items, tables), texts, items)
 
     def _item_tokens(self, items: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
-        """V_i = W_i [E_i + δ_i; t_i] + b_i: items [n] to embeddings [n, D]."""
-        return self.item_projector(self._vectors(items, tables))
+        """V_i = W x_i: items [n] to embeddings [n, D]."""
+        return self.item_projector.projected(self._vectors(items, tables))
+
+    def train_stage_2(self) -> None:
+        """Gradients where stage 2 wants them: matching descriptions is for the maps, not for what single items have
+        of their own."""
+        self.user_projector.requires_grad_(False)
+        for rows in self.modules():
+            if isinstance(rows, ItemRows) and rows.free is not None:
+                rows.free.requires_grad_(False)
 
     def start_slots(self) -> None:
         """Stage 3's answer slots start from their seed alone, where they have one: not from noise, and not from what
@@ -460,7 +472,7 @@ class GLTA(nn.Module):
         else:
             entries = self._vectors(batch.history, batch.tables.repeat_interleave(counts))
             vectors = sum_rows(entries, counts) / counts.clamp(min=1).sqrt()[:, None]
-        return self.item_projector(vectors) * (counts > 0)[:, None]
+        return self.item_projector.projected(vectors) * (counts > 0)[:, None]
 
     def _user_tokens(self, batch: PromptBatch, users: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """V_u = W_u E_u + b_u [n, D] of the prompts' users; E_u zero where dropped out."""

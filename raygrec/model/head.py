@@ -2,31 +2,40 @@
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 LOGITS_AT_ONCE = 2**24  # that stand in memory: 64 MiB in fp32
 # … or those of so many positions: they take less room than R and its gradient, and with fewer the time would go into
 # reading and writing these.
 FEWEST_AT_ONCE = 64
+ROW_SCALE = 0.3  # standard deviation of the rows' start where what they are made of has 1
 
 
 class ItemRows(nn.Module):
-    """The head's rows R [I, r]: R_i = A E_i + P t_i + Δ_i, from node embeddings E and text vectors t of the items.
+    """Rows [I, r] of the items: A E_i + P t_i + Δ_i, from node embeddings E and text vectors t.
 
-    Δ, from zero, makes the rows free (`free`); without it they stay functions of E and t, whatever their number.
-    Rows therefore start as what the graph and the language model know of an item, not as noise.
+    Δ makes the rows free (`free`); it starts with the standard deviation `start`. Without it they stay functions of E
+    and t, whatever their number. Rows therefore start as what the graph and the language model know of an item.
     """
 
-    def __init__(self, num_items: int, node_width: int, text_width: int | None, free: bool) -> None:
+    def __init__(
+        self, num_items: int, node_width: int, text_width: int | None, free: bool = True, start: float = 0.0
+    ) -> None:
         super().__init__()
         self.from_node = _row_map(node_width, node_width)
         self.from_text = None if text_width is None else _row_map(text_width, node_width)
-        self.free = nn.Parameter(torch.zeros(num_items, node_width)) if free else None
+        self.free = nn.Parameter(start * torch.randn(num_items, node_width)) if free else None
 
-    def forward(self, nodes_Id: torch.Tensor, texts_It: torch.Tensor | None) -> torch.Tensor:
-        rows_Ir = self.from_node(nodes_Id)
+    def forward(
+        self, nodes_nd: torch.Tensor, texts_nt: torch.Tensor | None, items_n: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[n, r] of the items with these numbers, nodes and text vectors; None: of all."""
+        rows_nr = self.from_node(nodes_nd)
         if self.from_text is not None:
-            rows_Ir = rows_Ir + self.from_text(texts_It)
-        return rows_Ir if self.free is None else rows_Ir + self.free
+            rows_nr = rows_nr + self.from_text(texts_nt)
+        if self.free is None:
+            return rows_nr
+        return rows_nr + (self.free if items_n is None else functional.embedding(items_n, self.free))
 
 
 class CatalogueHead(nn.Module):
@@ -36,9 +45,9 @@ class CatalogueHead(nn.Module):
     r · |I| and not D · |I|. `rows` makes R, once per pass.
     """
 
-    def __init__(self, width: int, num_items: int, node_width: int, text_width: int | None, free: bool) -> None:
+    def __init__(self, width: int, num_items: int, node_width: int, text_width: int | None) -> None:
         super().__init__()
-        self.rows = ItemRows(num_items, node_width, text_width, free)
+        self.rows = ItemRows(num_items, node_width, text_width)
         self.query = nn.Linear(width, node_width)
         nn.init.normal_(self.query.weight, std=0.02)
         nn.init.zeros_(self.query.bias)
@@ -49,9 +58,23 @@ class CatalogueHead(nn.Module):
         return matched(self.query(hidden_PD), rows_Ir, self.bias, targets)
 
 
+class TiedHead(nn.Module):
+    """Logits [P, I], or their cross-entropy: inner products of queries with rows that items have anyway, plus a bias
+    each."""
+
+    def __init__(self, num_items: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(num_items))
+
+    def forward(
+        self, queries_Pr: torch.Tensor, rows_Ir: torch.Tensor, targets: "Targets | None" = None
+    ) -> torch.Tensor:
+        return matched(queries_Pr, rows_Ir, self.bias, targets)
+
+
 def _row_map(source: int, width: int) -> nn.Linear:
     layer = nn.Linear(source, width, bias=False)
-    nn.init.normal_(layer.weight, std=0.3 / source**0.5)
+    nn.init.normal_(layer.weight, std=ROW_SCALE / source**0.5)
     return layer
 
 

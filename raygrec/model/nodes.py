@@ -4,11 +4,13 @@ import torch
 from torch import nn
 
 from raygrec.graph.lightgcn import NodeEmbeddings
+from raygrec.model.head import ROW_SCALE, ItemRows
 from raygrec.model.prompts import PromptBatch
 
 # Standard deviations of what a projector reads. Adam moves an item's trained offset as fast whatever stands beside it:
 # small nodes leave it the room to correct what they remember of the very edges that are to be predicted.
 NODE_SCALE, TEXT_SCALE = 0.1, 0.3
+FREE_SCALE = 0.02  # standard deviation with which an item's trained offset starts
 
 
 def scaled_texts(texts_It: torch.Tensor) -> torch.Tensor:
@@ -28,6 +30,53 @@ def projector(source: int, width: int, scale: float) -> nn.Linear:
     nn.init.normal_(layer.weight, std=scale / (TEXT_SCALE * source**0.5))
     nn.init.zeros_(layer.bias)
     return layer
+
+
+class ItemProjector(nn.Module):
+    """Item tokens V_i = W x_i in the token space, x = `ItemRows`.
+
+    With a tied head W is a fixed frame, and the head reads tokens back through it: V_iᵀ h = x_iᵀ (Wᵀ h), so that x are
+    its rows and Wᵀ h its queries, at r · |I| a position and not D · |I|. [ours] A trained W would be a second factor in
+    both places: it makes the x learn faster, and by heart.
+    """
+
+    def __init__(
+        self,
+        num_items: int,
+        node_width: int,
+        text_width: int | None,
+        width: int,
+        scale: float,
+        tied: bool,
+        free: bool = True,
+    ) -> None:
+        super().__init__()
+        self.rows = ItemRows(num_items, node_width, text_width, free, start=FREE_SCALE)
+        size = scale / (ROW_SCALE * TEXT_SCALE * node_width**0.5)  # of W's entries
+        self.trained = None if tied else nn.Linear(node_width, width, bias=False)
+        if self.trained is not None:
+            nn.init.normal_(self.trained.weight, std=size)
+        self.register_buffer("fixed_Dr", size * frame(width, node_width) if tied else None)
+
+    def forward(self, nodes_nd: torch.Tensor, texts_nt: torch.Tensor | None, items_n: torch.Tensor) -> torch.Tensor:
+        """Tokens [n, D] of the items with these numbers, nodes and text vectors."""
+        return self.projected(self.rows(nodes_nd, texts_nt, items_n))
+
+    def projected(self, rows_nr: torch.Tensor) -> torch.Tensor:
+        """W x [n, D]."""
+        return rows_nr @ self.fixed_Dr.T.to(rows_nr.dtype) if self.trained is None else self.trained(rows_nr)
+
+    def queries(self, hidden_PD: torch.Tensor) -> torch.Tensor:
+        """Wᵀ h [P, r], for a tied head."""
+        return hidden_PD @ self.fixed_Dr.to(hidden_PD.dtype)
+
+
+def frame(rows: int, columns: int) -> torch.Tensor:
+    """[rows, columns] with orthogonal columns, or rows where these are fewer, and entries of root mean square 1: a
+    corner of the discrete cosine transform of the fourth kind, which is the same on every machine."""
+    size = max(rows, columns)
+    half = torch.arange(size, dtype=torch.float64) + 0.5
+    return (2**0.5 * (torch.pi / size * half[:rows, None] * half[:columns]).cos()).float()
 
 
 def sum_rows(vectors: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

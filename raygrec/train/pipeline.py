@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from raygrec.data.arrays import CSR
 from raygrec.data.store import Store
@@ -24,6 +23,7 @@ from raygrec.train.assembly import (
     Prompts,
     build_model,
     build_prompts,
+    fixed_parts,
     histories,
     save_model,
 )
@@ -84,7 +84,7 @@ def _run(config: RunConfig, folder: RunFolder, reporter: Reporter, distributed: 
     metrics = _final(config, folder, reporter, store, builder, engine)
     if world()[0] == 0:
         best = folder.load_parts(folder.parts_file("train"))
-        save_model(config, folder, {**parts, **best})
+        save_model(config, folder, {**parts, **best, **fixed_parts(model)})
         folder.write_metrics(metrics)
     return metrics
 
@@ -96,8 +96,7 @@ def _align_items(
     file = folder.parts_file("alignment")
     if not from_rank_0(lambda: folder.has_parts(file, reporter.warn)):
         model = build_model(config, store, builder, folder, distributed)
-        # Matching descriptions is for the maps, not for single items' offsets and rows.
-        _freeze(model.user_projector, model.item_offsets, model.head.rows.free)
+        model.train_stage_2()
         size = min(config.model.alignment_items, builder.symbols.items)
         stage = Stage(
             name="alignment",
@@ -127,7 +126,8 @@ def _read_histories(
     file = folder.parts_file("histories")
     if not from_rank_0(lambda: folder.has_parts(file, reporter.warn)):
         model = _stage_3_model(config, folder, distributed, store, builder, parts)
-        _freeze(model.user_projector, model.answer_slots)
+        model.user_projector.requires_grad_(False)
+        model.answer_slots.requires_grad_(False)
         trainable = np.flatnonzero(builder.train.lengths >= 2)
         stage = Stage(
             name="histories",
@@ -198,12 +198,6 @@ def _stage_3_model(
         _load_parts(model, parts)
     model.train_stage_3(aligned=bool(config.model.item_alignment and config.alignment.epochs))
     return model
-
-
-def _freeze(*parts: nn.Module | nn.Parameter | None) -> None:
-    for part in parts:
-        if part is not None:
-            part.requires_grad_(False)
 
 
 def _final(

@@ -14,7 +14,7 @@ from raygrec.model.contrast import info_nce
 from raygrec.model.galrec import HOPS, GALRec, GALRecConfig, HopBatch, HopPrompts
 from raygrec.model.nodes import token_scale
 from raygrec.model.prompts import PAD, Symbols
-from tests.model.random_nodes import random_nodes
+from tests.model.random_nodes import expected_logits, expected_token, parts_around, random_nodes
 
 TEXT, ITEMS, BEGIN = 60, 20, 1
 EVERY_USER_LENDS = {"items": 1.0}
@@ -207,8 +207,8 @@ def test_the_title_of_a_later_item_changes_no_earlier_representation(place, kind
         for number in range(place):
             torch.testing.assert_close(after[number], before[number], rtol=1e-5, atol=1e-5)
         for number in range(place, 3):
-            assert (after[number][-1] - before[number][-1]).abs().max() > 1e-3
-        assert (hop1_after - hop1).abs().max() > 1e-3
+            assert (after[number][-1] - before[number][-1]).abs().max() > 1e-4
+        assert (hop1_after - hop1).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize(("readout", "columns"), [("history", [2, 1]), ("hop1", [5, 4]), ("hop2", [8, 5])])
@@ -481,7 +481,7 @@ def test_logits_are_those_of_the_read_out(readout, head, backbone):
         assert logits.shape == (4, 1, ITEMS)
         hidden = model.hidden(batch).padded()
         for row, [column] in enumerate(in_row(batch, batch.slots)):
-            expected = model.head(hidden[row, column][None], rows_of(model))
+            expected = expected_logits(model, hidden[row, column][None])
             torch.testing.assert_close(logits[row], expected)
         # Only the history speaks for a user: the vector that has seen its training targets is not read.
         model.nodes.users_Ud[:4] += 1.0
@@ -511,20 +511,11 @@ def model_of(prompter: HopPrompts, backbone: Backbone, with_texts: bool = True) 
     return model
 
 
-def rows_of(model: GALRec) -> torch.Tensor:
-    offsets = model.item_offsets.weight if model.config.head == "tied" else 0
-    return model.head.rows(model.nodes.items_Id + offsets, model.item_texts)
-
-
 @pytest.mark.parametrize("with_texts", [True, False], ids=["texts", "no texts"])
 @pytest.mark.parametrize("graph", [True, False], ids=["graph", "no graph"])
 def test_every_symbol_is_embedded_as_its_kind(graph, with_texts, backbone):
     prompter = hop_prompts(random_rows(1, fewest=1), graph_vectors=graph, max_history=3, title_tokens=1)
     model = model_of(prompter, backbone, with_texts)
-    assert model.item_offsets.weight.abs().min() > 1e-4
-    tables = model.nodes.items_KId + model.item_offsets.weight
-    if with_texts:
-        tables = torch.cat([tables, model.item_texts.expand(3, -1, -1)], dim=2)
     batch = prompter.training(np.arange(14), Draws(0))
     history = CSR(batch.history_indptr.numpy(), batch.history.numpy())
     assert history.lengths.max() > prompter.config.max_history
@@ -540,7 +531,8 @@ def test_every_symbol_is_embedded_as_its_kind(graph, with_texts, backbone):
                 if symbol < base.first_item:
                     kind, expected = "text", backbone.embed(torch.tensor(symbol))
                 elif symbol < base.first_user:
-                    kind, expected = "item", model.item_projector(tables[fit, symbol - base.first_item])
+                    item = symbol - base.first_item
+                    kind, expected = "item", expected_token(model, model.nodes.items_KId[fit, item], item)
                 elif symbol >= base.first_slot:
                     kind, expected = "hop", model.hop_tokens.weight[symbol - base.first_slot]
                 elif batch.own[row, column]:
@@ -577,7 +569,7 @@ def plain_terms(model: GALRec, batch: HopBatch, before: dict[str, tuple[torch.Te
         for column, items in wanted.items():
             target = torch.zeros(ITEMS)
             target[list(items)] = torch.tensor(list(items.values()))
-            recommended += functional.cross_entropy(model.head(hidden[row][column][None], rows_of(model))[0], target)
+            recommended += functional.cross_entropy(expected_logits(model, hidden[row][column]), target)
     hops = torch.stack([hidden[row][columns] for row, columns in enumerate(in_row(batch, batch.hops))])
     users = batch.num_users
     parts = {"user": (hops[:users], batch.nodes[:users]), "item": (hops[users:], batch.nodes[users:])}
@@ -753,15 +745,12 @@ def test_queues_go_through_a_checkpoint(backbone):
 @pytest.mark.parametrize("kind", ["bert", "t5", "llama"])
 @pytest.mark.parametrize("tuning", ["full", "lora", "frozen"])
 def test_gradients_reach_the_trained_parts_only(tuning, kind, backbone_folder):
-    prompter = hop_prompts(TRAIN, tuning=tuning, backbone_lr=0.25, lora={"lr": 0.5})
+    head = "linear" if tuning == "lora" else "tied"
+    prompter = hop_prompts(TRAIN, tuning=tuning, backbone_lr=0.25, lora={"lr": 0.5}, head=head)
     model = model_of(prompter, Backbone(BackboneConfig(name=backbone_folder(kind), layers=2)))
     terms = model(prompter.training(np.arange(3), Draws(0)))
     terms.sum().backward()
-    around = {
-        *(f"{part}.{k}" for part in ("item_projector", "user_projector", "head.query") for k in ("weight", "bias")),
-        *("hop_tokens.weight", "item_offsets.weight"),
-        *("head.rows.from_node.weight", "head.rows.from_text.weight", "head.rows.free", "head.bias"),
-    }
+    around = parts_around(head) | {"hop_tokens.weight"}
     inside = {name for name, _ in model.named_parameters() if name.startswith("backbone.")}
     table = {name for name in inside if "word_embeddings" in name or "embed_tokens" in name or "shared" in name}
     assert len(table) == 1
@@ -824,7 +813,7 @@ def test_prompts_without_targets_have_a_loss_that_can_be_stepped(backbone):
     terms = model(prompter.training(np.arange(2), Draws(0)))
     terms.sum().backward()
     assert terms[0] == 0
-    assert model.item_projector.weight.grad.isfinite().all()
+    assert model.item_projector.rows.free.grad.isfinite().all()
 
 
 def test_node_embeddings_are_scaled_and_stay_out_of_the_saved_weights(backbone):

@@ -16,7 +16,7 @@ from raygrec.model.backbone import Backbone, BackboneConfig
 from raygrec.model.glta import GLTA, GLTAConfig, Phrases, ProfileConfig, PromptBuilder
 from raygrec.model.nodes import token_scale
 from raygrec.model.prompts import PAD, PromptBatch, Symbols
-from tests.model.random_nodes import random_nodes
+from tests.model.random_nodes import expected_logits, expected_token, parts_around, random_nodes
 
 WORDS = ["[PAD]", "[CLS]", "history", ":", ";", "likes", "wants", "user", "next", ",", *"0123456789"]
 TEXT, ITEMS = 60, 20  # token ids below 20 are WORDS, 20 + i is the one word of item i
@@ -432,10 +432,6 @@ def model_of(prompter: PromptBuilder, backbone: Backbone, with_texts: bool = Tru
     return model
 
 
-def rows_of(model: GLTA) -> torch.Tensor:
-    return model.head.rows(model.nodes.items_Id, model.item_texts)
-
-
 def test_token_scale():
     assert token_scale(torch.tensor([[3.0, -4.0], [0.0, 5.0]])) == pytest.approx(12.5**0.5)
 
@@ -453,7 +449,7 @@ def test_logits_cover_slots_and_catalogue(head, with_texts, backbone):
         hidden = model.hidden(batch).padded()
         row, slot = 1, 2
         position = int(columns(batch)[row, slot])
-        alone = model.head(hidden[row, position][None], rows_of(model))[0]
+        alone = expected_logits(model, hidden[row, position][None])[0]
     torch.testing.assert_close(logits[row, slot], alone)
 
 
@@ -465,11 +461,8 @@ def test_every_symbol_is_embedded_as_its_kind(backbone, seed, tuned):
     )
     model = model_of(prompter, backbone)
     batch = prompter.recommending(np.array([1, 0]), CSR.from_lists([[3, 9, 4], [2]]))
-    item_nodes = model.nodes.items_KId[[2, 1]]  # of the fits without user 1 and without user 0
-    if tuned:
-        assert model.item_offsets.weight.abs().min() > 1e-3
-        item_nodes = item_nodes + model.item_offsets.weight
-    item_nodes = torch.cat([item_nodes, model.item_texts.expand(2, -1, -1)], dim=2)
+    assert (model.item_projector.rows.free is None) == (not tuned)
+    fits = model.nodes.items_KId[[2, 1]]  # without user 1 and without user 0
     base = prompter.symbols
     with torch.no_grad():
         embeds = model.embed(batch).padded()
@@ -478,15 +471,16 @@ def test_every_symbol_is_embedded_as_its_kind(backbone, seed, tuned):
                 if symbol < base.first_item:
                     expected = backbone.embed(torch.tensor(symbol))
                 elif symbol < base.first_user:
-                    expected = model.item_projector(item_nodes[row, symbol - base.first_item])
+                    item = symbol - base.first_item
+                    expected = expected_token(model, fits[row, item], item)
                 elif symbol < base.first_slot:
                     expected = model.user_projector(model.nodes.users_Ud[symbol - base.first_user])
                 else:
                     expected = model.answer_slots.weight[symbol - base.first_slot]
                     nodes = {"none": None, "newest": [[4], [2]], "sum": [[3, 9, 4], [2]]}[seed]
                     if nodes:
-                        vectors = item_nodes[row, nodes[row]].sum(0) / len(nodes[row]) ** 0.5
-                        expected = expected + model.item_projector(vectors)
+                        tokens = sum(expected_token(model, fits[row, item], item) for item in nodes[row])
+                        expected = expected + tokens / len(nodes[row]) ** 0.5
                         expected = expected + model.user_projector(model.nodes.users_Ud[[1, 0][row]])
                 torch.testing.assert_close(embeds[row, column], expected)
 
@@ -498,9 +492,8 @@ def test_slots_start_from_no_user_where_the_prompt_has_no_aligned_token(backbone
     batch = prompter.recommending(np.array([1, 0]), CSR.from_lists([[3, 9], [2]]))
     with torch.no_grad():
         slots = model.embed(batch).padded().flatten(0, 1)[batch.slots[:, 0]]
-        newest = model.nodes.items_KId[[2, 1], [9, 2]] + model.item_offsets.weight[[9, 2]]
-        newest = torch.cat([newest, model.item_texts[[9, 2]]], dim=1)
-        expected = model.answer_slots.weight[0] + model.item_projector(newest)
+        newest = [expected_token(model, model.nodes.items_KId[fit, item], item) for fit, item in ((2, 9), (1, 2))]
+        expected = model.answer_slots.weight[0] + torch.stack(newest)
     torch.testing.assert_close(slots, expected)
 
 
@@ -514,16 +507,18 @@ def test_stage_3_starts_slots_from_their_seed_alone(backbone):
         assert starts or torch.equal(model.answer_slots.weight, before)
 
 
-def test_offsets_start_at_zero_and_only_where_items_are_tuned(backbone):
+def test_items_have_something_of_their_own_only_where_they_are_tuned(backbone):
     scale = token_scale(backbone.model.get_input_embeddings().weight)
     for tuned in (True, False):
         prompter = builder([[3, 5]], tune_items=tuned)
         model = GLTA(prompter.config, backbone, prompter.symbols, random_nodes(1, ITEMS), None, scale)
-        offsets = {name: value for name, value in model.named_parameters() if "offsets" in name}
-        assert {name: tuple(value.shape) for name, value in offsets.items()} == (
-            {"item_offsets.weight": (ITEMS, 4)} if tuned else {}
-        )
-        assert not any(value.any() for value in offsets.values())
+        own = [name for name, p in model.item_projector.named_parameters() if len(p) == ITEMS]
+        assert own == (["rows.free"] if tuned else [])
+
+
+def test_a_tied_head_wants_items_that_are_tuned():
+    with pytest.raises(ValueError, match="head: tied wants tune_items"):
+        GLTAConfig(head="tied", tune_items=False)
 
 
 def test_leave_out_vectors_are_the_propagated_shown_histories(backbone):
@@ -575,16 +570,7 @@ def test_gradients_reach_the_trained_parts_only(user_token, head, backbone):
     model(prompter.training(np.arange(2), Draws(0))).backward()
     reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     trained = {name for name, _ in model.named_parameters() if not name.startswith("backbone.")}
-    free = {"head.rows.free"} if head == "linear" else set()
-    assert trained == free | {
-        *(
-            f"{part}.{kind}"
-            for part in ("item_projector", "user_projector", "head.query")
-            for kind in ("weight", "bias")
-        ),
-        *("answer_slots.weight", "item_offsets.weight"),
-        *("head.rows.from_node.weight", "head.rows.from_text.weight", "head.bias"),
-    }
+    assert trained == parts_around(head) | {"answer_slots.weight"}
     unread = set() if user_token == "aligned" else {"user_projector.weight", "user_projector.bias"}
     assert reached == trained - unread
 
@@ -607,7 +593,7 @@ def test_the_loss_of_a_batch_is_the_sum_of_its_prompts_losses(settings, head, ba
             for column, wanted in answers(one)[0].items():
                 target = torch.zeros(ITEMS)
                 target[list(wanted)] = torch.tensor(list(wanted.values()))
-                slow += functional.cross_entropy(model.head(hidden[column][None], rows_of(model))[0], target)
+                slow += functional.cross_entropy(expected_logits(model, hidden[column]), target)
         torch.testing.assert_close(model(batch), slow, rtol=1e-5, atol=1e-4)
 
 

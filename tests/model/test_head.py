@@ -5,7 +5,6 @@ from torch.nn import functional
 from raygrec.model.head import CatalogueHead, ItemRows, Targets, catalogue_cross_entropy, matched
 
 POSITIONS, WIDTH, ITEMS, NODE_WIDTH, TEXT_WIDTH = 7, 5, 11, 3, 4
-KINDS = {"linear": True, "tied": False}  # whether the rows are free
 
 
 def single_targets(items: torch.Tensor) -> Targets:
@@ -18,19 +17,18 @@ def example() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.randn(POSITIONS, WIDTH), torch.randn(ITEMS, NODE_WIDTH), torch.randn(ITEMS, TEXT_WIDTH)
 
 
-def head_of(kind: str) -> CatalogueHead:
+def head_of() -> CatalogueHead:
     """A head none of whose parameters is zero."""
     torch.manual_seed(1)
-    head = CatalogueHead(WIDTH, ITEMS, NODE_WIDTH, TEXT_WIDTH, KINDS[kind])
+    head = CatalogueHead(WIDTH, ITEMS, NODE_WIDTH, TEXT_WIDTH)
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter)
     return head
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_single_targets_against_torch(kind):
+def test_single_targets_against_torch():
     hidden, nodes, texts = example()
-    head = head_of(kind)
+    head = head_of()
     rows = head.rows(nodes, texts)
     wanted = torch.tensor([0, 10, 3, 3, 7, 1, 2])
     loss = head(hidden, rows, single_targets(wanted))
@@ -39,7 +37,7 @@ def test_single_targets_against_torch(kind):
 
 def test_soft_targets_against_torch():
     hidden, nodes, texts = example()
-    head = head_of("linear")
+    head = head_of()
     rows = head.rows(nodes, texts)
     counts = torch.tensor([1, 3, 2, 1, 4, 1, 2])
     indptr = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
@@ -59,12 +57,11 @@ def loss_of(
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 6, 7, 100])
-@pytest.mark.parametrize("kind", KINDS)
-def test_parts_change_neither_value_nor_gradient(kind, at_once):
+def test_parts_change_neither_value_nor_gradient(at_once):
     """The gradients are those that autograd finds for the plain product and torch's cross-entropy."""
     hidden, nodes, texts = example()
     hidden.requires_grad_()
-    head, wanted = head_of(kind), torch.tensor([0, 10, 3, 3, 7, 1, 2])
+    head, wanted = head_of(), torch.tensor([0, 10, 3, 3, 7, 1, 2])
     plain = head.query(hidden) @ head.rows(nodes, texts).T + head.bias
     expected = functional.cross_entropy(plain, wanted, reduction="sum")
     loss = loss_of(head, hidden, head.rows(nodes, texts), single_targets(wanted), at_once)
@@ -79,7 +76,7 @@ def test_parts_change_neither_value_nor_gradient(kind, at_once):
 def test_gradients_of_soft_targets_against_torch():
     """An item that stands twice among a position's targets has both weights."""
     hidden, nodes, texts = example()
-    head = head_of("linear")
+    head = head_of()
     items = torch.tensor([2, 2, 5, 0, 1, 2, 3, 9, 9, 10])
     weights = torch.tensor([0.5, 0.25, 0.25, *[1.0] * 5, 0.4, 0.6])
     targets = Targets(torch.tensor([0, 3, 4, 5, 6, 7, 8, 10]), items, weights)
@@ -106,7 +103,7 @@ def test_logits_that_no_softmax_tells_from_zero_have_a_finite_loss():
 def test_no_tensor_that_autograd_keeps_grows_with_the_logits():
     """The memory claim of the docstring: gradients of queries, rows and bias alone are kept."""
     hidden, nodes, texts = example()
-    head = head_of("linear")
+    head = head_of()
     queries, rows = head.query(hidden).detach().requires_grad_(), head.rows(nodes, texts).detach().requires_grad_()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -116,7 +113,7 @@ def test_no_tensor_that_autograd_keeps_grows_with_the_logits():
 
 def test_evaluation_makes_no_gradients(monkeypatch):
     hidden, nodes, texts = example()
-    head = head_of("linear")
+    head = head_of()
     with torch.no_grad():
         rows = head.rows(nodes, texts)
         expected = functional.cross_entropy(head(hidden, rows), torch.arange(POSITIONS), reduction="sum")
@@ -126,9 +123,8 @@ def test_evaluation_makes_no_gradients(monkeypatch):
     assert not loss.requires_grad
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_no_positions_give_zero_that_still_reaches_the_head(kind):
-    head = head_of(kind)
+def test_no_positions_give_zero_that_still_reaches_the_head():
+    head = head_of()
     _, nodes, texts = example()
     hidden = torch.zeros(0, WIDTH, requires_grad=True)
     loss = head(hidden, head.rows(nodes, texts), single_targets(torch.zeros(0).long()))
@@ -140,7 +136,7 @@ def test_no_positions_give_zero_that_still_reaches_the_head(kind):
 
 def test_in_bf16_loss_is_fp32_and_gradients_are_near_those_of_fp32():
     hidden, nodes, texts = example()
-    head, targets = head_of("linear"), single_targets(torch.arange(POSITIONS))
+    head, targets = head_of(), single_targets(torch.arange(POSITIONS))
     gradients = []
     for kind in (torch.float32, torch.bfloat16):
         head = head.to(kind)
@@ -157,7 +153,7 @@ def test_in_bf16_loss_is_fp32_and_gradients_are_near_those_of_fp32():
 def test_rows_in_fp32_match_hidden_states_that_are_not():
     """As under autocast, where the rows keep the free part's precision."""
     hidden, nodes, texts = example()
-    head = head_of("linear")
+    head = head_of()
     rows = head.rows(nodes, texts)
     logits = head.bfloat16()(hidden.bfloat16(), rows)
     assert logits.dtype == torch.bfloat16
@@ -165,13 +161,11 @@ def test_rows_in_fp32_match_hidden_states_that_are_not():
 
 
 @pytest.mark.parametrize("with_texts", [True, False], ids=["texts", "no texts"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_rows_by_hand(kind, with_texts):
-    """R_i = A E_i + P t_i + Δ_i, one item and one column at a time; a tied head has no Δ."""
+@pytest.mark.parametrize("free", [True, False], ids=["free", "not free"])
+def test_the_rows_by_hand(free, with_texts):
+    """R_i = A E_i + P t_i + Δ_i, one item and one column at a time."""
     _, nodes, texts = example()
-    rows = ItemRows(ITEMS, NODE_WIDTH, TEXT_WIDTH if with_texts else None, KINDS[kind])
-    if kind == "linear":
-        torch.nn.init.normal_(rows.free)
+    rows = ItemRows(ITEMS, NODE_WIDTH, TEXT_WIDTH if with_texts else None, free, start=0.5)
     found = rows(nodes, texts if with_texts else None)
     assert found.shape == (ITEMS, NODE_WIDTH)
     for item in range(ITEMS):
@@ -179,28 +173,23 @@ def test_the_rows_by_hand(kind, with_texts):
             expected = sum(rows.from_node.weight[column, d] * nodes[item, d] for d in range(NODE_WIDTH))
             if with_texts:
                 expected = expected + sum(rows.from_text.weight[column, t] * texts[item, t] for t in range(TEXT_WIDTH))
-            if kind == "linear":
+            if free:
+                assert rows.free[item, column] != 0
                 expected = expected + rows.free[item, column]
             torch.testing.assert_close(found[item, column], expected)
+    some = torch.tensor([4, 0, 4])
+    alone = rows(nodes[some], texts[some] if with_texts else None, some)
+    torch.testing.assert_close(alone, found[some])
 
 
-def test_the_tied_head_has_no_parameter_of_an_item_but_its_bias():
-    sizes = [
-        {
-            name: tuple(p.shape)
-            for name, p in CatalogueHead(WIDTH, items, NODE_WIDTH, TEXT_WIDTH, False).named_parameters()
-        }
-        for items in (ITEMS, 2 * ITEMS)
-    ]
-    assert sizes[0].pop("bias") == (ITEMS,)
-    assert sizes[1].pop("bias") == (2 * ITEMS,)
-    assert sizes[0] == sizes[1]
+def test_only_free_rows_have_parameters_of_an_item():
+    own = {free: {n for n, p in ItemRows(ITEMS, 3, 4, free).named_parameters() if len(p) == ITEMS} for free in (0, 1)}
+    assert own == {0: set(), 1: {"free"}}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_head_is_one_linear_layer(kind):
+def test_the_head_is_one_linear_layer():
     """Z = functional.linear(h, R Q, R q + b), of rank d."""
-    head = head_of(kind)
+    head = head_of()
     hidden, nodes, texts = example()
     rows = head.rows(nodes, texts)
     weight = rows @ head.query.weight
@@ -212,7 +201,7 @@ def test_rows_start_as_functions_of_node_and_text():
     """The free part is zero at first, so that items alike in both have equal logits; then it tells them apart."""
     hidden, nodes, texts = example()
     nodes[1], texts[1] = nodes[0], texts[0]
-    head = CatalogueHead(WIDTH, ITEMS, NODE_WIDTH, TEXT_WIDTH, free=True)
+    head = CatalogueHead(WIDTH, ITEMS, NODE_WIDTH, TEXT_WIDTH)
     logits = head(hidden, head.rows(nodes, texts))
     torch.testing.assert_close(logits[:, 0], logits[:, 1], rtol=0, atol=0)
     assert (logits[:, 0] - logits[:, 2]).abs().max() > 0

@@ -213,9 +213,9 @@ assert model.config.num_hidden_layers == 1
 assert AutoTokenizer.from_pretrained(run + "/model/backbone")("cats")["input_ids"]
 with torch.no_grad():
     hidden = model(inputs_embeds=given["embeds"], attention_mask=given["mask"][:, None]).last_hidden_state
-    rows = given["nodes"] @ parts["head.rows.from_node.weight"].T + parts["head.rows.free"]
-    rows = rows + given["texts"] @ parts["head.rows.from_text.weight"].T
-    query = hidden.flatten(0, 1)[given["slots"]] @ parts["head.query.weight"].T + parts["head.query.bias"]
+    rows = given["nodes"] @ parts["item_projector.rows.from_node.weight"].T + parts["item_projector.rows.free"]
+    rows = rows + given["texts"] @ parts["item_projector.rows.from_text.weight"].T
+    query = hidden.flatten(0, 1)[given["slots"]] @ parts["item_projector.fixed_Dr"]
     save_file({"logits": query @ rows.T + parts["head.bias"]}, answer)
 """
 

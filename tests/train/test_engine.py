@@ -577,7 +577,7 @@ def test_bf16_trains_fp32_weights(prepared, tiny_store, tmp_path, plain):
 def test_a_loss_that_is_not_finite_updates_nothing(prepared, tiny_store, tmp_path, plain):
     builder = build_prompts(prepared, tiny_store, RunFolder(prepared.out))
     model = build_model(prepared, tiny_store, builder, RunFolder(prepared.out), distributed=False)
-    model.item_projector.weight.data[0, 0] = math.nan
+    model.item_projector.trained.weight.data[0, 0] = math.nan
     broken = LocalEngine(model, EngineConfig())
     before = broken.state()
     stage = Stage("train", 2, "user-item alignment", StageConfig(batch=12), builder.train.lengths, builder.training)

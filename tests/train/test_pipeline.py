@@ -450,18 +450,12 @@ def test_workers_share_the_ranking_of_a_graph_baseline(tiny_store, tiny_backbone
 
 # ---- what each stage trains
 
-PROJECTORS = {f"{side}_projector.{kind}" for side in ("item", "user") for kind in ("weight", "bias")}
-HEAD = {
-    "head.rows.from_node.weight",
-    "head.rows.from_text.weight",
-    "head.rows.free",
-    "head.query.weight",
-    "head.query.bias",
-    "head.bias",
-}
-ITEM = {"item_projector.weight", "item_projector.bias"}
-USER = PROJECTORS - ITEM
-SLOTS, OFFSETS, FREE = {"answer_slots.weight"}, {"item_offsets.weight"}, {"head.rows.free"}
+ROWS = {"rows.from_node.weight", "rows.from_text.weight"}
+MAPS = {f"item_projector.{part}" for part in ROWS}
+ITEM = MAPS | {"item_projector.trained.weight"}
+HEAD = {"head.query.weight", "head.query.bias", "head.bias"} | {f"head.{part}" for part in ROWS}
+USER = {"user_projector.weight", "user_projector.bias"}
+SLOTS, OWN, FREE = {"answer_slots.weight"}, {"item_projector.rows.free"}, {"head.rows.free"}
 
 
 def trained_in(folder: RunFolder) -> dict[str, set[str]]:
@@ -471,9 +465,9 @@ def trained_in(folder: RunFolder) -> dict[str, set[str]]:
 
 def test_each_stage_trains_its_parts_and_no_others(alone):
     assert trained_in(alone) == {
-        "alignment": ITEM | SLOTS | HEAD - FREE,
-        "histories": ITEM | OFFSETS | HEAD,
-        "train": ITEM | USER | SLOTS | OFFSETS | HEAD,
+        "alignment": ITEM | SLOTS | HEAD,
+        "histories": ITEM | OWN | HEAD | FREE,
+        "train": ITEM | USER | SLOTS | OWN | HEAD | FREE,
     }
 
 
@@ -482,28 +476,36 @@ def test_each_stage_trains_its_parts_and_no_others(alone):
     [
         # The paper's: what stage 2 has trained of the items is fixed from there on.
         (
-            {"model": {"tune_items": False, "user_token": "id", "head": "tied", "text_vectors": False}},
+            {"model": {"tune_items": False, "user_token": "id", "text_vectors": False}},
             {
-                "alignment": ITEM | SLOTS | HEAD - {"head.rows.from_text.weight", "head.rows.free"},
-                "histories": HEAD - {"head.rows.from_text.weight", "head.rows.free"},
-                "train": SLOTS | HEAD - {"head.rows.from_text.weight", "head.rows.free"},
+                "alignment": {part for part in ITEM | SLOTS | HEAD if "text" not in part},
+                "histories": {part for part in HEAD | FREE if "text" not in part},
+                "train": {part for part in SLOTS | HEAD | FREE if "text" not in part},
+            },
+        ),
+        (
+            {"model": {"head": "tied"}},
+            {
+                "alignment": MAPS | SLOTS | {"head.bias"},
+                "histories": MAPS | OWN | {"head.bias"},
+                "train": MAPS | USER | SLOTS | OWN | {"head.bias"},
             },
         ),
         # Without stage 2, something must train the item projector.
         (
             {"model": {"tune_items": False, "item_alignment": False}},
-            {"histories": ITEM | HEAD, "train": ITEM | USER | SLOTS | HEAD},
+            {"histories": ITEM | HEAD | FREE, "train": ITEM | USER | SLOTS | HEAD | FREE},
         ),
         (
             {"model": {"tune_items": False}, "alignment": {"epochs": 0}, "histories": {"epochs": 0}},
-            {"train": ITEM | USER | SLOTS | HEAD},
+            {"train": ITEM | USER | SLOTS | HEAD | FREE},
         ),
         (
             {"model": {"history_loss": False}},
-            {"alignment": ITEM | SLOTS | HEAD - FREE, "train": ITEM | USER | SLOTS | OFFSETS | HEAD},
+            {"alignment": ITEM | SLOTS | HEAD, "train": ITEM | USER | SLOTS | OWN | HEAD | FREE},
         ),
     ],
-    ids=["paper", "no stage 2", "train only", "no history loss"],
+    ids=["paper", "tied", "no stage 2", "train only", "no history loss"],
 )
 def test_what_is_frozen_where(tiny_store, tiny_backbone, tmp_path, changes, expected):
     short = {"alignment": {"epochs": 1}, "train": {"epochs": 1}}
