@@ -59,7 +59,8 @@ def config_of(recipe: str, store, backbone: Path, out: Path, **changes: object) 
     ("recipe", "changes"),
     [
         ("glta", {}),
-        ("glta", {"model": {"head": "tied", "tune_items": False, "user_token": "id"}}),
+        ("glta", {"model": {"tune_items": False, "user_token": "id"}}),
+        ("glta", {"model": {"head": "tied"}}),
         ("galrec", {}),
         ("galrec", {"model": {"tuning": "lora", "contrast": {"momentum": 0.9}}}),
         ("galrec", {"model": {"tuning": "frozen", "text_vectors": False, "title_tokens": 2}}),
@@ -237,7 +238,7 @@ def test_large_models_come_again_under_zero_3():
 
 def test_the_choice_is_the_simplest_that_fits(tiny_store, tiny_backbone, tmp_path):
     """With all the room there is, ZeRO 0; with room for less, a higher stage or offload; with none, nothing."""
-    config = config_of("galrec", tiny_store, tiny_backbone, tmp_path)
+    config = config_of("galrec", tiny_store, tiny_backbone, tmp_path, model={"head": "linear"})
     sizes = sizes_of(config, None, None, None)
     found = plan(config, sizes, 8, H100, price=2.0)
     assert (found["choice"]["stage"], found["choice"]["offload"]) == (0, "-")
