@@ -16,7 +16,7 @@ from raygrec.train.plan import RESERVED, Setting, estimate, sizes_of, work_of
 
 HERE = Accelerator(1000.0, 1.0, 1.0, 1.0)  # of which memory alone is looked at
 CASES: dict[str, tuple[str, list[str]]] = {
-    "GAL-Rec, MiniLM's first 2 layers, 128 prompts": ("galrec.yaml", []),
+    "GAL-Rec, MiniLM's first layer, 128 prompts": ("galrec.yaml", []),
     "GAL-Rec, all of MiniLM, 64 prompts": (
         "galrec.yaml",
         ["backbone.layers=null", "train.batch=64", "train.micro_batch=64"],
