@@ -68,9 +68,10 @@ def _suite(suite: Any, found: list[dict[str, Any]]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in example["machine"]["versions"].items())
     seeds = sorted({len(by_name[name]) for name in suite.cells if by_name[name]})
     texts = f"text source: {example['metrics']['texts']}; " if "texts" in example["metrics"] else ""
+    counts = " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
     lines = [
         f"## {suite.title}\n",
-        f"{' to '.join(map(str, seeds))} seed{'s' if seeds[-1] != 1 else ''} a row (no ±: one); {texts}"
+        f"{counts} seed{'s' if counts != '1' else ''} a row (no ±: one); {texts}"
         f"{example['machine']['processor']}; {versions}. {suite.note}\n",
         markdown_table(rows),
         f"One cell: `{example['command']}`; all of them: `python -m bench.quality run {example['suite']}`.\n",
