@@ -195,7 +195,7 @@ def fixed_parts(model: Model) -> dict[str, torch.Tensor]:
     """What a reader of a saved model needs besides its trained parts and the language model."""
     parameters = dict(model.named_parameters())
     kept = {name: value for name, value in model.state_dict().items() if name not in parameters}
-    return {name: value.cpu() for name, value in kept.items() if not name.startswith(BACKBONE)}
+    return {name: value.float().cpu() for name, value in kept.items() if not name.startswith(BACKBONE)}
 
 
 def save_model(config: RunConfig, folder: RunFolder, parts: dict[str, torch.Tensor]) -> None:
