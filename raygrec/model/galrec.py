@@ -21,9 +21,8 @@ from raygrec.graph.lightgcn import NodeEmbeddings
 from raygrec.graph.neighbours import NeighbourConfig, NeighbourSampler
 from raygrec.model.backbone import Backbone, LoRAConfig
 from raygrec.model.contrast import EMPTY, MomentumCopy, NegativeQueue, contrast_terms
-from raygrec.model.dropout import keyed_dropout
-from raygrec.model.head import CatalogueHead, Targets, TiedHead
-from raygrec.model.nodes import NODE_SCALE, ItemProjector, NodeTables, projector, scaled_texts
+from raygrec.model.head import Targets
+from raygrec.model.nodes import NODE_SCALE, GraphReader
 from raygrec.model.prompts import (
     Placed,
     PromptBatch,
@@ -372,12 +371,8 @@ class _Hidden(nn.Module):
         return self.model.hidden(batch)
 
 
-class GALRec(nn.Module):
-    """The language model, projectors of external embeddings, task tokens, head, and the queues of negatives.
-
-    The node vectors come from graph pretraining, item_texts [I, t] from the language model before it is tuned; all
-    stay fixed.
-    """
+class GALRec(GraphReader):
+    """The language model, projectors of external embeddings, task tokens, head, and the queues of negatives."""
 
     def __init__(
         self,
@@ -388,22 +383,14 @@ class GALRec(nn.Module):
         item_texts: torch.Tensor | None,
         token_scale: float,
     ) -> None:
-        super().__init__()
-        self.config, self.symbols = config, symbols
+        read = (tuned(backbone, config), symbols, nodes, item_texts, token_scale)
+        super().__init__(*read, config.head == "tied", config.dropout, NODE_SCALE * config.graph_vectors)
+        self.config = config
         contrast = config.contrast
         self.terms = {"cross_entropy": 1.0, "l1": contrast.l1, "l2": contrast.l2, "l3": contrast.l3}
         self.lr_shares = {"backbone.": config.lora.lr if config.tuning == "lora" else config.backbone_lr}
-        self.backbone = tuned(backbone, config)
-        self.nodes = NodeTables(nodes, NODE_SCALE * config.graph_vectors)
-        self.register_buffer("item_texts", None if item_texts is None else scaled_texts(item_texts), persistent=False)
-        node_width, text_width = self.nodes.width, None if item_texts is None else item_texts.shape[1]
-        shown = (symbols.items, node_width, text_width)
-        tied = config.head == "tied"
-        self.item_projector = ItemProjector(*shown, backbone.width, token_scale, tied)
-        self.user_projector = projector(node_width, backbone.width, token_scale)
         self.hop_tokens = nn.Embedding(HOPS, backbone.width)
         nn.init.normal_(self.hop_tokens.weight, std=token_scale)
-        self.head = TiedHead(symbols.items) if tied else CatalogueHead(backbone.width, *shown)
         self.slow = None
         if contrast.momentum is not None:
             trained = {
@@ -420,12 +407,7 @@ class GALRec(nn.Module):
         summed over all ranks.
         """
         hidden = self.hidden(batch)
-        answers_PD = hidden.at(batch.answers)
-        if batch.dropout_keys is not None:
-            width = batch.symbols.shape[1]
-            rows, columns = batch.answers // width, batch.answers % width
-            answers_PD = keyed_dropout(answers_PD, self.config.dropout, batch.dropout_keys[rows], columns, use=1)
-        recommended = self._matched(answers_PD, batch.targets)
+        recommended = self.recommending_loss(hidden, batch)
         return torch.stack([recommended, *self._contrast(hidden, batch)])
 
     def _contrast(self, hidden: Placed, batch: HopBatch) -> list[torch.Tensor]:
@@ -486,7 +468,7 @@ class GALRec(nn.Module):
     def slot_logits(self, batch: HopBatch, slots: int | None = None) -> torch.Tensor:
         """Logits [B, 1, I] at the read-out position."""
         hidden = self.hidden(batch).at(batch.slots[:, 0])
-        return self._matched(hidden)[:, None]
+        return self.matched(hidden)[:, None]
 
     def hidden(self, batch: HopBatch) -> Placed:
         """Last hidden states."""
@@ -500,9 +482,7 @@ class GALRec(nn.Module):
         """Embeddings of the symbols."""
 
         def items(numbers: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-            texts = None if self.item_texts is None else self.item_texts[numbers]
-            tokens = self.item_projector(self.nodes.items(numbers, batch.tables[rows]), texts, numbers)
-            return self._dropped(tokens, batch, rows, columns)
+            return self.dropped(self.item_tokens(numbers, batch.tables[rows]), batch, rows, columns)
 
         def users(numbers: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
             # A user's own token is rebuilt from the history that the prompt shows, which holds no target.
@@ -510,23 +490,9 @@ class GALRec(nn.Module):
             mine = batch.own[rows, columns]
             nodes = self.nodes.users_Ud[numbers]
             nodes = torch.where(mine[:, None], shown[rows.clamp(max=len(shown) - 1)], nodes)
-            return self._dropped(self.user_projector(nodes), batch, rows, columns)
+            return self.dropped(self.user_projector(nodes), batch, rows, columns)
 
         def hops(numbers: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
             return self.hop_tokens(numbers)
 
         return embed_symbols(batch.symbols, self.symbols, self.backbone.embed, items, users, hops)
-
-    def _dropped(
-        self, tokens: torch.Tensor, batch: HopBatch, rows: torch.Tensor, columns: torch.Tensor
-    ) -> torch.Tensor:
-        if batch.dropout_keys is None:
-            return tokens
-        return keyed_dropout(tokens, self.config.dropout / 2, batch.dropout_keys[rows], columns, use=2)
-
-    def _matched(self, hidden_PD: torch.Tensor, targets: Targets | None = None) -> torch.Tensor:
-        """Logits [P, I] of hidden states, or their cross-entropy."""
-        known = self.nodes.items_Id, self.item_texts
-        if self.config.head == "tied":
-            return self.head(self.item_projector.queries(hidden_PD), self.item_projector.rows(*known), targets)
-        return self.head(hidden_PD, self.head.rows(*known), targets)

@@ -17,9 +17,8 @@ from raygrec.data.filters import first_occurrences
 from raygrec.draws import Draws
 from raygrec.graph.lightgcn import NodeEmbeddings
 from raygrec.model.backbone import Backbone
-from raygrec.model.dropout import keyed_dropout
-from raygrec.model.head import CatalogueHead, ItemRows, Targets, TiedHead
-from raygrec.model.nodes import ItemProjector, NodeTables, projector, scaled_texts, sum_rows
+from raygrec.model.head import ItemRows, Targets
+from raygrec.model.nodes import GraphReader, sum_rows
 from raygrec.model.profiles import telling_terms
 from raygrec.model.prompts import (
     Placed,
@@ -350,11 +349,8 @@ class PromptBuilder:
         return answers, as_targets(rows, items, len(answers))
 
 
-class GLTA(nn.Module):
-    """The trained parts (two projectors, answer slots, head) around a frozen backbone.
-
-    The node vectors come from graph pretraining and stay fixed.
-    """
+class GLTA(GraphReader):
+    """The trained parts (two projectors, answer slots, head) around a frozen backbone."""
 
     def __init__(
         self,
@@ -366,37 +362,23 @@ class GLTA(nn.Module):
         token_scale: float,
         ordered: bool = True,
     ) -> None:
-        super().__init__()
+        read = (backbone.freeze(), symbols, nodes, item_texts, token_scale)
+        super().__init__(*read, config.head == "tied", config.dropout, free=config.tune_items)
         self.config = config
         self.terms = {"cross_entropy": 1.0}
         self.slot_seed = {"auto": "newest" if ordered else "sum"}.get(config.slot_seed, config.slot_seed)
-        self.symbols = symbols
-        self.backbone = backbone.freeze()
-        self.nodes = NodeTables(nodes)
-        texts = None if item_texts is None else scaled_texts(item_texts)
-        self.register_buffer("item_texts", texts, persistent=False)
-        shown = (symbols.items, self.nodes.width, None if texts is None else texts.shape[1])
-        tied = config.head == "tied"
-        self.item_projector = ItemProjector(*shown, backbone.width, token_scale, tied, free=config.tune_items)
-        self.user_projector = projector(self.nodes.width, backbone.width, token_scale)
         self.answer_slots = nn.Embedding(symbols.slots, backbone.width)
         nn.init.normal_(self.answer_slots.weight, std=token_scale)
-        self.head = TiedHead(symbols.items) if tied else CatalogueHead(backbone.width, *shown)
 
     def forward(self, batch: PromptBatch) -> torch.Tensor:
         """Cross-entropy summed over the batch's answer positions; divide by their global count."""
-        hidden_PD = self.hidden(batch).at(batch.answers)
-        if batch.dropout_keys is not None:
-            width = batch.symbols.shape[1]
-            rows, columns = batch.answers // width, batch.answers % width
-            hidden_PD = keyed_dropout(hidden_PD, self.config.dropout, batch.dropout_keys[rows], columns, use=1)
-        return self._matched(hidden_PD, batch.targets)
+        return self.recommending_loss(self.hidden(batch), batch)
 
     def slot_logits(self, batch: PromptBatch, slots: int | None = None) -> torch.Tensor:
         """Logits [B, s, I] of the first s answer slots (default: all k)."""
         positions = batch.slots[:, :slots]
         hidden = self.hidden(batch).at(positions.flatten())
-        return self._matched(hidden).view(*positions.shape, -1)
+        return self.matched(hidden).view(*positions.shape, -1)
 
     def hidden(self, batch: PromptBatch) -> Placed:
         """Last hidden states."""
@@ -406,10 +388,7 @@ class GLTA(nn.Module):
         """Embeddings of the symbols: tokens, and in between projected nodes and answer slots."""
 
         def items(numbers: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-            tokens = self._item_tokens(numbers, batch.tables[rows])
-            if batch.dropout_keys is None:
-                return tokens
-            return keyed_dropout(tokens, self.config.dropout / 2, batch.dropout_keys[rows], columns, use=2)
+            return self.dropped(self.item_tokens(numbers, batch.tables[rows]), batch, rows, columns)
 
         here = (batch.symbols >= self.symbols.first_user) & (batch.symbols < self.symbols.first_slot)
         user_rows = here.nonzero()[:, 0]
@@ -425,22 +404,6 @@ class GLTA(nn.Module):
             return tokens + self._slot_seeds(batch).index_add(0, user_rows, user_tokens)[rows]
 
         return embed_symbols(batch.symbols, self.symbols, self.backbone.embed, items, users, slots)
-
-    def _matched(self, hidden_PD: torch.Tensor, targets: Targets | None = None) -> torch.Tensor:
-        """Logits [P, I] of hidden states, or their cross-entropy."""
-        known = self.nodes.items_Id, self.item_texts
-        if self.config.head == "tied":
-            return self.head(self.item_projector.queries(hidden_PD), self.item_projector.rows(*known), targets)
-        return self.head(hidden_PD, self.head.rows(*known), targets)
-
-    def _vectors(self, items: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
-        """x_i [n, r] of items [n], each node from the given fit."""
-        texts = None if self.item_texts is None else self.item_texts[items]
-        return self.item_projector.rows(self.nodes.items(items, tables), texts, items)
-
-    def _item_tokens(self, items: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
-        """V_i = W x_i: items [n] to embeddings [n, D]."""
-        return self.item_projector.projected(self._vectors(items, tables))
 
     def train_stage_2(self) -> None:
         """Gradients where stage 2 wants them: matching descriptions is for the maps, not for what single items have
@@ -468,9 +431,9 @@ class GLTA(nn.Module):
         counts = batch.history_indptr.diff()
         if self.slot_seed == "newest":
             shown = torch.cat([batch.history, batch.history.new_zeros(1)])  # prompts may show nothing
-            vectors = self._vectors(shown[(batch.history_indptr[1:] - 1).clamp(min=0)], batch.tables)
+            vectors = self.item_rows(shown[(batch.history_indptr[1:] - 1).clamp(min=0)], batch.tables)
         else:
-            entries = self._vectors(batch.history, batch.tables.repeat_interleave(counts))
+            entries = self.item_rows(batch.history, batch.tables.repeat_interleave(counts))
             vectors = sum_rows(entries, counts) / counts.clamp(min=1).sqrt()[:, None]
         return self.item_projector.projected(vectors) * (counts > 0)[:, None]
 

@@ -12,7 +12,7 @@ ROW_SCALE = 0.3  # standard deviation of the rows' start where what they are mad
 
 
 class ItemRows(nn.Module):
-    """Rows [I, r] of the items: A E_i + P t_i + Δ_i, from node embeddings E and text vectors t.
+    """Rows [n, r] of items: A E_i + P t_i + Δ_i, from node embeddings E and text vectors t.
 
     Δ makes the rows free (`free`); it starts with the standard deviation `start`. Without it they stay functions of E
     and t, whatever their number. Rows therefore start as what the graph and the language model know of an item.

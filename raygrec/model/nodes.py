@@ -1,11 +1,13 @@
-"""What both recipes do with node and text vectors before the language model reads them."""
+"""What both recipes have around the language model: node and text vectors, projectors into its token space, head."""
 
 import torch
 from torch import nn
 
 from raygrec.graph.lightgcn import NodeEmbeddings
-from raygrec.model.head import ROW_SCALE, ItemRows
-from raygrec.model.prompts import PromptBatch
+from raygrec.model.backbone import Backbone
+from raygrec.model.dropout import keyed_dropout
+from raygrec.model.head import ROW_SCALE, CatalogueHead, ItemRows, Targets, TiedHead
+from raygrec.model.prompts import Placed, PromptBatch, Symbols
 
 # Standard deviations of what a projector reads. Adam moves an item's trained offset as fast whatever stands beside it:
 # small nodes leave it the room to correct what they remember of the very edges that are to be predicted.
@@ -33,7 +35,7 @@ def projector(source: int, width: int, scale: float) -> nn.Linear:
 
 
 class ItemProjector(nn.Module):
-    """Item tokens V_i = W x_i in the token space, x = `ItemRows`.
+    """Item tokens V_i = W x_i in the token space, x = `rows`.
 
     With a tied head W is a fixed frame, and the head reads tokens back through it: V_iᵀ h = x_iᵀ (Wᵀ h), so that x are
     its rows and Wᵀ h its queries, at r · |I| a position and not D · |I|. [ours] A trained W would be a second factor in
@@ -58,12 +60,8 @@ class ItemProjector(nn.Module):
             nn.init.normal_(self.trained.weight, std=size)
         self.register_buffer("fixed_Dr", size * frame(width, node_width) if tied else None)
 
-    def forward(self, nodes_nd: torch.Tensor, texts_nt: torch.Tensor | None, items_n: torch.Tensor) -> torch.Tensor:
-        """Tokens [n, D] of the items with these numbers, nodes and text vectors."""
-        return self.projected(self.rows(nodes_nd, texts_nt, items_n))
-
     def projected(self, rows_nr: torch.Tensor) -> torch.Tensor:
-        """W x [n, D]."""
+        """Tokens W x [n, D]."""
         return rows_nr @ self.fixed_Dr.T.to(rows_nr.dtype) if self.trained is None else self.trained(rows_nr)
 
     def queries(self, hidden_PD: torch.Tensor) -> torch.Tensor:
@@ -121,3 +119,66 @@ def users_of_items(item_shares_Id: torch.Tensor, items_n: torch.Tensor, counts_B
     """Node vectors [B, d] of users known by their items alone, |H|^-1/2 Σ shares: `propagate_users` on `counts_B[b]`
     entries of `items_n` each."""
     return sum_rows(item_shares_Id[items_n], counts_B) / counts_B.clamp(min=1).sqrt()[:, None]
+
+
+class GraphReader(nn.Module):
+    """A language model that reads nodes as tokens and answers over the catalogue: the base of both recipes.
+
+    The node vectors come from graph pretraining, item_texts [I, t] from the language model before it is tuned; both
+    stay fixed. dropout: share of the hidden states' entries that the head does not see in training, and half that share
+    of the node tokens'. free: items have something of their own in their tokens.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        symbols: Symbols,
+        nodes: NodeEmbeddings,
+        item_texts: torch.Tensor | None,
+        token_scale: float,
+        tied: bool,
+        dropout: float,
+        node_scale: float = NODE_SCALE,
+        free: bool = True,
+    ) -> None:
+        super().__init__()
+        self.symbols, self.backbone, self.dropout = symbols, backbone, dropout
+        self.nodes = NodeTables(nodes, node_scale)
+        self.register_buffer("item_texts", None if item_texts is None else scaled_texts(item_texts), persistent=False)
+        shown = (symbols.items, self.nodes.width, None if item_texts is None else item_texts.shape[1])
+        self.item_projector = ItemProjector(*shown, backbone.width, token_scale, tied, free)
+        self.user_projector = projector(self.nodes.width, backbone.width, token_scale)
+        self.head = TiedHead(symbols.items) if tied else CatalogueHead(backbone.width, *shown)
+
+    def item_rows(self, items_n: torch.Tensor, tables_n: torch.Tensor) -> torch.Tensor:
+        """x_i [n, r] of items, each node from the given fit."""
+        texts_nt = None if self.item_texts is None else self.item_texts[items_n]
+        return self.item_projector.rows(self.nodes.items(items_n, tables_n), texts_nt, items_n)
+
+    def item_tokens(self, items_n: torch.Tensor, tables_n: torch.Tensor) -> torch.Tensor:
+        """V_i = W x_i [n, D] of items, each node from the given fit."""
+        return self.item_projector.projected(self.item_rows(items_n, tables_n))
+
+    def dropped(
+        self, tokens: torch.Tensor, batch: PromptBatch, rows: torch.Tensor, columns: torch.Tensor
+    ) -> torch.Tensor:
+        """Node tokens [n, D] at these places of the prompts, with the dropout of training."""
+        if batch.dropout_keys is None:
+            return tokens
+        return keyed_dropout(tokens, self.dropout / 2, batch.dropout_keys[rows], columns, use=2)
+
+    def recommending_loss(self, hidden: Placed, batch: PromptBatch) -> torch.Tensor:
+        """Cross-entropy summed over the batch's answer positions."""
+        answers_PD = hidden.at(batch.answers)
+        if batch.dropout_keys is not None:
+            width = batch.symbols.shape[1]
+            rows, columns = batch.answers // width, batch.answers % width
+            answers_PD = keyed_dropout(answers_PD, self.dropout, batch.dropout_keys[rows], columns, use=1)
+        return self.matched(answers_PD, batch.targets)
+
+    def matched(self, hidden_PD: torch.Tensor, targets: Targets | None = None) -> torch.Tensor:
+        """Logits [P, I] of hidden states; with targets their cross-entropy, as `catalogue_cross_entropy`."""
+        known = self.nodes.items_Id, self.item_texts
+        if isinstance(self.head, TiedHead):
+            return self.head(self.item_projector.queries(hidden_PD), self.item_projector.rows(*known), targets)
+        return self.head(hidden_PD, self.head.rows(*known), targets)

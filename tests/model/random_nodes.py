@@ -25,7 +25,7 @@ def expected_logits(model: nn.Module, hidden_PD: torch.Tensor) -> torch.Tensor:
     known = model.nodes.items_Id, model.item_texts
     if model.config.head == "linear":
         return model.head.query(hidden_PD) @ model.head.rows(*known).T + model.head.bias
-    tokens_ID = model.item_projector(*known, torch.arange(len(model.nodes.items_Id)))
+    tokens_ID = model.item_projector.projected(model.item_projector.rows(*known))
     return hidden_PD @ tokens_ID.T + model.head.bias
 
 

@@ -205,7 +205,7 @@ def test_the_title_of_a_later_item_changes_no_earlier_representation(place, kind
     for text in ([30, 32], [30, 31, 33], []):
         after, hop1_after = states(text)
         for number in range(place):
-            torch.testing.assert_close(after[number], before[number], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(after[number], before[number], rtol=1e-6, atol=1e-6)
         for number in range(place, 3):
             assert (after[number][-1] - before[number][-1]).abs().max() > 1e-4
         assert (hop1_after - hop1).abs().max() > 1e-4

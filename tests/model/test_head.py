@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from raygrec.model.head import CatalogueHead, ItemRows, Targets, catalogue_cross_entropy, matched
+from raygrec.model.head import CatalogueHead, ItemRows, Targets, TiedHead, catalogue_cross_entropy, matched
 
 POSITIONS, WIDTH, ITEMS, NODE_WIDTH, TEXT_WIDTH = 7, 5, 11, 3, 4
 
@@ -180,6 +180,10 @@ def test_the_rows_by_hand(free, with_texts):
     some = torch.tensor([4, 0, 4])
     alone = rows(nodes[some], texts[some] if with_texts else None, some)
     torch.testing.assert_close(alone, found[some])
+
+
+def test_a_tied_head_has_no_parameter_but_a_bias_an_item():
+    assert {name: tuple(p.shape) for name, p in TiedHead(ITEMS).named_parameters()} == {"bias": (ITEMS,)}
 
 
 def test_only_free_rows_have_parameters_of_an_item():

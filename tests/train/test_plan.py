@@ -238,6 +238,7 @@ def test_large_models_come_again_under_zero_3():
 
 def test_the_choice_is_the_simplest_that_fits(tiny_store, tiny_backbone, tmp_path):
     """With all the room there is, ZeRO 0; with room for less, a higher stage or offload; with none, nothing."""
+    # Two large tables: ZeRO-3 gathers one parameter whole, and saves nothing where that is all there is.
     config = config_of("galrec", tiny_store, tiny_backbone, tmp_path, model={"head": "linear"})
     sizes = sizes_of(config, None, None, None)
     found = plan(config, sizes, 8, H100, price=2.0)
