@@ -22,7 +22,7 @@ from raygrec.graph.neighbours import NeighbourConfig, NeighbourSampler
 from raygrec.model.backbone import Backbone, LoRAConfig
 from raygrec.model.contrast import EMPTY, MomentumCopy, NegativeQueue, contrast_terms
 from raygrec.model.head import Targets
-from raygrec.model.nodes import NODE_SCALE, GraphReader
+from raygrec.model.nodes import GraphReader
 from raygrec.model.prompts import (
     Placed,
     PromptBatch,
@@ -96,7 +96,8 @@ class GALRecConfig(StrictConfig):
     neighbours: NeighbourConfig = NeighbourConfig()
     contrast: ContrastConfig = ContrastConfig()
     graph_vectors: bool = True
-    """External embeddings: the LightGCN vector in a node's token, and in the head's row of an item."""
+    """External embeddings: the LightGCN vector in a node's token, and in the head's row of an item. Without it no
+    graph is pretrained, and users are known by the texts of their items (`nodes_of_texts`)."""
     text_vectors: bool = True
     """External embeddings: the frozen text vector in an item's token, and in the head's row."""
     tuning: Literal["full", "lora", "frozen"] = "full"
@@ -384,7 +385,7 @@ class GALRec(GraphReader):
         token_scale: float,
     ) -> None:
         read = (tuned(backbone, config), symbols, nodes, item_texts, token_scale)
-        super().__init__(*read, config.head == "tied", config.dropout, NODE_SCALE * config.graph_vectors)
+        super().__init__(*read, config.head == "tied", config.dropout)
         self.config = config
         contrast = config.contrast
         self.terms = {"cross_entropy": 1.0, "l1": contrast.l1, "l2": contrast.l2, "l3": contrast.l3}

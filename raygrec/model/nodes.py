@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from raygrec.graph.lightgcn import NodeEmbeddings
+from raygrec.data.arrays import CSR
+from raygrec.graph.lightgcn import NodeEmbeddings, propagate_users
 from raygrec.model.backbone import Backbone
 from raygrec.model.dropout import keyed_dropout
 from raygrec.model.head import ROW_SCALE, CatalogueHead, ItemRows, Targets, TiedHead
@@ -19,6 +20,29 @@ def scaled_texts(texts_It: torch.Tensor) -> torch.Tensor:
     """Text vectors without their common direction, with standard deviation `TEXT_SCALE`."""
     centred_It = texts_It - texts_It.mean(0)
     return TEXT_SCALE * centred_It / centred_It.std().clamp(min=1e-6)
+
+
+def nodes_of_texts(texts_It: torch.Tensor | None, train: CSR, num_items: int, width: int) -> NodeEmbeddings:
+    """Where no graph is read: items without a node vector, and users known by the texts of their items alone.
+
+    A user is |H|^-1/2 Σ of the items' `scaled_texts`, in the `width` directions in which these differ most; zero
+    without texts.
+    """
+    shares_Id = torch.zeros(num_items, width)
+    if texts_It is not None:
+        known_It = scaled_texts(texts_It.float())
+        _, directions_tt = torch.linalg.eigh(known_It.T @ known_It)  # ascending
+        most = directions_tt.flip(1)[:, :width]
+        shares_Id[:, : most.shape[1]] = known_It @ most
+    return NodeEmbeddings(
+        users=propagate_users(shares_Id, train),
+        items=torch.zeros(num_items, width),
+        users_ego=torch.zeros(len(train), width),
+        items_inductive=shares_Id,
+        fold_of=torch.zeros(len(train), dtype=torch.int64),
+        fold_items=torch.zeros(0, num_items, width),
+        fold_shares=torch.zeros(0, num_items, width),
+    )
 
 
 def token_scale(token_embeddings: torch.Tensor) -> float:
@@ -84,16 +108,16 @@ def sum_rows(vectors: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
 
 
 class NodeTables(nn.Module):
-    """Node vectors of graph pretraining, with the standard deviation `scale`; fixed, and no part of a checkpoint.
+    """Node vectors, with the standard deviation `NODE_SCALE`; fixed, and no part of a checkpoint.
 
     Items and the shares that users are rebuilt from are there once per fit of the graph: [K + 1, I, d]. Fit 0 knows
     every edge; a prompt about a user reads the one that knows none of the user's (`PromptBatch.tables`).
     """
 
-    def __init__(self, nodes: NodeEmbeddings, scale: float = NODE_SCALE) -> None:
+    def __init__(self, nodes: NodeEmbeddings) -> None:
         super().__init__()
         self.width = nodes.items.shape[1]
-        of_items, of_users = scale / nodes.items.std(), scale / nodes.users.std()
+        of_items, of_users = (NODE_SCALE / known.std().clamp(min=1e-12) for known in (nodes.items, nodes.users))
         self.register_buffer("items_KId", nodes.item_tables * of_items, persistent=False)
         self.register_buffer("shares_KId", nodes.share_tables * of_users, persistent=False)
         self.register_buffer("users_Ud", nodes.users * of_users, persistent=False)
@@ -124,9 +148,9 @@ def users_of_items(item_shares_Id: torch.Tensor, items_n: torch.Tensor, counts_B
 class GraphReader(nn.Module):
     """A language model that reads nodes as tokens and answers over the catalogue: the base of both recipes.
 
-    The node vectors come from graph pretraining, item_texts [I, t] from the language model before it is tuned; both
-    stay fixed. dropout: share of the hidden states' entries that the head does not see in training, and half that share
-    of the node tokens'. free: items have something of their own in their tokens.
+    The node vectors come from graph pretraining (or `nodes_of_texts`), item_texts [I, t] from the language model before
+    it is tuned; both stay fixed. dropout: share of the hidden states' entries that the head does not see in training,
+    and half that share of the node tokens'. free: items have something of their own in their tokens.
     """
 
     def __init__(
@@ -138,12 +162,11 @@ class GraphReader(nn.Module):
         token_scale: float,
         tied: bool,
         dropout: float,
-        node_scale: float = NODE_SCALE,
         free: bool = True,
     ) -> None:
         super().__init__()
         self.symbols, self.backbone, self.dropout = symbols, backbone, dropout
-        self.nodes = NodeTables(nodes, node_scale)
+        self.nodes = NodeTables(nodes)
         self.register_buffer("item_texts", None if item_texts is None else scaled_texts(item_texts), persistent=False)
         shown = (symbols.items, self.nodes.width, None if item_texts is None else item_texts.shape[1])
         self.item_projector = ItemProjector(*shown, backbone.width, token_scale, tied, free)

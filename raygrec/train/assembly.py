@@ -16,7 +16,7 @@ from raygrec.graph.lightgcn import NodeEmbeddings
 from raygrec.model.backbone import Backbone, BackboneConfig, generate, load_tokenizer, peft_library, positions, resolve
 from raygrec.model.galrec import HOPS, GALRec, HopPrompts, tuned
 from raygrec.model.glta import GLTA, Phrases, PromptBuilder, opening_tokens
-from raygrec.model.nodes import scaled_texts, token_scale
+from raygrec.model.nodes import nodes_of_texts, scaled_texts, token_scale
 from raygrec.model.profiles import inverse_frequency
 from raygrec.model.prompts import Symbols, expand, join_rows, repeated, truncated
 from raygrec.model.text_vectors import load_or_read_texts
@@ -64,8 +64,9 @@ def prepare_run(config: RunConfig, folder: RunFolder) -> None:
     """What must exist before workers start: token ids, node embeddings, generated texts. Each is made once."""
     check_packages(config.track)
     store = _prepare_store(config)
-    if config.reads_graph and not folder.nodes_file.exists():
-        _nodes(config, store).save(folder.nodes_file, {"source": "LightGCN", "seed": config.seed})
+    if not isinstance(config, SequentialRun) and not folder.nodes_file.exists():
+        source = "LightGCN" if config.reads_graph else "texts"
+        _nodes(config, store).save(folder.nodes_file, {"source": source, "seed": config.seed})
     if isinstance(config, GLTARun) and config.model.texts.source == "generated" and not folder.texts_file.exists():
         _write_texts(config, store, folder.texts_file)
 
@@ -91,6 +92,9 @@ def _prepare_store(config: RunConfig) -> Store:
 
 
 def _nodes(config: RunConfig, store: Store) -> NodeEmbeddings:
+    if not config.reads_graph:
+        texts = item_texts(config, store)
+        return nodes_of_texts(texts, store.interactions("train"), store.num_items, config.graph.dim)
     return load_or_pretrain(
         store.interactions("train"),
         store.interactions("valid"),

@@ -228,6 +228,10 @@ class GALRecRun(OnePositionRun):
         return "GAL-Rec"
 
     @property
+    def reads_graph(self) -> bool:
+        return self.model.graph_vectors
+
+    @property
     def reads_texts(self) -> bool:
         return self.model.text_vectors
 

@@ -12,7 +12,7 @@ from raygrec.graph.lightgcn import propagate_users
 from raygrec.model.backbone import Backbone, BackboneConfig
 from raygrec.model.contrast import info_nce
 from raygrec.model.galrec import HOPS, GALRec, GALRecConfig, HopBatch, HopPrompts
-from raygrec.model.nodes import token_scale
+from raygrec.model.nodes import nodes_of_texts, token_scale
 from raygrec.model.prompts import PAD, Symbols
 from tests.model.random_nodes import expected_logits, expected_token, parts_around, random_nodes
 
@@ -504,6 +504,8 @@ def model_of(prompter: HopPrompts, backbone: Backbone, with_texts: bool = True) 
     texts, nodes = torch.randn(ITEMS, 4), random_nodes(symbols.users, ITEMS)
     texts = 5 + 2 * torch.cat([texts, texts**2], dim=1) if with_texts else None
     scale = token_scale(backbone.model.get_input_embeddings().weight)
+    if not prompter.config.graph_vectors:
+        nodes = nodes_of_texts(texts, prompter.train, ITEMS, 4)
     model = GALRec(prompter.config, backbone, symbols, nodes, texts, scale)
     prompter.tables = nodes.fold_of.numpy()
     for parameter in (p for p in model.parameters() if p.requires_grad and not p.any()):
@@ -525,8 +527,8 @@ def test_every_symbol_is_embedded_as_its_kind(graph, with_texts, backbone):
     with torch.no_grad():
         embeds = model.embed(batch).padded()
         for row, symbols in enumerate(rows(batch)):
-            # Users read the fit without them, items the fit on all edges.
-            fit = 1 + row % 2 if row < 14 else 0
+            # Users read the fit without them, items the fit on all edges; without a graph there is one.
+            fit = 1 + row % 2 if graph and row < 14 else 0
             for column, symbol in enumerate(symbols):
                 if symbol < base.first_item:
                     kind, expected = "text", backbone.embed(torch.tensor(symbol))
@@ -542,7 +544,8 @@ def test_every_symbol_is_embedded_as_its_kind(graph, with_texts, backbone):
                 kinds.add(kind)
                 torch.testing.assert_close(embeds[row, column], expected)
     assert kinds == {"text", "item", "hop", "own", "other"}
-    assert {bool(table.any()) for table in (*model.nodes.items_KId, model.nodes.users_Ud, *mine)} == {graph}
+    assert {bool(table.any()) for table in model.nodes.items_KId} == {graph}
+    assert {bool(table.any()) for table in (model.nodes.users_Ud, *mine)} == {graph or with_texts}
 
 
 PAIRS = [

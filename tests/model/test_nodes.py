@@ -1,7 +1,10 @@
+import numpy as np
 import pytest
 import torch
+from sklearn.decomposition import PCA
 
-from raygrec.model.nodes import ItemProjector, frame
+from raygrec.data.arrays import CSR
+from raygrec.model.nodes import NODE_SCALE, ItemProjector, NodeTables, frame, nodes_of_texts, scaled_texts
 
 ITEMS, NODE_WIDTH, TEXT_WIDTH, WIDTH = 7, 3, 4, 5
 
@@ -34,3 +37,26 @@ def test_a_frame_keeps_angles(shape):
     assert found.shape == shape
     gram = found.T @ found if shape[0] >= shape[1] else found @ found.T
     torch.testing.assert_close(gram, max(shape) * torch.eye(min(shape)))
+
+
+def test_without_a_graph_users_are_what_their_items_texts_say():
+    """|H|^-1/2 Σ of the items' texts, in the directions that scikit-learn's PCA finds; items have no vector."""
+    torch.manual_seed(0)
+    texts, width = torch.randn(9, 6) * torch.tensor([5.0, 1, 4, 1, 3, 1]) + 7, 3
+    train = CSR.from_lists([[0, 4, 8, 2], [], [3]])
+    nodes = nodes_of_texts(texts, train, 9, width)
+    found = PCA(width).fit_transform(scaled_texts(texts).numpy())
+    users = np.stack([found[[0, 4, 8, 2]].sum(0) / 2, np.zeros(width), found[3]])
+    np.testing.assert_allclose(nodes.users @ nodes.users.T, users @ users.T, rtol=1e-4, atol=1e-5)
+    assert not nodes.items.any()
+    tables = NodeTables(nodes)
+    assert not tables.items_Id.any()
+    assert float(tables.users_Ud.std()) == pytest.approx(NODE_SCALE)
+
+
+def test_texts_with_fewer_columns_than_node_vectors_keep_all_of_them():
+    texts, train = torch.randn(9, 4), CSR.from_lists([[item] for item in range(9)])
+    nodes = nodes_of_texts(texts, train, 9, 6)
+    known = scaled_texts(texts)
+    torch.testing.assert_close(nodes.users @ nodes.users.T, known @ known.T)
+    assert not nodes_of_texts(None, train, 9, 6).users.any()
