@@ -32,7 +32,7 @@ def main() -> None:
     # Of one part, three copies at the most; the rest of the memory is R, its gradient and the parameters'.
     flat = all(
         max(case["peak_mib"]["in parts"].values()) - min(case["peak_mib"]["in parts"].values())
-        < 3 * 4 * positions_at_once(items) * items / 2**20
+        < 3 * 4 * positions_at_once(items, "cpu") * items / 2**20
         for case, items in zip(cases, SIZES, strict=True)
     )
     write(

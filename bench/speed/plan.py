@@ -14,7 +14,7 @@ from raygrec.train.accelerators import Accelerator
 from raygrec.train.engine import LocalEngine
 from raygrec.train.plan import RESERVED, Setting, estimate, sizes_of, work_of
 
-HERE = Accelerator(1000.0, 1.0, 1.0, 1.0)  # of which memory alone is looked at
+HERE = Accelerator(1000.0, 1.0, 1.0, 1.0, device="cpu")  # of which memory alone is looked at
 CASES: dict[str, tuple[str, list[str]]] = {
     "GAL-Rec, MiniLM's first layer, 128 prompts": ("galrec.yaml", []),
     "GAL-Rec, all of MiniLM, 64 prompts": (
@@ -69,7 +69,7 @@ def told(cases: list[dict[str, Any]]) -> None:
 def _foreseen(job: str, settings: list[str]) -> float:
     config = job_config(job, beauty(), job.partition(".")[0], FEW, *settings)
     sizes = sizes_of(config, None, None, None)
-    total = estimate(config, sizes, work_of(config, sizes), Setting(0), 1, HERE, 0.5).total
+    total = estimate(config, sizes, work_of(config, sizes, HERE.device), Setting(0), 1, HERE, 0.5).total
     return (total - RESERVED) / 2**20
 
 

@@ -4,7 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-LOGITS_AT_ONCE = 2**24  # that stand in memory: 64 MiB in fp32
+# Logits that stand in memory: 64 MiB in fp32; on a CPU 2 MiB, which its cache holds.
+LOGITS_AT_ONCE, ON_A_CPU = 2**24, 2**19
 # … or those of so many positions: they take less room than R and its gradient, and with fewer the time would go into
 # reading and writing these.
 FEWEST_AT_ONCE = 64
@@ -100,13 +101,13 @@ def catalogue_cross_entropy(
     its gradient behind in the forward pass (softmax(Z) − w, times R and q), and its logits are gone. None is computed
     twice. Returns fp32 [].
     """
-    at_once = positions_at_once(len(rows_Ir)) if at_once is None else at_once
+    at_once = positions_at_once(len(rows_Ir), rows_Ir.device.type) if at_once is None else at_once
     return _CrossEntropy.apply(queries_Pr, rows_Ir, bias_I, targets, at_once, torch.is_grad_enabled())
 
 
-def positions_at_once(num_items: int) -> int:
-    """How many positions' logits may stand in memory."""
-    return max(LOGITS_AT_ONCE // num_items, FEWEST_AT_ONCE)
+def positions_at_once(num_items: int, device: str) -> int:
+    """How many positions' logits may stand in memory of a device of that kind, as torch calls it."""
+    return max((ON_A_CPU if device == "cpu" else LOGITS_AT_ONCE) // num_items, FEWEST_AT_ONCE)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -115,32 +116,31 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, queries_Pr, rows_Ir, bias_I, targets, at_once, with_gradients):  # noqa: ANN001
         kind = queries_Pr.dtype
-        in_kind_Ir = rows_Ir.to(kind)
+        # The bias as one more column of R, against ones.
+        rows_Is = torch.cat([rows_Ir, bias_I[:, None]], dim=1).to(kind)
+        queries_Ps = torch.cat([queries_Pr, queries_Pr.new_ones(len(queries_Pr), 1)], dim=1)
         total = queries_Pr.new_zeros((), dtype=torch.float32)
         if with_gradients:
             by_queries_Pr = torch.empty_like(queries_Pr)
-            by_rows_Ir = torch.zeros_like(rows_Ir, dtype=torch.float32)
-            by_bias_I = torch.zeros_like(bias_I, dtype=torch.float32)
+            by_rows_Is = torch.zeros_like(rows_Is, dtype=torch.float32)
         with torch.autocast(queries_Pr.device.type, enabled=False):
-            for start in range(0, len(queries_Pr), at_once):
-                part_pr = queries_Pr[start : start + at_once]
-                part = targets.slice(start, start + len(part_pr))
+            for start in range(0, len(queries_Ps), at_once):
+                part_ps = queries_Ps[start : start + at_once]
+                part = targets.slice(start, start + len(part_ps))
                 places = (part.rows, part.items)
-                logits_pI = torch.addmm(bias_I.to(kind), part_pr, in_kind_Ir.T).float()
-                log_shares_pI = logits_pI.log_softmax(dim=1)
+                log_shares_pI = (part_ps @ rows_Is.T).float().log_softmax(dim=1)
                 total -= (log_shares_pI[places] * part.weights).sum()
                 if not with_gradients:
                     continue
-                excess_pI = log_shares_pI.exp_().index_put_(places, -part.weights, accumulate=True)
-                by_bias_I += excess_pI.sum(0)
-                excess_pI = excess_pI.to(kind)
-                by_queries_Pr[start : start + at_once] = excess_pI @ in_kind_Ir
+                excess_pI = log_shares_pI.exp_().index_put_(places, -part.weights, accumulate=True).to(kind)
+                by_queries_Pr[start : start + at_once] = excess_pI @ rows_Is[:, :-1]
                 if kind == torch.float32:
-                    by_rows_Ir.addmm_(excess_pI.T, part_pr)
+                    by_rows_Is.addmm_(excess_pI.T, part_ps)
                 else:
-                    by_rows_Ir += excess_pI.T @ part_pr
+                    by_rows_Is += excess_pI.T @ part_ps
         if with_gradients:
-            ctx.save_for_backward(by_queries_Pr, by_rows_Ir.to(rows_Ir.dtype), by_bias_I.to(bias_I.dtype))
+            by_rows_Ir, by_bias_I = by_rows_Is[:, :-1].to(rows_Ir.dtype), by_rows_Is[:, -1].to(bias_I.dtype)
+            ctx.save_for_backward(by_queries_Pr, by_rows_Ir.contiguous(), by_bias_I.contiguous())
         return total
 
     @staticmethod

@@ -11,7 +11,7 @@ class Accelerator:
     """One kind of GPU.
 
     memory: usable GiB. bf16, fp32: dense TFLOP/s, without sparsity; fp32 without TF32, as torch computes by default.
-    link: GB/s one way to the other GPUs of its node. node: GPUs of a node.
+    link: GB/s one way to the other GPUs of its node. node: GPUs of a node. device: what torch calls its kind.
     """
 
     memory: float
@@ -19,6 +19,7 @@ class Accelerator:
     fp32: float
     link: float
     node: int = 8
+    device: str = "cuda"
 
     def rate(self, precision: str) -> float:
         """FLOP/s."""

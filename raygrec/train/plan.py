@@ -145,7 +145,7 @@ def plan(
     mfu: float = MFU,
 ) -> dict[str, Any]:
     """The estimates of all settings, and which would be chosen: the fastest, and of equally fast ones the simplest."""
-    work = work_of(config, sizes)
+    work = work_of(config, sizes, gpu.device)
     estimates = [estimate(config, sizes, work, setting, gpus, gpu, mfu) for setting in SETTINGS]
     possible = [one for one in estimates if one.possible]
     best = max((one.tokens_per_second for one in possible), default=0.0)
@@ -274,7 +274,7 @@ def _refusal(config: RunConfig, setting: Setting) -> str:
     return ""
 
 
-def work_of(config: RunConfig, sizes: Sizes) -> Work:
+def work_of(config: RunConfig, sizes: Sizes, device: str) -> Work:
     """Counts a model without content; `InputError` where there is none to count."""
     if not isinstance(config, GLTARun | GALRecRun):
         raise InputError(f"recipe {config.recipe}: a plan is of recipes with a language model, glta or galrec")
@@ -311,7 +311,7 @@ def work_of(config: RunConfig, sizes: Sizes) -> Work:
         language_model,
         wide * max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules()),
         int(fixed),
-        3 * 4 * sizes.items * positions_at_once(sizes.items),
+        3 * 4 * sizes.items * positions_at_once(sizes.items, device),
         int(prompt),
         longest,
         most,

@@ -75,7 +75,7 @@ def test_parameters_and_tables_are_those_of_the_real_model(recipe, changes, tiny
     model = build_model(config, tiny_store, prompts, folder, distributed=False)
     if recipe == "glta":
         model.train_stage_3(aligned=True)
-    work = work_of(config, sizes_of(config, None, None, None))
+    work = work_of(config, sizes_of(config, None, None, None), "cpu")
     assert work.total == sum(parameter.numel() for parameter in model.parameters())
     assert work.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert work.fixed >= sum(buffer.nbytes for buffer in model.buffers())
@@ -104,7 +104,7 @@ def test_no_prompt_is_longer_than_the_longest(recipe, tiny_store, tiny_backbone,
     folder.start(config, resume=False)
     prepare_run(config, folder)
     prompts = build_prompts(config, tiny_store, folder)
-    found = work_of(config, sizes_of(config, None, None, None))
+    found = work_of(config, sizes_of(config, None, None, None), "cpu")
     batch = prompts.training(np.flatnonzero(prompts.train.lengths >= 2), Draws(0))
     assert batch.symbols.shape[1] <= found.longest
     assert len(batch.answers) <= found.answers * len(prompts.train)
@@ -131,7 +131,7 @@ def test_tokens_of_a_user_are_those_of_its_prompts(contrasted, lending, tiny_sto
     batch = prompts.training(users, Draws(0))
     drawn = float((batch.hops[: batch.num_users, 2] >= 0).sum()) / len(users) - contrasted
     lent = (len(batch.lengths) - len(users)) / len(users) - lending
-    found = work_of(config, sizes_of(config, None, None, None))
+    found = work_of(config, sizes_of(config, None, None, None), "cpu")
     assert int(batch.lengths.sum()) / len(users) == pytest.approx(found.most + drawn * 6 + lent * 11, rel=0.05)
 
 
@@ -265,9 +265,9 @@ def test_what_the_config_refuses_is_not_chosen(tiny_store, tiny_backbone, tmp_pa
 def test_checkpointing_keeps_less_and_computes_more(tiny_store, tiny_backbone, tmp_path):
     config = config_of("galrec", tiny_store, tiny_backbone, tmp_path)
     sizes = sizes_of(config, None, None, None)
-    plain = work_of(config, sizes)
+    plain = work_of(config, sizes, "cpu")
     engine = config.engine.model_copy(update={"activation_checkpointing": True})
-    less = work_of(config.model_copy(update={"engine": engine}), sizes)
+    less = work_of(config.model_copy(update={"engine": engine}), sizes, "cpu")
     assert less.prompt < plain.prompt
     assert less.passes == plain.passes + 1
 
@@ -301,7 +301,7 @@ def test_sizes_stand_in_for_a_store(tiny_store, tiny_backbone, tmp_path):
 def test_recipes_without_a_language_model_have_no_plan(tiny_store, tiny_backbone, tmp_path):
     config = tiny_sequential_config(tiny_store.path, tiny_backbone, tmp_path)
     with pytest.raises(InputError, match="recipe sequential: a plan is of recipes with a language model"):
-        work_of(config, sizes_of(config, None, None, None))
+        work_of(config, sizes_of(config, None, None, None), "cpu")
 
 
 def test_the_command(tiny_store, tiny_backbone, tmp_path, capsys):
