@@ -65,14 +65,13 @@ def _suite(suite: Any, found: list[dict[str, Any]]) -> str:
             rows.append(Row(f"{suite.method}, {mode} decoding", ranked))
     rows += [*map(row, done("ours")), *map(row, done("ablation"))]
     example = method[0]
+    machines = [result["machine"] for result in found]
     versions = ", ".join(f"{name} {version}" for name, version in example["machine"]["versions"].items())
-    seeds = sorted({len(by_name[name]) for name in suite.cells if by_name[name]})
+    processors = "; ".join(dict.fromkeys(one["processor"] for one in machines))
     texts = f"text source: {example['metrics']['texts']}; " if "texts" in example["metrics"] else ""
-    counts = " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
     lines = [
         f"## {suite.title}\n",
-        f"{counts} seed{'s' if counts != '1' else ''} a row (no ±: one); {texts}"
-        f"{example['machine']['processor']}; {versions}. {suite.note}\n",
+        f"{texts}{processors}; {versions}. {suite.note}\n",
         markdown_table(rows),
         f"One cell: `{example['command']}`; all of them: `python -m bench.quality run {example['suite']}`.\n",
     ]

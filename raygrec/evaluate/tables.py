@@ -79,8 +79,9 @@ def terminal_table(
 
 
 def markdown_table(rows: Sequence[Row], metrics: Sequence[str] = DEFAULT_METRICS, reference: str = "LightGCN") -> str:
-    """The same table in GitHub's Markdown, ending in a newline."""
+    """The same table in GitHub's Markdown, with the number of seeds, ending in a newline."""
     header, cells = table_cells(rows, metrics, reference)
+    header, cells = [*header, "seeds"], [[*line, str(len(row.seeds))] for line, row in zip(cells, rows, strict=True)]
     rule = ["---"] + ["---:"] * (len(header) - 1)
     lines = [header, rule, *([cell.replace("|", "\\|") for cell in line] for line in cells)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
