@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -54,6 +55,19 @@ class DomainConfig(StrictConfig):
             return (self.randint[0], self.randint[1] - 1)
         return (self.uniform or self.loguniform or self.quniform)[:2]
 
+    def holds(self, value: Value) -> bool:
+        """Whether `value` is one of the domain's."""
+        if self.choice is not None:
+            return value in self.choice
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        if self.quniform is not None:
+            steps = (value - self.quniform[0]) / self.quniform[2]
+            if abs(steps - round(steps)) > 1e-6:
+                return False
+        low, high = self.ends
+        return low <= value <= high and (self.randint is None or value == int(value))
+
     def applies(self, point: Point) -> bool:
         """Whether a point drawn so far meets `when`."""
         wanted = {key: value if isinstance(value, tuple) else (value,) for key, value in self.when.items()}
@@ -94,6 +108,9 @@ class SearcherConfig(StrictConfig):
     seed: int = 0
     startup: int = Field(8, ge=1)
     """Optuna: trials at random before it models anything."""
+    first: tuple[Point, ...] = ()
+    """Random, optuna: points to try before any other. A key that one leaves out has the job's own value, so `{}` is the
+    job as it stands."""
     cost: Literal["seconds", "device_seconds"] | None = None
     """Optuna: a second objective, to be kept low; the sweep's metric is the first."""
 
@@ -101,6 +118,8 @@ class SearcherConfig(StrictConfig):
     def _only_optuna_has_two(self) -> Self:
         if self.cost and self.name != "optuna":
             raise ValueError("cost: a second objective needs searcher.name=optuna")
+        if self.first and self.name == "grid":
+            raise ValueError("first: a grid tries every point")
         return self
 
 
@@ -246,6 +265,10 @@ def check_space(sweep: SweepConfig, source: str) -> None:
                 run_config(with_values(base, {**_least(sweep.space, key), key: value}), f"space '{key}' = {value}")
             except InputError as error:
                 raise InputError(f"{source}: {error}") from None
+    try:
+        first_points(sweep)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
 
 
 def _least(space: dict[str, DomainConfig], wanted: str) -> Point:
@@ -262,6 +285,26 @@ def _least(space: dict[str, DomainConfig], wanted: str) -> Point:
         elif key != wanted and domain.applies(point):
             point[key] = domain.ends[0]
     return point
+
+
+def first_points(sweep: SweepConfig) -> list[Point]:
+    """The points that are tried before any other; `InputError` where one lies outside the space."""
+    run = run_config(base_config(sweep), str(sweep.job))
+    found = []
+    for given in sweep.searcher.first:
+        point = walk(sweep.space, lambda key, _, given=given: given[key] if key in given else attrgetter(key)(run))
+        for key in given:
+            if key not in sweep.space:
+                raise InputError(f"searcher.first: the space has no key '{key}'{nearest_key(key, [*sweep.space])}")
+            if key not in point:
+                raise InputError(f"searcher.first: '{key}' is searched only where {sweep.space[key].when}")
+        for key, value in point.items():
+            if not sweep.space[key].holds(value):
+                whose = "" if key in given else ", the job's own value,"
+                domain = sweep.space[key].model_dump(exclude_defaults=True, exclude={"when"})
+                raise InputError(f"searcher.first: '{key}': {value!r}{whose} is not in {domain}")
+        found.append(point)
+    return found
 
 
 def walk(space: dict[str, DomainConfig], pick: Callable[[str, DomainConfig], Value]) -> Point:
@@ -285,12 +328,12 @@ def points(sweep: SweepConfig) -> list[Point] | None:
     if sweep.searcher.name == "grid":
         return list(_grid(list(sweep.space.items()), {}))[: sweep.trials]
     random = np.random.default_rng(sweep.searcher.seed)
-    found: dict[str, Point] = {}
+    found = {json.dumps(point, sort_keys=True): point for point in first_points(sweep)[: sweep.trials]}
     for _ in range(100 * sweep.trials):
-        point = walk(sweep.space, lambda _, domain: domain.draw(random))
-        found.setdefault(json.dumps(point, sort_keys=True), point)
         if len(found) == sweep.trials:
             break
+        point = walk(sweep.space, lambda _, domain: domain.draw(random))
+        found.setdefault(json.dumps(point, sort_keys=True), point)
     return list(found.values())
 
 

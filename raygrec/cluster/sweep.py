@@ -30,6 +30,7 @@ from raygrec.cluster.space import (
     POINT,
     SweepConfig,
     base_config,
+    first_points,
     point_of,
     points,
     suggested,
@@ -352,7 +353,7 @@ class Spent(tune.Stopper):
 
 
 def _searcher(sweep: SweepConfig, folder: SweepFolder) -> OptunaSearch:
-    """Optuna, which knows what trials came to before a stop and tries first what was not ended."""
+    """Optuna, which knows what trials came to before a stop and tries first what was not ended, then `first`."""
     import optuna
 
     searcher, known = sweep.searcher, list(folder.trials())
@@ -370,9 +371,12 @@ def _searcher(sweep: SweepConfig, folder: SweepFolder) -> OptunaSearch:
             last = place.reports()[-1:]
             values = [[getattr(report, metric) for metric in metrics] for report in last]
             study.tell(trial, *values, state=optuna.trial.TrialState.COMPLETE if last else optuna.trial.TrialState.FAIL)
-    for outcome, _ in known:
-        if outcome.status not in ENDED:
-            study.enqueue_trial(outcome.point)
+    begun = [outcome.point for outcome, _ in known]
+    for point in [
+        *(outcome.point for outcome, _ in known if outcome.status not in ENDED),
+        *(point for point in first_points(sweep) if point not in begun),
+    ]:
+        study.enqueue_trial(point)
     return OptunaSearch(
         space=functools.partial(suggested, sweep.space),
         sampler=optuna.samplers.TPESampler(seed=searcher.seed + len(known), n_startup_trials=searcher.startup),

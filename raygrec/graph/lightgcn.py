@@ -174,9 +174,9 @@ def propagate_users(items_inductive: torch.Tensor, histories: CSR) -> torch.Tens
     device = items_inductive.device
     lengths = torch.from_numpy(histories.lengths).to(device)
     total = functional.embedding_bag(
-        torch.from_numpy(np.asarray(histories.indices, dtype=np.int64)).to(device),
+        torch.from_numpy(np.array(histories.indices, dtype=np.int64)).to(device),
         items_inductive,
-        torch.from_numpy(np.asarray(histories.indptr[:-1], dtype=np.int64)).to(device),
+        torch.from_numpy(np.array(histories.indptr[:-1], dtype=np.int64)).to(device),
         mode="sum",
     )
     return total * lengths.clamp(min=1).to(total.dtype).rsqrt()[:, None]

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 pytest.importorskip("optuna")
-from raygrec.cluster.space import DomainConfig, points, read_sweep, suggested, trial_config
+from raygrec.cluster.space import DomainConfig, first_points, points, read_sweep, suggested, trial_config
 from raygrec.errors import InputError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -54,6 +54,52 @@ def test_random_points_are_those_of_the_seed_and_come_once(tmp_path):
     # The space has six points in all.
     assert sorted(map(json.dumps, first)) == sorted(map(json.dumps, other))
     assert len(points(read_sweep(written(tmp_path), ["trials=50"]))) == 6
+
+
+def test_known_points_come_first_with_the_jobs_own_values_where_they_say_nothing(tmp_path):
+    settings = {"train.lr": 0.002, "model.lora.rank": 4}
+    first = [{}, {"model.tuning": "lora", "train.lr": 0.001}]
+    sweep = read_sweep(written(tmp_path, settings=settings, searcher={"first": first}), ["trials=6"])
+    expected = [
+        {"model.tuning": "full", "train.lr": 0.002},
+        {"model.tuning": "lora", "model.lora.rank": 4, "train.lr": 0.001},
+    ]
+    assert first_points(sweep) == expected
+    found = points(sweep)
+    assert found[:2] == expected
+    assert len({json.dumps(point, sort_keys=True) for point in found}) == len(found) == 6
+    assert points(sweep.model_copy(update={"trials": 1})) == expected[:1]
+
+
+@pytest.mark.parametrize(
+    ("domain", "inside", "outside"),
+    [
+        ({"choice": ["x", None, 3]}, ["x", None, 3], ["y", 4]),
+        ({"uniform": [2, 4]}, [2, 3.3, 4], [1.9, 4.1, "3", True]),
+        ({"loguniform": [0.01, 1]}, [0.01, 0.5, 1], [0.009, 0]),
+        ({"quniform": [0.1, 0.4, 0.1]}, [0.1, 0.3, 0.4], [0.25, 0.5]),
+        ({"randint": [2, 5]}, [2, 4], [5, 1, 2.5]),
+    ],
+)
+def test_what_a_domain_holds(domain, inside, outside):
+    held = DomainConfig(**domain)
+    assert [held.holds(value) for value in inside] == [True] * len(inside)
+    assert [held.holds(value) for value in outside] == [False] * len(outside)
+
+
+@pytest.mark.parametrize(
+    ("first", "said"),
+    [
+        ({"train.lr": 0.5}, r"'train.lr': 0.5 is not in \{'choice': \(0.001, 0.002\)\}"),
+        ({"train.rl": 0.001}, r"no key 'train.rl'; .*'train.lr'"),
+        ({"model.lora.rank": 4}, r"'model.lora.rank' is searched only where"),
+        ({"model.tuning": "lora"}, r"'model.lora.rank': 16, the job's own value, is not in"),
+    ],
+)
+def test_a_first_point_outside_the_space_is_refused(tmp_path, first, said):
+    settings = {"model.lora.rank": 16}
+    with pytest.raises(InputError, match=said):
+        read_sweep(written(tmp_path, settings=settings, searcher={"first": [first]}), [])
 
 
 def test_draws_keep_to_their_domains_and_spread_over_them():

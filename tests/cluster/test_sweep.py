@@ -152,6 +152,7 @@ def test_optuna_knows_after_a_restart_what_trials_came_to_and_ends_what_was_begu
     from raygrec.cluster.sweep import _searcher
 
     overrides = ["searcher.name=optuna", "searcher.startup=3", "trials=6"]
+    overrides.append("searcher.first=[{train.lr: 0.001}, {train.lr: 0.004}]")
     content = yaml.safe_load(space.read_text()) | {"space": {"train.lr": {"loguniform": [1e-4, 1e-2]}}}
     space.write_text(yaml.safe_dump(content))
     folder = SweepFolder(tmp_path / "sweep")
@@ -167,8 +168,9 @@ def test_optuna_knows_after_a_restart_what_trials_came_to_and_ends_what_was_begu
         ({"train.lr": 0.001}, 0.5, "COMPLETE"),
         ({"train.lr": 0.002}, None, "FAIL"),
     ]
-    assert searcher.suggest("a") == {"train.lr": 0.003}
-    assert searcher.suggest("b") != searcher.suggest("c")
+    # First what was begun, then the known points that were not tried yet.
+    assert [searcher.suggest(name) for name in "ab"] == [{"train.lr": 0.003}, {"train.lr": 0.004}]
+    assert searcher.suggest("c") != searcher.suggest("d")
 
 
 def test_a_budget_ends_the_sweep_and_counts_what_was_spent_before_a_restart(space, tmp_path):
