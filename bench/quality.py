@@ -96,7 +96,7 @@ def galrec(title: str, store: str, published: str) -> Suite:
     cells = {
         "RLMRec-Con": baseline("rlmrec.yaml"),
         "SASRec-CE": baseline("sasrec.yaml"),
-        "SASRec-CE + text": baseline("sasrec.yaml", "model.text_vectors=true"),
+        "SASRec-CE + text": baseline("sasrec-text.yaml"),
         "BSARec-like": baseline("bsarec.yaml"),
         "GAL-Rec": Cell("method", "galrec.yaml"),
         "GAL-Rec, texts alone": Cell("ours", "galrec-texts.yaml"),

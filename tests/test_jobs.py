@@ -11,6 +11,7 @@ FOR_RAY = ("rayjob.yaml", "runtime_env.yaml")
 JOBS = [file for file in sorted((Path(__file__).parent.parent / "jobs").glob("*.yaml")) if file.name not in FOR_RAY]
 RECIPES = {
     "sasrec": "sequential",
+    "sasrec-text": "sequential",
     "bsarec": "sequential",
     "lightgcn": "graph",
     "rlmrec": "graph",
