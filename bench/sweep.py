@@ -1,7 +1,8 @@
-"""What sweeps save, on the demo's data with GAL-Rec and two DeepSpeed workers a trial.
+"""What sweeps save and find: on the demo's data with GAL-Rec and two DeepSpeed workers a trial, and on Amazon Beauty.
 
-python -m bench.sweep asha    # 12 trials pruned by ASHA, killed half-way and resumed, against the same 12 to the end
-python -m bench.sweep cost    # a sweep of 6 trials from raw data, against 6 times prepare and train
+python -m bench.sweep asha      # 12 trials pruned by ASHA, killed half-way and resumed, against the same 12 to the end
+python -m bench.sweep cost      # a sweep of 6 trials from raw data, against 6 times prepare and train
+python -m bench.sweep search    # tune_spaces/galrec.yaml on Amazon Beauty; begun again, it goes on
 """
 
 import argparse
@@ -15,9 +16,10 @@ from typing import Any
 
 import pandas as pd
 
-from bench.quality import RESULTS, ROOT, WORK, raygrec
+from bench.quality import RESULTS, ROOT, WORK, machine, prepare, raygrec
 from raygrec.cluster.space import points, read_sweep
 from raygrec.data.synthetic import write_demo
+from raygrec.evaluate.sweeps import best_trial
 from raygrec.train.folder import RunFolder
 
 SPACE = "tune_spaces/smoke.yaml"
@@ -27,18 +29,22 @@ FOLDER = WORK / "sweep"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["asha", "cost"])
+    parser.add_argument("what", choices=["asha", "cost", "search"])
     what = parser.parse_args().what
-    shutil.rmtree(FOLDER / what, ignore_errors=True)
-    (FOLDER / what).mkdir(parents=True)
-    if not (FOLDER / "source").exists():
-        write_demo(FOLDER / "source")
-    result = {"asha": asha, "cost": cost}[what](FOLDER / what)
+    if what == "search":
+        result = search(FOLDER / what)
+    else:
+        shutil.rmtree(FOLDER / what, ignore_errors=True)
+        (FOLDER / what).mkdir(parents=True)
+        if not (FOLDER / "source").exists():
+            write_demo(FOLDER / "source")
+        result = {"asha": asha, "cost": cost}[what](FOLDER / what)
     result["command"] = f"python -m bench.sweep {what}"
-    print(json.dumps(result, indent=1))
+    told = json.dumps(result, indent=1, default=lambda value: value.item())  # of numpy
+    print(told)
     file = RESULTS / "sweep" / f"{what}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(result, indent=1) + "\n")
+    file.write_text(told + "\n")
 
 
 def prepared(store: Path) -> Path:
@@ -105,6 +111,33 @@ def cost(folder: Path) -> dict[str, Any]:
         "ratio": swept / apart,
         "epochs": {"sweep": float(table["epochs"].sum()), "apart": sum(epochs)},
         "statuses": table["status"].value_counts().to_dict(),
+    }
+
+
+def search(folder: Path) -> dict[str, Any]:
+    """What a search on Beauty finds, with three seeds of it read on test; its figure of every key's effect."""
+    space, store, trials = "tune_spaces/galrec.yaml", prepare("beauty"), 12
+    settings = [f"trials={trials}", "searcher.startup=6", "seed=1", "concurrency=2", "cluster.workers=1"]
+    resumed = ["--resume"] if folder.exists() else []
+    told = raygrec("tune", space, f"out={folder}", f"store={store}", *settings, "--final-seeds", "3", *resumed)
+    subprocess.run(told, cwd=ROOT, check=True)
+    table = pd.read_parquet(folder / "trials.parquet")
+    figure = ROOT / "docs" / "figures" / "search-beauty.png"
+    shutil.copy(folder / "figures" / "effects.png", figure)
+    best, job = best_trial(table, "max"), table[table["number"] == 0].iloc[0]
+    final = json.loads((folder / "final.json").read_text())
+    return {
+        "trials": trials,
+        "statuses": table["status"].value_counts().to_dict(),
+        "epochs": float(table["epochs"].sum()),
+        "job": {"score": float(job["score"]), "epochs": float(job["epochs"]), "status": job["status"]},
+        "best": {
+            "score": float(best["score"]),
+            "point": {key: best[f"config.{key}"] for key in read_sweep(ROOT / space, []).space},
+        },
+        "final": final["GAL-Rec"],
+        "figure": figure.name,
+        "machine": machine(),
     }
 
 
