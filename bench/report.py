@@ -164,7 +164,8 @@ def _search(found: dict[str, Any], cells: list[dict[str, Any]]) -> str:
         "## A search on Amazon Beauty\n",
         f"`tune_spaces/galrec.yaml`, TPE and ASHA, {found['trials']} trials ({statuses}; {found['epochs']:g} epochs in "
         f"all), the first of them the job as it stands ({job['status']} after {job['epochs']:g} epochs). Chosen by "
-        f"validation, then trained with three seeds and read on test once each: `{found['command']}`. Found: {point}.\n",
+        f"validation, then trained with three seeds and read on test once each: `{found['command']}`. "
+        f"Found: {point}.\n",
         "| | validation N@10 in the search | test N@10 | seeds |",
         "|---|---:|---:|---:|",
         *(
