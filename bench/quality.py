@@ -114,8 +114,7 @@ def galrec(title: str, store: str, published: str) -> Suite:
     }
     note = (
         f"Published under the same protocol, N@10: {published}. Node vectors were fitted on the very edges that "
-        "training is to predict; `texts alone` leaves them out, and with them the contrast, whose users would have "
-        "nothing left to differ by."
+        "training is to predict; `texts alone` leaves them out, and the contrast too."
     )
     return Suite(title, store, cells, note=note)
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from raygrec.data.arrays import CSR
 from raygrec.errors import InputError
+from raygrec.graph.lightgcn import NodeEmbeddings
 from raygrec.model import text_vectors
 from raygrec.model.backbone import Backbone, BackboneConfig
 from raygrec.model.galrec import HOPS
@@ -287,6 +288,19 @@ def test_galrec_with_titles_end_to_end(tiny_store, tiny_backbone, tmp_path):
     symbols = builder.recommending(np.arange(1), CSR.from_lists([[5, 2]])).symbols[0].tolist()
     first = builder.symbols.first_item
     assert symbols[1:9] == [first + 5, *table[5][:3], first + 2, *table[2][:3]]
+
+
+def test_galrec_without_graph_vectors_pretrains_no_graph(tiny_store, tiny_backbone, tmp_path, monkeypatch):
+    """Users are made of texts, items of texts and what is trained of them; there is no LightGCN to compare with."""
+    monkeypatch.setattr("raygrec.train.assembly.load_or_pretrain", None)
+    model = {"graph_vectors": False}
+    config = tiny_galrec_config(tiny_store.path, tiny_backbone, tmp_path / "run", model=model)
+    train_here(config)
+    assert_trained(config)
+    folder = RunFolder(config.out)
+    assert set(folder.metrics()["baselines"]) == {"Popularity"}
+    nodes = NodeEmbeddings.load(folder.nodes_file)
+    assert (bool(nodes.items.any()), bool(nodes.users.any())) == (False, True)
 
 
 @pytest.mark.parametrize(("title_tokens", "known"), [(4, 512), (0, 50)])
