@@ -100,6 +100,7 @@ def galrec(title: str, store: str, published: str) -> Suite:
         "BSARec-like": baseline("bsarec.yaml"),
         "GAL-Rec": Cell("method", "galrec.yaml"),
         "GAL-Rec, texts alone": Cell("ours", "galrec-texts.yaml"),
+        **searched(),
         "GAL-Rec without L1": ablation("model.contrast.l1=0"),
         "GAL-Rec without L2": ablation("model.contrast.l2=0"),
         "GAL-Rec without L3": ablation("model.contrast.l3=0"),
@@ -117,6 +118,14 @@ def galrec(title: str, store: str, published: str) -> Suite:
         "training is to predict; `texts alone` leaves them out, and the contrast too."
     )
     return Suite(title, store, cells, note=note)
+
+
+def searched() -> dict[str, Cell]:
+    """GAL-Rec with what `python -m bench.sweep search` found by validation on Beauty."""
+    file = RESULTS / "sweep" / "search.json"
+    point = json.loads(file.read_text())["best"]["point"] if file.exists() else {}
+    settings = tuple(f"{key}={json.dumps(value)}" for key, value in point.items())
+    return {"GAL-Rec, as searched": Cell("ours", "galrec.yaml", settings)} if point else {}
 
 
 EASE = {"EASE": Cell("baseline", None)}

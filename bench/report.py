@@ -5,7 +5,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from raygrec.evaluate.tables import Row, format_values, markdown_table
+from raygrec.evaluate.tables import Row, markdown_table
 from raygrec.model.galrec import ContrastConfig
 
 METRIC = "ndcg@10"
@@ -25,8 +25,7 @@ def write_report(results: Path, out: Path, suites: dict[str, Any]) -> None:
     if sweeps:
         sections.append(_sweep(sweeps))
     if "search" in sweeps:
-        cells = sorted((results / "galrec-beauty").glob("GAL-Rec-s*.json"))
-        sections.append(_search(sweeps["search"], [json.loads(file.read_text())["metrics"] for file in cells]))
+        sections.append(_search(sweeps["search"]))
     zero = results / "zero.json"
     if zero.exists():
         sections.append(_zero(json.loads(zero.read_text())))
@@ -150,31 +149,20 @@ def _sweep(found: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _search(found: dict[str, Any], cells: list[dict[str, Any]]) -> str:
+def _search(found: dict[str, Any]) -> str:
     """What a sweep on Beauty found, beside the job that it began with."""
     best, statuses = found["best"], ", ".join(f"{count} {status}" for status, count in found["statuses"].items())
     point = ", ".join(
         f"`{key}={round(value, 4) if isinstance(value, float) else json.dumps(value)}`"
         for key, value in best["point"].items()
     )
-    job = found["job"]
-    rows = [("found", best["score"], found["final"]["test"])]
-    rows.append(("`jobs/galrec.yaml`", job["score"], [cell["test"] for cell in cells]))
-    lines = [
-        "## A search on Amazon Beauty\n",
+    return (
+        "## A search on Amazon Beauty\n\n"
         f"`tune_spaces/galrec.yaml`, TPE and ASHA, {found['trials']} trials ({statuses}; {found['epochs']:g} epochs in "
-        f"all), the first of them the job as it stands ({job['status']} after {job['epochs']:g} epochs). Chosen by "
-        f"validation, then trained with three seeds and read on test once each: `{found['command']}`. "
-        f"Found: {point}.\n",
-        "| | validation N@10 in the search | test N@10 | seeds |",
-        "|---|---:|---:|---:|",
-        *(
-            f"| {name} | {score:.4f} | {format_values([one[METRIC] for one in tests])} | {len(tests)} |"
-            for name, score, tests in rows
-        ),
-        f"\n![Effect of each key](figures/{found['figure']})\n",
-    ]
-    return "\n".join(lines)
+        f"all), the first of them the job as it stands: `{found['command']}`. Validation N@10 of the job "
+        f"{found['job']['score']:.4f}, of the best {best['score']:.4f}: {point}. Read on test in the table of GAL-Rec "
+        f"above, as searched.\n\n![Effect of each key](figures/{found['figure']})\n"
+    )
 
 
 def _zero(results: dict[str, Any]) -> str:
