@@ -12,11 +12,13 @@ METRIC = "ndcg@10"
 
 
 def write_report(results: Path, out: Path, suites: dict[str, Any]) -> None:
-    """Writes one section per suite whose method has results. suites: name -> `bench.quality.Suite`."""
+    """Writes one section per suite of which a model of ours has results. suites: name -> `bench.quality.Suite`."""
     sections = [HEADER]
     for name, suite in suites.items():
         found = [json.loads(file.read_text()) for file in sorted((results / name).glob("*.json"))]
-        if any(result["variant"] == suite.method for result in found):
+        if any(
+            cell.kind in ("method", "ours") for name, cell in suite.cells.items() for r in found if r["variant"] == name
+        ):
             sections.append(_suite(suite, found))
     contrast = results / "speed" / "contrast.json"
     if contrast.exists():
@@ -60,13 +62,13 @@ def _suite(suite: Any, found: list[dict[str, Any]]) -> str:
     read = [(result["seed"], result["metrics"]["baselines"]) for result in [*found, *method]]
     by_seed = {seed: baselines for seed, baselines in read if "LightGCN" in baselines}
     rows = [Row(name, [one[name]["test"] for one in by_seed.values()]) for name in ("Popularity", "LightGCN")]
-    rows += [*map(row, done("baseline")), row(suite.method)]
+    rows = [*(one for one in rows if one.seeds), *map(row, done("baseline")), *map(row, done("method"))]
     for mode in suite.decodings:
         ranked = [r["metrics"]["decodings"][mode]["test"] for r in method if mode in r["metrics"]["decodings"]]
         if ranked:
             rows.append(Row(f"{suite.method}, {mode} decoding", ranked))
     rows += [*map(row, done("ours")), *map(row, done("ablation"))]
-    example = method[0]
+    example = (method or found)[0]
     machines = [result["machine"] for result in found]
     versions = ", ".join(f"{name} {version}" for name, version in example["machine"]["versions"].items())
     processors = "; ".join(dict.fromkeys(one["processor"] for one in machines))
