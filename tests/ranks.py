@@ -25,7 +25,10 @@ def run_ranks(function: Callable[..., None], workers: int, *arguments: object, e
             for rank, process in enumerate(processes):
                 process.join(seconds)
                 if process.exitcode != ends:
-                    said = (Path(folder) / f"{rank}.log").read_text()
+                    # What another rank says first is often what this one ended of.
+                    said = "\n".join(
+                        f"rank {one}:\n{(Path(folder) / f'{one}.log').read_text()}" for one in range(workers)
+                    )
                     raise AssertionError(f"rank {rank} ended with {process.exitcode}:\n{said}")
         finally:
             for process in processes:

@@ -7,6 +7,7 @@ from bench.speed.ready import FEW, beauty, ready
 
 LENGTHS = (0, 1024, 8192, 65_536)
 ROUNDS = 7
+PROJECTION = 128  # as MoCo's
 ALONE = "L0 alone"
 
 
@@ -14,14 +15,17 @@ def main() -> None:
     store = beauty()
     off = [f"model.contrast.l{number}=0" for number in (1, 2, 3)]
     sides = {ALONE: ready("galrec.yaml", store, "galrec", FEW, *off)}
-    for length in LENGTHS:
-        sides[f"K = {length:,}"] = one = ready("galrec.yaml", store, "galrec", FEW, f"model.contrast.queue={length}")
+    longest, none = f"K = {LENGTHS[-1]:,}", f"K = {LENGTHS[0]:,}"
+    wanted = {f"K = {length:,}": [f"model.contrast.queue={length}"] for length in LENGTHS}
+    wanted[f"{longest}, {PROJECTION} entries"] = [*wanted[longest], f"model.contrast.projection={PROJECTION}"]
+    for name, settings in wanted.items():
+        sides[name] = one = ready("galrec.yaml", store, "galrec", FEW, *settings)
         for queue in one.model.queues.values():  # as after many steps
-            queue.enqueue(torch.randn(length, one.model.backbone.width), torch.arange(length) % len(one.trainable))
+            rows = torch.randn_like(queue.rows())
+            queue.enqueue(rows, torch.arange(len(rows)) % len(one.trainable))
     runs = {name: lambda number, one=one: one.step(one.users(number), number) for name, one in sides.items()}
     seconds = in_turns(runs, ROUNDS)
     cases = [compared(name, seconds, ALONE, name) for name in list(sides)[1:]]
-    longest, none = f"K = {LENGTHS[-1]:,}", f"K = {LENGTHS[0]:,}"
     # Anchors and positives of both pairs of a side meet all K rows: forward, and the anchors' gradient.
     cases.append(compared(f"{longest} against {none}", seconds, none, longest))
     write(

@@ -73,6 +73,9 @@ class ContrastConfig(StrictConfig):
     of what makes representations that follows it slowly and gets no gradient; anchors alone do. None: both sides
     are of the model itself and both get gradient. Costs a second pass without gradient, and that copy of what is
     trained."""
+    projection: int | None = Field(None, ge=1)
+    """[ours] MoCo v2's projection head: hops are compared after two layers with so many entries at the end, which
+    nothing else reads. None: the hidden states themselves are compared."""
     users: float = Field(0.2, gt=0, le=1)
     """[ours] Share of the user prompts that are contrasted: only these have the two-hop segment, in training."""
     items: float = Field(0.2, ge=0, le=1)
@@ -361,15 +364,15 @@ def tuned(backbone: Backbone, config: GALRecConfig) -> Backbone:
     return made.drop(config.layer_dropout) if config.layer_dropout else made
 
 
-class _Hidden(nn.Module):
-    """`GALRec.hidden` as a module's forward, as `functional_call` wants it."""
+class _Compared(nn.Module):
+    """`GALRec.compared` of a batch's hidden states as a module's forward, as `functional_call` wants it."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, batch: HopBatch) -> Placed:
-        return self.model.hidden(batch)
+    def forward(self, batch: HopBatch, places: torch.Tensor) -> torch.Tensor:
+        return self.model.compared(self.model.hidden(batch), places)
 
 
 class GALRec(GraphReader):
@@ -392,13 +395,18 @@ class GALRec(GraphReader):
         self.lr_shares = {"backbone.": config.lora.lr if config.tuning == "lora" else config.backbone_lr}
         self.hop_tokens = nn.Embedding(HOPS, backbone.width)
         nn.init.normal_(self.hop_tokens.weight, std=token_scale)
+        width = contrast.projection or backbone.width
+        self.projection = None
+        if contrast.projection and any(contrast.active(side) for side in ("user", "item")):
+            layers = nn.Linear(backbone.width, backbone.width), nn.GELU(), nn.Linear(backbone.width, width)
+            self.projection = nn.Sequential(*layers)
         self.slow = None
         if contrast.momentum is not None:
             trained = {
                 name: p for name, p in self.named_parameters() if p.requires_grad and not name.startswith("head.")
             }
             self.slow = MomentumCopy(trained, contrast.momentum)
-        self.queues = {side: NegativeQueue(contrast.queue, backbone.width) for side in ("user", "item")}
+        self.queues = {side: NegativeQueue(contrast.queue, width) for side in ("user", "item")}
         self._fresh: list[tuple[str, torch.Tensor, torch.Tensor]] = []
 
     def forward(self, batch: HopBatch) -> torch.Tensor:
@@ -413,28 +421,42 @@ class GALRec(GraphReader):
 
     def _contrast(self, hidden: Placed, batch: HopBatch) -> list[torch.Tensor]:
         config = self.config.contrast
-        slow = hidden if self.slow is None else self._slow_hidden(batch)
         sums = {name: hidden.rows_ND.new_zeros((), dtype=torch.float32) for name in ("l1", "l2", "l3")}
         is_user = torch.arange(len(batch.nodes), device=batch.nodes.device) < batch.num_users
         contrasted = batch.hops[:, HOPS - 1] >= 0
-        for side, rows in (("user", is_user & contrasted), ("item", ~is_user)):
-            pairs, hops, nodes = config.active(side), batch.hops[rows], batch.nodes[rows]
+        rows_of = {"user": is_user & contrasted, "item": ~is_user}
+        rows_of = {side: rows.nonzero()[:, 0] for side, rows in rows_of.items() if config.active(side)}
+        if not rows_of:
+            return list(sums.values())
+        # All at once: ZeRO-3 gathers a layer's weights at each call.
+        places_N3 = batch.hops[torch.cat(list(rows_of.values()))]
+        own_N3D = self.compared(hidden, places_N3)
+        slow_N3D = own_N3D if self.slow is None else self._slow_compared(batch, places_N3)
+        sizes = [len(rows) for rows in rows_of.values()]
+        parts = zip(rows_of.items(), own_N3D.split(sizes), slow_N3D.split(sizes), strict=True)
+        for (side, rows), anchors_N3D, positives_N3D in parts:
+            pairs = config.active(side)
             for number, positive in enumerate(dict.fromkeys(pair.positive for pair in pairs)):
                 mine = [pair for pair in pairs if pair.positive == positive]
-                anchors_PND = hidden.at(hops[:, [pair.anchor for pair in mine]].T)
-                positives_ND = slow.at(hops[:, positive])
-                contrast = contrast_terms(anchors_PND, positives_ND, nodes, self.queues[side], config.temperature)
+                anchors_PND = anchors_N3D[:, [pair.anchor for pair in mine]].transpose(0, 1)
+                read = anchors_PND, positives_N3D[:, positive], batch.nodes[rows]
+                contrast = contrast_terms(*read, self.queues[side], config.temperature)
                 for pair, share in zip(mine, contrast.shares_P, strict=True):
                     sums[pair.weight] = sums[pair.weight] + share
                 if number == 0:
                     self._fresh.append((side, contrast.positives_ND, contrast.ids_N))
         return list(sums.values())
 
+    def compared(self, hidden: Placed, places: torch.Tensor) -> torch.Tensor:
+        """[..., width] representations at flat positions, as the contrast compares them."""
+        rows = hidden.at(places)
+        return rows if self.projection is None else self.projection(rows)
+
     @torch.no_grad()
-    def _slow_hidden(self, batch: HopBatch) -> Placed:
-        """`hidden` by the momentum copy."""
+    def _slow_compared(self, batch: HopBatch, places: torch.Tensor) -> torch.Tensor:
+        """`compared` by the momentum copy."""
         values = {f"model.{name}": value for name, value in self.slow.values().items()}
-        return functional_call(_Hidden(self), values, (batch,))
+        return functional_call(_Compared(self), values, (batch, places))
 
     def after_update(self) -> None:
         """Lets the positives of the update's passes, of all ranks, into the queues; the momentum copy follows."""

@@ -281,18 +281,29 @@ class DeepSpeedEngine:
         return safe_get_full_optimizer_state(parameter, kind)
 
     def _set_full(self, parameter: nn.Parameter, kind: str, value: torch.Tensor) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+        from deepspeed import utils
 
         if not self._partitioned(parameter):
             target = parameter.data if kind == "param" else self.engine.basic_optimizer.state[parameter][kind]
             target.copy_(value)
-        elif kind == "param":
-            safe_set_full_fp32_param(parameter, value)
+            return
+        set_param, set_moment, part = utils.safe_set_full_fp32_param, utils.safe_set_full_optimizer_state, value
+        if hasattr(parameter, "ds_id"):  # ZeRO-3, whose setters of whole values want sizes that the workers divide
+            set_param, set_moment = utils.safe_set_local_fp32_param, utils.safe_set_local_optimizer_state
+            part = self._shard(value, parameter.ds_tensor.numel())
+        if kind == "param":
+            set_param(parameter, part)
             # DeepSpeed would refresh the model's own copy at the next update only.
             with self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 parameter.data.copy_(value)
         else:
-            safe_set_full_optimizer_state(parameter, value, kind)
+            set_moment(parameter, part, kind)
+
+    def _shard(self, value: torch.Tensor, size: int) -> torch.Tensor:
+        """[size] this rank's part of a value that is spread over the ranks, with zeros after its end."""
+        start = world()[0] * size
+        part = value.flatten()[start : start + size]
+        return torch.nn.functional.pad(part, (0, size - len(part)))
 
     def _make_moments(self, arguments: tuple[object, ...]) -> None:
         """Updates once with zero gradients and lr 0: DeepSpeed makes and links the moments only in an update."""

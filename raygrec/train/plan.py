@@ -293,7 +293,7 @@ def work_of(config: RunConfig, sizes: Sizes, device: str) -> Work:
     fixed = sum(b.nbytes for b in model.buffers()) + 4 * 4 * rows  # R, and its gradient as the head makes it
     if isinstance(model, GALRec):
         contrast = config.model.contrast
-        fixed += 2 * contrast.queue * (4 * width + 8)
+        fixed += 2 * contrast.queue * (4 * (contrast.projection or width) + 8)
         # Products of the anchors of all GPUs, and which are excluded: those of one side stand at a time.
         anchors = {
             side: config.train.batch * share for side, share in (("user", contrast.users), ("item", contrast.items))

@@ -564,6 +564,14 @@ def plain_hidden(model: GALRec, batch: HopBatch) -> list[torch.Tensor]:
     ]
 
 
+def plain_projection(model: GALRec, hops: torch.Tensor) -> torch.Tensor:
+    """Hidden states as the contrast compares them."""
+    if model.config.contrast.projection is None:
+        return hops
+    inner, _, outer = model.projection
+    return functional.gelu(hops @ inner.weight.T + inner.bias) @ outer.weight.T + outer.bias
+
+
 def plain_terms(model: GALRec, batch: HopBatch, before: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
     """The four sums, with torch's cross-entropy over materialised logits and `info_nce` on the hops' states."""
     hidden = plain_hidden(model, batch)
@@ -574,7 +582,7 @@ def plain_terms(model: GALRec, batch: HopBatch, before: dict[str, tuple[torch.Te
             target[list(items)] = torch.tensor(list(items.values()))
             recommended += functional.cross_entropy(expected_logits(model, hidden[row][column]), target)
     hops = torch.stack([hidden[row][columns] for row, columns in enumerate(in_row(batch, batch.hops))])
-    users = batch.num_users
+    hops, users = plain_projection(model, hops), batch.num_users
     parts = {"user": (hops[:users], batch.nodes[:users]), "item": (hops[users:], batch.nodes[users:])}
     sums = {"l1": torch.zeros(()), "l2": torch.zeros(()), "l3": torch.zeros(())}
     for pair in model.config.contrast.pairs:
@@ -584,15 +592,16 @@ def plain_terms(model: GALRec, batch: HopBatch, before: dict[str, tuple[torch.Te
     return torch.stack([recommended, *sums.values()])
 
 
+@pytest.mark.parametrize("projection", [None, 6])
 @pytest.mark.parametrize("pairs", [{}, {"pairs": PAIRS}], ids=["default", "other"])
-def test_the_terms_of_the_loss(pairs, backbone):
-    contrast = {**EVERY_USER_LENDS, "queue": 30, "temperature": 0.2, **pairs}
+def test_the_terms_of_the_loss(pairs, projection, backbone):
+    contrast = {**EVERY_USER_LENDS, "queue": 30, "temperature": 0.2, "projection": projection, **pairs}
     prompter = hop_prompts(random_rows(2, fewest=2), contrast=contrast, max_history=3)
     model = model_of(prompter, backbone)
     with torch.no_grad():
         # Nodes that meet again in the queue, and places of it that are still empty.
         for side, numbers in (("user", torch.arange(20) % 14), ("item", torch.arange(20))):
-            model.queues[side].enqueue(torch.randn(20, backbone.width), numbers)
+            model.queues[side].enqueue(torch.randn(20, projection or backbone.width), numbers)
         before = {side: (queue.rows(), queue.ids()) for side, queue in model.queues.items()}
         batch = prompter.training(np.arange(14), Draws(1))
         expected = plain_terms(model, batch, before)
@@ -610,6 +619,11 @@ def test_weights_are_the_configs_and_terms_of_none_are_zero(backbone):
     assert model.terms == {"cross_entropy": 1.0, "l1": 0.0, "l2": 0.7, "l3": 0.0}
     terms = model(prompter.training(np.arange(3), Draws(0)))
     assert (terms != 0).tolist() == [True, False, True, False]
+
+
+def test_without_a_contrast_nothing_is_projected(backbone):
+    contrast = {"l1": 0.0, "l2": 0.0, "l3": 0.0, "projection": 6}
+    assert model_of(hop_prompts(TRAIN, contrast=contrast), backbone).projection is None
 
 
 def test_queues_take_the_positives_of_a_sides_first_pair_after_the_update(backbone):
@@ -638,9 +652,11 @@ def test_queues_take_the_positives_of_a_sides_first_pair_after_the_update(backbo
         assert model.queues["user"].ids().tolist() == [-1, -1, 0, 2, 1]  # nothing enters twice
 
 
-def with_momentum(backbone_folder, **settings: object) -> tuple[HopPrompts, GALRec, GALRec]:
+def with_momentum(
+    backbone_folder, projection: int | None = None, **settings: object
+) -> tuple[HopPrompts, GALRec, GALRec]:
     """A model whose momentum copy is a model of other parameters, which comes third."""
-    contrast = {"items": 1.0, "queue": 9, "momentum": 0.75, "temperature": 0.2}
+    contrast = {"items": 1.0, "queue": 9, "momentum": 0.75, "temperature": 0.2, "projection": projection}
     prompter = hop_prompts(random_rows(2, fewest=2), contrast=contrast, max_history=3, **settings)
     model, other = (
         model_of(prompter, Backbone(BackboneConfig(name=backbone_folder("bert"), layers=2))) for _ in range(2)
@@ -655,19 +671,20 @@ def with_momentum(backbone_folder, **settings: object) -> tuple[HopPrompts, GALR
     return prompter, model, other
 
 
-@pytest.mark.parametrize("tuning", ["full", "lora"])
-def test_positives_and_the_queue_are_the_momentum_copys(tuning, backbone_folder):
-    prompter, model, other = with_momentum(backbone_folder, tuning=tuning)
+@pytest.mark.parametrize(("tuning", "projection"), [("full", None), ("lora", None), ("full", 6)])
+def test_positives_and_the_queue_are_the_momentum_copys(tuning, projection, backbone_folder):
+    prompter, model, other = with_momentum(backbone_folder, projection, tuning=tuning)
     batch = prompter.training(np.arange(14), Draws(1))
     places = torch.tensor(in_row(batch, batch.hops))
     with torch.no_grad():
         for side in ("user", "item"):
-            model.queues[side].enqueue(torch.randn(5, 16), torch.arange(5))
+            model.queues[side].enqueue(torch.randn(5, projection or 16), torch.arange(5))
     before = {side: (queue.rows(), queue.ids()) for side, queue in model.queues.items()}
 
     def hops(one: GALRec) -> torch.Tensor:
         hidden = plain_hidden(one, batch)
-        return torch.stack([states[columns] for states, columns in zip(hidden, places, strict=True)])
+        states = torch.stack([rows[columns] for rows, columns in zip(hidden, places, strict=True)])
+        return plain_projection(one, states)
 
     anchors, keys = hops(model), hops(other).detach()
     expected = []
@@ -700,7 +717,7 @@ def test_positives_and_the_queue_are_the_momentum_copys(tuning, backbone_folder)
 
 @pytest.mark.parametrize("tuning", ["full", "lora", "frozen"])
 def test_the_momentum_copy_holds_what_is_trained_before_the_head_and_follows_it(tuning, backbone_folder):
-    prompter, model, _ = with_momentum(backbone_folder, tuning=tuning)
+    prompter, model, _ = with_momentum(backbone_folder, 6, tuning=tuning)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("head.")}
     assert any(name.startswith("backbone.") for name in trained) == (tuning != "frozen")
     state = model.carried_state()

@@ -217,6 +217,35 @@ def test_parts_learn_at_their_share_of_the_rate_under_every_zero_stage(tmp_path)
             assert_moved_by_shares(state, norm)
 
 
+RESUMED = [*({"zero_stage": stage} for stage in range(4)), {"zero_stage": 3, "offload_optimizer": True}]
+
+
+def resuming_worker(rank: int, folder: str) -> None:
+    """One of three ranks, a number that divides neither five weights nor two: the third has no entry of these."""
+    found = {}
+    for settings in RESUMED:
+        straight, resumed = (make_engine(Parts(), EngineConfig(**settings), 1, True) for _ in range(2))
+        for update, slopes in enumerate(([1.0, -2.0, 3.0], [-0.5, 1.0, 2.0])):
+            if update:
+                resumed.load_state(straight.state(), 1, (torch.ones(3),))
+                loaded = _same(straight.state(), resumed.state())
+            for one in (straight, resumed)[: 1 + update]:
+                one.backward(one.loss(torch.tensor(slopes)), last=True)
+                one.update(LR)
+        found[str(settings)] = loaded, _same(straight.state(), resumed.state())
+    torch.save(found, f"{folder}/{rank}.pt")
+
+
+def _same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(second[name], value) for name, value in first.items())
+
+
+def test_a_state_goes_on_identically_under_every_zero_stage(tmp_path):
+    run_ranks(resuming_worker, 3, str(tmp_path))
+    for rank in range(3):
+        assert torch.load(tmp_path / f"{rank}.pt") == {str(settings): (True, True) for settings in RESUMED}
+
+
 POISONED = [
     {"zero_stage": 0},
     {"zero_stage": 0, "precision": "bf16"},
@@ -244,9 +273,7 @@ def faults_worker(rank: int, folder: str) -> None:
                 message = "updated"
             except NonFiniteError as error:
                 message = str(error)
-            after = made.state()
-            same = before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
-            found[f"{settings} {kind}"] = (same, message)
+            found[f"{settings} {kind}"] = (_same(before, made.state()), message)
     run = RunFolder(Path(folder) / "run")
     if rank == 1:
         run.newest_checkpoint = None

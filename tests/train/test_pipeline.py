@@ -164,7 +164,7 @@ def test_galrec_learns_and_reports_its_terms(galrec_alone, tiny_store):
     assert 0 <= metrics["test"]["ndcg@3"] <= 1
     # Eight updates of twelve users have filled the queue of users; none of its rows is of a user that is none.
     found = queues(galrec_alone)
-    assert found["carried/user/rows"].shape == (20, 16)
+    assert found["carried/user/rows"].shape == (20, 5)
     assert found["carried/user/ids"].min() >= 0
     assert found["carried/user/ids"].max() > 24 > found["carried/item/ids"].max()
     load_model(galrec_alone.config(), galrec_alone, tiny_store)

@@ -124,7 +124,7 @@ def tiny_galrec_config(store: Path, backbone: Path, out: Path, /, **changes: obj
         model={
             "max_history": 6,
             "neighbours": {"one_hop": 3, "two_hop": 2},
-            "contrast": {"queue": 20, "users": 0.6, "items": 0.5},
+            "contrast": {"queue": 20, "users": 0.6, "items": 0.5, "projection": 5},
             "layer_dropout": 0.2,
         },
         train={"epochs": 2, "batch": 12, "micro_batch": 12, "lr": 0.01, "checkpoint_every": 2},
