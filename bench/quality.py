@@ -166,6 +166,8 @@ def main() -> None:
     if unknown:
         parser.error(f"cell '{min(unknown)}': expected one of {', '.join(suite.cells)}")
     decodings = suite.decodings if arguments.decodings is None else arguments.decodings
+    if unknown := set(decodings) - set(suite.decodings):
+        parser.error(f"decoding '{min(unknown)}': expected one of {', '.join(suite.decodings) or '(none)'}")
     for seed in arguments.seeds:
         for name in names:
             one(arguments.suite, name, seed, arguments.threads, decodings)

@@ -364,15 +364,15 @@ def tuned(backbone: Backbone, config: GALRecConfig) -> Backbone:
     return made.drop(config.layer_dropout) if config.layer_dropout else made
 
 
-class _Compared(nn.Module):
-    """`GALRec.compared` of a batch's hidden states as a module's forward, as `functional_call` wants it."""
+class _Contrasted(nn.Module):
+    """`GALRec.contrasted` as a module's forward, as `functional_call` wants it."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, batch: HopBatch, places: torch.Tensor) -> torch.Tensor:
-        return self.model.compared(self.model.hidden(batch), places)
+    def forward(self, batch: HopBatch, rows_N: torch.Tensor) -> torch.Tensor:
+        return self.model.contrasted(batch, rows_N)
 
 
 class GALRec(GraphReader):
@@ -428,10 +428,9 @@ class GALRec(GraphReader):
         rows_of = {side: rows.nonzero()[:, 0] for side, rows in rows_of.items() if config.active(side)}
         if not rows_of:
             return list(sums.values())
-        # All at once: ZeRO-3 gathers a layer's weights at each call.
-        places_N3 = batch.hops[torch.cat(list(rows_of.values()))]
-        own_N3D = self.compared(hidden, places_N3)
-        slow_N3D = own_N3D if self.slow is None else self._slow_compared(batch, places_N3)
+        rows_N = torch.cat(list(rows_of.values()))
+        own_N3D = self._projected(hidden.at(batch.hops[rows_N]))  # all at once: ZeRO-3 gathers weights at each call
+        slow_N3D = self._slowly_contrasted(batch, rows_N) if self.slow is not None and len(rows_N) else own_N3D
         sizes = [len(rows) for rows in rows_of.values()]
         parts = zip(rows_of.items(), own_N3D.split(sizes), slow_N3D.split(sizes), strict=True)
         for (side, rows), anchors_N3D, positives_N3D in parts:
@@ -447,16 +446,24 @@ class GALRec(GraphReader):
                     self._fresh.append((side, contrast.positives_ND, contrast.ids_N))
         return list(sums.values())
 
-    def compared(self, hidden: Placed, places: torch.Tensor) -> torch.Tensor:
-        """[..., width] representations at flat positions, as the contrast compares them."""
-        rows = hidden.at(places)
+    def contrasted(self, batch: HopBatch, rows_N: torch.Tensor) -> torch.Tensor:
+        """[N, 3, width] hops of these prompts as the contrast compares them, by a pass that reads no other prompt."""
+        keys = None if batch.dropout_keys is None else batch.dropout_keys[rows_N]
+        embeds = self.embed(batch)
+        alone = Placed(embeds.rows_ND, embeds.where_BT[rows_N])
+        hidden = self.backbone.read(alone, batch.attention[rows_N], batch.lengths[rows_N], keys)
+        columns_N3 = batch.hops[rows_N] - rows_N[:, None] * batch.symbols.shape[1]
+        starts_N = torch.arange(len(rows_N), device=rows_N.device) * batch.symbols.shape[1]
+        return self._projected(hidden.at(starts_N[:, None] + columns_N3))
+
+    def _projected(self, rows: torch.Tensor) -> torch.Tensor:
         return rows if self.projection is None else self.projection(rows)
 
     @torch.no_grad()
-    def _slow_compared(self, batch: HopBatch, places: torch.Tensor) -> torch.Tensor:
-        """`compared` by the momentum copy."""
+    def _slowly_contrasted(self, batch: HopBatch, rows_N: torch.Tensor) -> torch.Tensor:
+        """`contrasted` by the momentum copy."""
         values = {f"model.{name}": value for name, value in self.slow.values().items()}
-        return functional_call(_Compared(self), values, (batch, places))
+        return functional_call(_Contrasted(self), values, (batch, rows_N))
 
     def after_update(self) -> None:
         """Lets the positives of the update's passes, of all ranks, into the queues; the momentum copy follows."""

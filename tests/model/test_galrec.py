@@ -715,6 +715,15 @@ def test_positives_and_the_queue_are_the_momentum_copys(tuning, projection, back
         torch.testing.assert_close(model.queues[side].rows()[-len(newest) :], newest, rtol=1e-4, atol=1e-5)
 
 
+def test_where_nothing_is_contrasted_the_momentum_copy_is_not_asked(backbone):
+    contrast = {"users": 1e-9, "items": 0.0, "momentum": 0.9, "queue": 3}
+    model = model_of(prompter := hop_prompts(TRAIN, contrast=contrast), backbone)
+    terms = model(prompter.training(np.arange(3), Draws(0)))
+    assert terms[0] > 0 and terms[1:].tolist() == [0, 0, 0]
+    model.after_update()
+    assert model.queues["user"].ids().tolist() == [-1, -1, -1]
+
+
 @pytest.mark.parametrize("tuning", ["full", "lora", "frozen"])
 def test_the_momentum_copy_holds_what_is_trained_before_the_head_and_follows_it(tuning, backbone_folder):
     prompter, model, _ = with_momentum(backbone_folder, 6, tuning=tuning)
