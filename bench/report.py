@@ -78,7 +78,7 @@ def _suite(suite: Any, found: list[dict[str, Any]]) -> str:
         markdown_table(rows),
         f"One cell: `{example['command']}`; all of them: `python -m bench.quality run {example['suite']}`.\n",
     ]
-    if done("ablation"):
+    if method and done("ablation"):
         lines += ["### What each part adds\n", _signs(method, {name: by_name[name] for name in done("ablation")})]
     if done("trap"):
         lines += [
@@ -157,10 +157,12 @@ def _search(found: dict[str, Any]) -> str:
         f"`{key}={round(value, 4) if isinstance(value, float) else json.dumps(value)}`"
         for key, value in best["point"].items()
     )
+    # The job has had one since; these trials had not.
+    without = " None of them had a momentum encoder." if best["point"].get("model.contrast.momentum", 0) is None else ""
     return (
         "## A search on Amazon Beauty\n\n"
         f"`tune_spaces/galrec.yaml`, TPE and ASHA, {found['trials']} trials ({statuses}; {found['epochs']:g} epochs in "
-        f"all), the first of them the job as it stands: `{found['command']}`. Validation N@10 of the job "
+        f"all), the first of them the job as it stood: `{found['command']}`.{without} Validation N@10 of the job "
         f"{found['job']['score']:.4f}, of the best {best['score']:.4f}: {point}. Read on test in the table of GAL-Rec "
         f"above, as searched.\n\n![Effect of each key](figures/{found['figure']})\n"
     )
