@@ -396,8 +396,9 @@ class GALRec(GraphReader):
         self.hop_tokens = nn.Embedding(HOPS, backbone.width)
         nn.init.normal_(self.hop_tokens.weight, std=token_scale)
         width = contrast.projection or backbone.width
+        compared = [pair for side in ("user", "item") for pair in contrast.active(side)]
         self.projection = None
-        if contrast.projection and any(contrast.active(side) for side in ("user", "item")):
+        if contrast.projection and compared:
             layers = nn.Linear(backbone.width, backbone.width), nn.GELU(), nn.Linear(backbone.width, width)
             self.projection = nn.Sequential(*layers)
         self.slow = None
@@ -406,6 +407,10 @@ class GALRec(GraphReader):
                 name: p for name, p in self.named_parameters() if p.requires_grad and not name.startswith("head.")
             }
             self.slow = MomentumCopy(trained, contrast.momentum)
+        # With a momentum encoder the two-hop segments are its own to read: no anchor sees them.
+        last = [pair.anchor if self.slow is not None else max(pair.anchor, pair.positive) for pair in compared]
+        answers = {"history": int(config.history_sees_user), "hop1": 1, "hop2": 2}[config.readout]
+        self.hops_read = 1 + max([answers, *last])
         self.queues = {side: NegativeQueue(contrast.queue, width) for side in ("user", "item")}
         self._fresh: list[tuple[str, torch.Tensor, torch.Tensor]] = []
 
@@ -415,7 +420,7 @@ class GALRec(GraphReader):
         The contrastive sums are this rank's share of the global ones (`contrast_terms`). Divide by `batch.counts`,
         summed over all ranks.
         """
-        hidden = self.hidden(batch)
+        hidden = self.hidden(batch, self.hops_read)
         recommended = self.recommending_loss(hidden, batch)
         return torch.stack([recommended, *self._contrast(hidden, batch)])
 
@@ -500,9 +505,11 @@ class GALRec(GraphReader):
         hidden = self.hidden(batch).at(batch.slots[:, 0])
         return self.matched(hidden)[:, None]
 
-    def hidden(self, batch: HopBatch) -> Placed:
-        """Last hidden states."""
-        return self.backbone.read(self.embed(batch), batch.attention, batch.lengths, batch.dropout_keys)
+    def hidden(self, batch: HopBatch, hops: int = HOPS) -> Placed:
+        """Last hidden states; of each prompt up to the task token of its first `hops` hops, where it has that."""
+        ends = batch.hops[:, hops - 1]
+        lengths = torch.where(ends >= 0, ends % batch.symbols.shape[1] + 1, batch.lengths)
+        return self.backbone.read(self.embed(batch), batch.attention, lengths, batch.dropout_keys)
 
     def representations(self, batch: HopBatch) -> torch.Tensor:
         """Hidden states [R, 3, D] of the task tokens; every hop must be in the prompts."""

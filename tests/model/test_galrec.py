@@ -613,6 +613,20 @@ def test_the_terms_of_the_loss(pairs, projection, backbone):
     assert list(model.terms) == ["cross_entropy", "l1", "l2", "l3"]
 
 
+@pytest.mark.parametrize("sees_user", [True, False])
+@pytest.mark.parametrize("readout", ["history", "hop1", "hop2"])
+def test_where_nothing_is_contrasted_prompts_are_read_up_to_the_last_answer(readout, sees_user, backbone):
+    contrast = {"l1": 0.0, "l2": 0.0, "l3": 0.0}
+    settings = {"readout": readout, "history_sees_user": sees_user, "contrast": contrast, "max_history": 3}
+    prompter = hop_prompts(random_rows(2, fewest=1), **settings)
+    model = model_of(prompter, backbone)
+    batch = prompter.training(np.arange(14), Draws(1))
+    empty = torch.zeros(0, backbone.width), torch.zeros(0, dtype=torch.int64)
+    with torch.no_grad():
+        expected = plain_terms(model, batch, {"user": empty, "item": empty})[0]
+        torch.testing.assert_close(model(batch), torch.stack([expected, *torch.zeros(3)]), rtol=1e-5, atol=1e-3)
+
+
 def test_weights_are_the_configs_and_terms_of_none_are_zero(backbone):
     prompter = hop_prompts(TRAIN, contrast={"items": 1.0, "l1": 0.0, "l2": 0.7, "l3": 0.0})
     model = model_of(prompter, backbone)
