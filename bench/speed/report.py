@@ -36,9 +36,9 @@ NEXT = {
     "slot through the last layer, and the block mask as segments instead of a matrix. On a CPU and at 260 k "
     "parameters generation is bound by arithmetic as prompts are; at 1 B on a GPU it is bound by reading the weights "
     "at every token: measure there.",
-    9: "a third is the products of anchors with 65,536 rows, which are near a matrix product's floor: representations "
-    "of 128 entries for the contrast, as MoCo's are, make a third of it. The rest is the prompts with all hops and of "
-    "items (K = 0): a smaller share of contrasted users (`contrast.users`, `items`; a fifth today).",
+    9: "at K = 0 it is the prompts of contrasted users and of items, read by the model and again by its momentum copy: "
+    "of the copy's pass only the last position is asked for, and the last layer computes them all. The rest are the "
+    "products of anchors with 65,536 rows, near a matrix product's floor; a projection to 128 entries shortens them.",
     12: "measure the ZeRO stages on GPUs, where the allocator tells its peak.",
 }
 UNITS = (("", 1), ("k", 1e3), ("M", 1e6), ("G", 1e9), ("T", 1e12), ("P", 1e15))
