@@ -106,7 +106,9 @@ def galrec(title: str, store: str, published: str) -> Suite:
         "GAL-Rec without L3": ablation("model.contrast.l3=0"),
         "GAL-Rec without L1, L2, L3": ablation(*(f"model.contrast.l{n}=0" for n in (1, 2, 3))),
         "GAL-Rec without queue": ablation("model.contrast.queue=0"),
-        "GAL-Rec without momentum encoder": ablation("model.contrast.momentum=null"),
+        "GAL-Rec without momentum encoder, a fifth contrasted": ablation(
+            "model.contrast.momentum=null", "model.contrast.users=0.2", "model.contrast.items=0.2"
+        ),
         "GAL-Rec without items' one-hop neighbours": ablation("model.neighbours.one_hop=0"),
         "GAL-Rec without two-hop neighbours": ablation("model.neighbours.two_hop=0"),
         "GAL-Rec without text vectors": ablation("model.text_vectors=false"),

@@ -22,7 +22,7 @@ from raygrec.train.settings import GALRecRun, GLTARun
 SETTINGS: dict[str, Any] = {
     "backbone": {"name": "minilm", "layers": 2},
     "graph": {"dim": 64, "layers": 3, "batch_size": 1024, "epochs": 40, "evaluate_every": 5},
-    "model": {"max_history": 20, "contrast": {"momentum": 0.99}},
+    "model": {"max_history": 20},
     "alignment": {"epochs": 3, "batch": 16, "micro_batch": 8, "lr": 0.0005},
     "histories": {"epochs": 6, "batch": 64, "micro_batch": 32, "lr": 0.002},
     "train": {"epochs": 4, "batch": 64, "micro_batch": 32, "lr": 0.001},

@@ -290,7 +290,7 @@ class DeepSpeedEngine:
         set_param, set_moment, part = utils.safe_set_full_fp32_param, utils.safe_set_full_optimizer_state, value
         if hasattr(parameter, "ds_id"):  # ZeRO-3, whose setters of whole values want sizes that the workers divide
             set_param, set_moment = utils.safe_set_local_fp32_param, utils.safe_set_local_optimizer_state
-            part = self._shard(value, parameter.ds_tensor.numel())
+            part = _shard(value, parameter.ds_tensor.numel())
         if kind == "param":
             set_param(parameter, part)
             # DeepSpeed would refresh the model's own copy at the next update only.
@@ -299,17 +299,18 @@ class DeepSpeedEngine:
         else:
             set_moment(parameter, part, kind)
 
-    def _shard(self, value: torch.Tensor, size: int) -> torch.Tensor:
-        """[size] this rank's part of a value that is spread over the ranks, with zeros after its end."""
-        start = world()[0] * size
-        part = value.flatten()[start : start + size]
-        return torch.nn.functional.pad(part, (0, size - len(part)))
-
     def _make_moments(self, arguments: tuple[object, ...]) -> None:
         """Updates once with zero gradients and lr 0: DeepSpeed makes and links the moments only in an update."""
         for micro in range(self.accumulation):
             self.backward(0.0 * self.loss(*arguments).sum(), micro == self.accumulation - 1)
         self.update(0.0)
+
+
+def _shard(value: torch.Tensor, size: int) -> torch.Tensor:
+    """[size] this rank's part of a value that is spread over the ranks, with zeros after its end."""
+    start = world()[0] * size
+    part = value.flatten()[start : start + size]
+    return nn.functional.pad(part, (0, size - len(part)))
 
 
 def _finite(norm: torch.Tensor | float) -> float:
