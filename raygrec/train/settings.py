@@ -147,12 +147,6 @@ class RunConfig(StrictConfig):
             raise ValueError("upload_checkpoints=true needs an address in upload")
         return self
 
-    @model_validator(mode="after")
-    def _folds_are_read(self) -> Self:
-        if self.graph.folds and not self.reads_graph:
-            raise ValueError(f"graph.folds={self.graph.folds}: no graph is pretrained for this model; use 0")
-        return self
-
     @property
     def name(self) -> str:
         """The method, as tables name it."""

@@ -136,14 +136,6 @@ def test_what_a_sequential_model_cannot_be(content, problem):
     assert problem in refused({"recipe": "sequential", **content})
 
 
-@pytest.mark.parametrize("content", [{"recipe": "sequential"}, {"recipe": "galrec", "model": {"graph_vectors": False}}])
-def test_folds_of_a_graph_that_is_not_fitted_are_refused(content):
-    assert refused({**content, "graph": {"folds": 4}}) == (
-        "run.yaml: graph.folds=4: no graph is pretrained for this model; use 0"
-    )
-    assert run_config({**PLACES, "recipe": "galrec", "graph": {"folds": 4}}, "x").graph.folds == 4
-
-
 @pytest.mark.parametrize(
     ("content", "name"),
     [
