@@ -402,7 +402,7 @@ class GALRec(GraphReader):
             layers = nn.Linear(backbone.width, backbone.width), nn.GELU(), nn.Linear(backbone.width, width)
             self.projection = nn.Sequential(*layers)
         self.slow = None
-        if contrast.momentum is not None:
+        if contrast.momentum is not None and compared:
             trained = {
                 name: p for name, p in self.named_parameters() if p.requires_grad and not name.startswith("head.")
             }
@@ -457,9 +457,9 @@ class GALRec(GraphReader):
         embeds = self.embed(batch)
         alone = Placed(embeds.rows_ND, embeds.where_BT[rows_N])
         hidden = self.backbone.read(alone, batch.attention[rows_N], batch.lengths[rows_N], keys)
-        columns_N3 = batch.hops[rows_N] - rows_N[:, None] * batch.symbols.shape[1]
-        starts_N = torch.arange(len(rows_N), device=rows_N.device) * batch.symbols.shape[1]
-        return self._projected(hidden.at(starts_N[:, None] + columns_N3))
+        width = batch.symbols.shape[1]
+        starts_N = torch.arange(len(rows_N), device=rows_N.device) * width
+        return self._projected(hidden.at(starts_N[:, None] + batch.hops[rows_N] % width))
 
     def _projected(self, rows: torch.Tensor) -> torch.Tensor:
         return rows if self.projection is None else self.projection(rows)

@@ -635,9 +635,10 @@ def test_weights_are_the_configs_and_terms_of_none_are_zero(backbone):
     assert (terms != 0).tolist() == [True, False, True, False]
 
 
-def test_without_a_contrast_nothing_is_projected(backbone):
-    contrast = {"l1": 0.0, "l2": 0.0, "l3": 0.0, "projection": 6}
-    assert model_of(hop_prompts(TRAIN, contrast=contrast), backbone).projection is None
+def test_without_a_contrast_nothing_is_projected_or_followed(backbone):
+    contrast = {"l1": 0.0, "l2": 0.0, "l3": 0.0, "projection": 6, "momentum": 0.9}
+    model = model_of(hop_prompts(TRAIN, contrast=contrast), backbone)
+    assert model.projection is None and model.slow is None
 
 
 def test_queues_take_the_positives_of_a_sides_first_pair_after_the_update(backbone):

@@ -221,7 +221,7 @@ RESUMED = [*({"zero_stage": stage} for stage in range(4)), {"zero_stage": 3, "of
 
 
 def resuming_worker(rank: int, folder: str) -> None:
-    """One of three ranks, a number that divides neither five weights nor two: the third has no entry of these."""
+    """One of three ranks, which divide neither five entries nor two: of the two, the third rank has none."""
     found = {}
     for settings in RESUMED:
         straight, resumed = (make_engine(Parts(), EngineConfig(**settings), 1, True) for _ in range(2))
