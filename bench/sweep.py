@@ -116,7 +116,7 @@ def cost(folder: Path) -> dict[str, Any]:
 
 def search(folder: Path) -> dict[str, Any]:
     """What a search on Beauty finds by validation, and its figure of every key's effect; `bench.quality` trains it."""
-    space, store, trials = "tune_spaces/galrec.yaml", prepare("beauty"), 6
+    space, store, trials = "tune_spaces/galrec.yaml", prepare("beauty"), 12
     settings = [f"trials={trials}", "searcher.startup=6", "seed=1", "concurrency=2", "cluster.workers=1"]
     resumed = ["--resume"] if folder.exists() else []
     told = raygrec("tune", space, f"out={folder}", f"store={store}", *settings, *resumed)
