@@ -454,9 +454,7 @@ class GALRec(GraphReader):
     def contrasted(self, batch: HopBatch, rows_N: torch.Tensor) -> torch.Tensor:
         """[N, 3, width] hops of these prompts as the contrast compares them, by a pass that reads no other prompt."""
         keys = None if batch.dropout_keys is None else batch.dropout_keys[rows_N]
-        embeds = self.embed(batch)
-        alone = Placed(embeds.rows_ND, embeds.where_BT[rows_N])
-        hidden = self.backbone.read(alone, batch.attention[rows_N], batch.lengths[rows_N], keys)
+        hidden = self.backbone.read(self.embed(batch, rows_N), batch.attention[rows_N], batch.lengths[rows_N], keys)
         width = batch.symbols.shape[1]
         starts_N = torch.arange(len(rows_N), device=rows_N.device) * width
         return self._projected(hidden.at(starts_N[:, None] + batch.hops[rows_N] % width))
@@ -515,21 +513,22 @@ class GALRec(GraphReader):
         """Hidden states [R, 3, D] of the task tokens; every hop must be in the prompts."""
         return self.hidden(batch).at(batch.hops)
 
-    def embed(self, batch: HopBatch) -> Placed:
-        """Embeddings of the symbols."""
+    def embed(self, batch: HopBatch, rows_N: torch.Tensor | None = None) -> Placed:
+        """Embeddings of the symbols, of these prompts or of all."""
+        rows_N = torch.arange(len(batch.symbols), device=batch.symbols.device) if rows_N is None else rows_N
 
         def items(numbers: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+            rows = rows_N[rows]
             return self.dropped(self.item_tokens(numbers, batch.tables[rows]), batch, rows, columns)
 
         def users(numbers: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
             # A user's own token is rebuilt from the history that the prompt shows, which holds no target.
-            shown = self.nodes.users(batch)
-            mine = batch.own[rows, columns]
-            nodes = self.nodes.users_Ud[numbers]
-            nodes = torch.where(mine[:, None], shown[rows.clamp(max=len(shown) - 1)], nodes)
+            rows = rows_N[rows]
+            nodes, mine = self.nodes.users_Ud[numbers], batch.own[rows, columns]
+            nodes[mine] = self.nodes.users(batch)[rows[mine]]
             return self.dropped(self.user_projector(nodes), batch, rows, columns)
 
         def hops(numbers: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
             return self.hop_tokens(numbers)
 
-        return embed_symbols(batch.symbols, self.symbols, self.backbone.embed, items, users, hops)
+        return embed_symbols(batch.symbols[rows_N], self.symbols, self.backbone.embed, items, users, hops)
