@@ -41,10 +41,15 @@ class SequentialConfig(StrictConfig):
     dropout: float = Field(0.3, ge=0, lt=1)
     """Of the embeddings, and of what attention, filter and feed-forward network add; attention weights keep all."""
     max_history: int = Field(50, ge=1)
+    predicts: Literal["every", "newest"] = "every"
+    """`every`: every item of a history predicts the next, in one pass, and places count from the oldest item. `newest`:
+    each beginning of a history is a prompt of its own, as in BSARec's code, whose newest item alone predicts; places
+    count from that, and the filter may look ahead. That reads many more items an epoch."""
     text_vectors: bool = False
     """A linear map of the frozen language model's text vectors is added to the item embeddings."""
     filter: Literal["none", "frequency"] = "none"
-    """`frequency`: BSARec's rescaler of low and high frequencies beside self-attention. [ours] It is causal."""
+    """`frequency`: BSARec's rescaler of low and high frequencies beside self-attention. [ours] Causal where every item
+    predicts."""
     alpha: float = Field(0.7, ge=0, le=1)
     """Share of the filter; self-attention has the rest."""
     cutoff: int = Field(5, ge=1)
@@ -71,7 +76,7 @@ class SequencePrompts:
     causal = True
 
     def __init__(self, config: SequentialConfig, num_items: int, train: CSR) -> None:
-        self.max_history = config.max_history
+        self.max_history, self.predicts = config.max_history, config.predicts
         self.symbols = Symbols(text=0, items=num_items, users=0, slots=0)
         self.train = train
 
@@ -83,12 +88,18 @@ class SequencePrompts:
         shown = entries[(later >= 1) & (later <= self.max_history)]
         history = CSR.from_pairs(rows.rows[shown], rows.indices[shown], len(users))
         answered = first_occurrences(rows.rows, rows.indices)[shown + 1]
-        batch = self._assemble(history)
         place = np.arange(len(shown)) - history.indptr[history.rows]
-        answers = (history.rows * batch.symbols.shape[1] + place)[answered]
-        targets = as_targets(np.arange(len(answers)), rows.indices[shown + 1][answered], len(answers))
-        keys = (draws.uniform(users, DROPOUT) * 2**53).astype(np.int64)
-        return replace(batch, answers=torch.from_numpy(answers), targets=targets, dropout_keys=torch.from_numpy(keys))
+        count = int(answered.sum())
+        targets = as_targets(np.arange(count), rows.indices[shown + 1][answered], count)
+        if self.predicts == "newest":
+            batch = self._assemble(_beginnings(history, np.flatnonzero(answered), place[answered] + 1))
+            answers, drawn = batch.slots[:, 0], draws.uniform(users[history.rows[answered]], DROPOUT, place[answered])
+        else:
+            batch = self._assemble(history)
+            answers = torch.from_numpy((history.rows * batch.symbols.shape[1] + place)[answered])
+            drawn = draws.uniform(users, DROPOUT)
+        keys = torch.from_numpy((drawn * 2**53).astype(np.int64))
+        return replace(batch, answers=answers, targets=targets, dropout_keys=keys)
 
     def recommending(
         self, users: np.ndarray, histories: CSR, stage: str = "test", slots: int | None = None
@@ -114,6 +125,13 @@ class SequencePrompts:
         )
 
 
+def _beginnings(history: CSR, ends: np.ndarray, lengths: np.ndarray) -> CSR:
+    """A row for each entry of `ends`: the so many items of its row up to it."""
+    indptr = np.concatenate([[0], np.cumsum(lengths)])
+    entries = np.repeat(ends + 1 - lengths - indptr[:-1], lengths) + np.arange(indptr[-1])
+    return CSR(indptr, np.asarray(history.indices)[entries])
+
+
 class ItemTable(nn.Module):
     """Item embeddings [I, d], in and out: free ones, plus a map of text vectors [I, t] where there are any."""
 
@@ -131,14 +149,16 @@ class FrequencyFilter(nn.Module):
     """BSARec's frequency rescaler: LN(x + dropout(low + β² high)), with high = x − low and one β per column.
 
     The paper transforms the whole window of `max_history` positions, so every position mixes in those after it; it
-    can train the last position only. [ours] At each position, low is what the paper's low-pass gives the last
-    position of the window that ends there, zeros before the history's start: a causal filter with the same kernel.
+    can train the last position only. [ours] Zeros stand before the history's start. [ours] Where every item predicts,
+    low is at each position what the paper's low-pass gives the last position of the window that ends there: a causal
+    filter with the same kernel.
     """
 
     def __init__(self, config: SequentialConfig) -> None:
         super().__init__()
         window = config.max_history
         passed = torch.arange(window // 2 + 1) <= config.cutoff // 2
+        self.causal = config.predicts == "every"
         self.register_buffer("kernel", torch.fft.irfft(passed.to(torch.complex64), n=window), persistent=False)
         self.root_beta = nn.Parameter(torch.randn(config.width))  # the authors' start
         self.norm = nn.LayerNorm(config.width)
@@ -146,7 +166,8 @@ class FrequencyFilter(nn.Module):
     def forward(self, x_BTd: torch.Tensor, drop: Drop, use: int) -> torch.Tensor:
         place = torch.arange(x_BTd.shape[1], device=x_BTd.device)
         lag_TT = place[:, None] - place
-        low_BTd = (self.kernel[lag_TT.clamp(min=0)] * (lag_TT >= 0)) @ x_BTd
+        share_TT = self.kernel[lag_TT % len(self.kernel)]
+        low_BTd = (share_TT * (lag_TT >= 0) if self.causal else share_TT) @ x_BTd
         return self.norm(x_BTd + drop(low_BTd + self.root_beta.square() * (x_BTd - low_BTd), use))
 
 
@@ -209,14 +230,17 @@ class Sequential(nn.Module):
         return self.head(self.hidden(batch, rows_Id).flatten(0, 1)[batch.slots[:, 0]], rows_Id)[:, None]
 
     def hidden(self, batch: PromptBatch, rows_Id: torch.Tensor) -> torch.Tensor:
-        """Last hidden states [B, T, d]; places count from the oldest item shown."""
+        """Last hidden states [B, T, d]; zero in padding."""
         shown_BT = batch.symbols >= 0
-        items_BTd = functional.embedding(batch.symbols.clamp(min=0), rows_Id) * shown_BT[..., None]
-        places_Td = self.places(torch.arange(shown_BT.shape[1], device=shown_BT.device))
+        shown_BT1 = shown_BT[..., None]
+        items_BTd = functional.embedding(batch.symbols.clamp(min=0), rows_Id)
+        places_BT = torch.arange(shown_BT.shape[1], device=shown_BT.device).expand_as(shown_BT)
+        if self.config.predicts == "newest":
+            places_BT = (shown_BT.sum(1, keepdim=True) - 1 - places_BT).clamp(min=0)
         drop = self._dropping(batch)
-        x_BTd = drop(self.norm(items_BTd + places_Td), 0)
+        x_BTd = drop(self.norm(items_BTd + self.places(places_BT)), 0) * shown_BT1
         for number, layer in enumerate(self.layers):
-            x_BTd = layer(x_BTd, drop, 1 + USES * number)
+            x_BTd = layer(x_BTd, drop, 1 + USES * number) * shown_BT1
         return x_BTd
 
     def _dropping(self, batch: PromptBatch) -> Drop:

@@ -17,6 +17,7 @@ KINDS = {
     "text": {"text_vectors": True},
     "filter": {"filter": "frequency", "cutoff": 3},
     "both": {"filter": "frequency", "text_vectors": True},
+    "newest": {"filter": "frequency", "cutoff": 3, "predicts": "newest"},
 }
 
 
@@ -68,6 +69,16 @@ def test_training_prompts_by_hand():
     ]
 
 
+def test_each_beginning_of_a_history_is_a_prompt_where_the_newest_item_alone_predicts():
+    batch = prompts_of(max_history=4, predicts="newest").training(np.array([0, 2, 1, 3]), Draws(0))
+    rows = [[3], [3, 5], [3, 5, 7, 3], [2], [2, 8], [2, 8, 10], [2, 8, 10, 6], [0]]
+    assert batch.symbols.tolist() == [row + [PAD] * (4 - len(row)) for row in rows]
+    assert batch.answers.tolist() == [0, 5, 11, 12, 17, 22, 27, 28]
+    assert batch.targets.items.tolist() == [5, 7, 9, 8, 10, 6, 0, 1]
+    assert batch.targets.indptr.tolist() == list(range(9))
+    assert len(set(batch.dropout_keys.tolist())) == 8
+
+
 def test_an_item_that_came_before_what_is_shown_is_no_target():
     batch = prompts_of([[7, 1, 2, 7]], max_history=2).training(np.array([0]), Draws(0))
     assert batch.symbols.tolist() == [[1, 2]]
@@ -90,9 +101,9 @@ def test_the_segments_say_what_the_model_does():
 # ---- the model
 
 
-@pytest.mark.parametrize("kind", ["plain", "text"])
+@pytest.mark.parametrize("kind", ["plain", "text", "places from the newest"])
 def test_it_is_torchs_own_transformer(kind):
-    model = model_of(**KINDS[kind])
+    model = model_of(**KINDS.get(kind, {"predicts": "newest"}))
     batch = shown(HISTORIES)
     layers = []
     for layer in model.layers:
@@ -117,7 +128,8 @@ def test_it_is_torchs_own_transformer(kind):
     with torch.no_grad():
         for row, history in enumerate(HISTORIES):
             length = min(len(history), 6)
-            x = table[torch.tensor(history[-6:])] + model.places.weight[:length]
+            places = model.places.weight[:length]
+            x = table[torch.tensor(history[-6:])] + (places.flip(0) if kind == "places from the newest" else places)
             x = functional.layer_norm(x, (8,), model.norm.weight, model.norm.bias)[None]
             for own in layers:
                 x = own(x, src_mask=torch.ones(length, length, dtype=torch.bool).triu(1))
@@ -151,6 +163,25 @@ def test_the_filter_is_the_papers_at_the_last_position_of_each_window(cutoff, wi
             torch.testing.assert_close(found[row, end], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("window", [6, 7])
+def test_the_filter_is_the_papers_at_every_position_where_the_newest_predicts(window):
+    torch.manual_seed(0)
+    config = SequentialConfig(width=4, filter="frequency", cutoff=3, max_history=window, predicts="newest")
+    layer = FrequencyFilter(config)
+    layer.norm = nn.Identity()
+    x = torch.randn(2, 5, 4)
+    x[1, 3:] = 0  # padding
+    beta = layer.root_beta.detach().numpy() ** 2
+    found = layer(x, lambda values, use: values, 0).detach().numpy()
+    for row, length in enumerate((5, 3)):
+        padded = np.zeros((window, 4))
+        padded[window - length :] = x[row, :length]
+        spectrum = np.fft.fft(padded, axis=0)
+        low = np.fft.ifft(spectrum * (np.abs(np.fft.fftfreq(window, 1 / window)) <= 1)[:, None], axis=0).real
+        expected = (padded + low + beta * (padded - low))[window - length :]
+        np.testing.assert_allclose(found[row, :length], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_alpha_mixes_the_filter_with_attention():
     models = [model_of(filter="frequency", alpha=alpha, layers=1) for alpha in (0.0, 1.0, 0.25)]
     plain = model_of(layers=1)
@@ -166,7 +197,7 @@ def test_alpha_mixes_the_filter_with_attention():
         torch.testing.assert_close(mixed, 0.25 * filtered + 0.75 * attended)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "newest"])
 def test_a_position_does_not_see_what_comes_after_it(kind):
     model = model_of(**KINDS[kind])
     before = [3, 5, 7, 1, 9]
@@ -221,11 +252,12 @@ def test_dropout_falls_on_every_sublayer_with_a_mask_of_its_own(kind, monkeypatc
     def recorded(values: torch.Tensor, rate: float, keys: torch.Tensor, use: int) -> torch.Tensor:
         seen.append(use)
         assert rate == 0.4
-        assert (values.shape[:2], keys.shape) == ((4, 6), (4,))
+        assert (values.shape[:2], keys.shape) == (batch.symbols.shape, batch.dropout_keys.shape)
         return values
 
     monkeypatch.setattr("raygrec.evaluate.sequential.prompt_dropout", recorded)
-    model(prompter.training(np.arange(4), Draws(0)))
+    batch = prompter.training(np.arange(4), Draws(0))
+    model(batch)
     # Embeddings, and in each of two layers attention, (filter,) inner and outer feed-forward.
     assert len(set(seen)) == len(seen) == 1 + 2 * (4 if model.config.filter == "frequency" else 3)
     seen.clear()
