@@ -1,6 +1,7 @@
 """Configs: pydantic models that refuse unknown keys, YAML files, and `key.sub=value` overrides."""
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,10 +20,23 @@ class StrictConfig(BaseModel):
 C = TypeVar("C", bound=StrictConfig)
 
 
+class _Loader(yaml.SafeLoader):
+    """The safe loader, for which 1e-3 and 1.5e3 are numbers, as in YAML 1.2: in YAML 1.1 they are words."""
+
+
+_EXPONENT = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
+
+
+def parse_yaml(text: str) -> Any:
+    """What a YAML text says; raises `yaml.YAMLError`, and ValueError for a date that is none."""
+    return yaml.load(text, _Loader)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Reads one YAML mapping with the safe loader; `InputError` names the line of a syntax error."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     except UnicodeDecodeError as error:
@@ -47,7 +61,7 @@ def apply_overrides(content: dict[str, Any], overrides: list[str]) -> dict[str, 
         if not equals or not key:
             raise InputError(f"override '{override}': expected key.sub=value")
         try:
-            parsed = yaml.safe_load(value)
+            parsed = parse_yaml(value)
         except (yaml.YAMLError, ValueError):
             raise InputError(f"override '{override}': '{value}' is not a YAML value") from None
         node = result

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock
 from safetensors import SafetensorError
 
 from raygrec.errors import StorageError
@@ -33,6 +34,14 @@ def replaced(file: Path, needed: int | None = None) -> Iterator[Path]:
             sync(file.parent)
         finally:
             draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def made_alone(place: Path) -> Iterator[None]:
+    """Of several processes that would make `place`, one at a time is in the block; the others find it there."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(place.with_name(f".{place.name}.lock")):
+        yield
 
 
 @contextmanager

@@ -87,12 +87,19 @@ def test_overrides_set_keys_and_leave_the_given_content_alone():
         "store": "a=b",
         "engine": {"zero_stage": 0, "precision": "fp32"},
         "ks": [1, 2],
-        "rate": "1e-3",  # YAML 1.1 reads a string here; the config makes a number of it
+        "rate": 1e-3,  # as in YAML 1.2; in YAML 1.1 it is a word
         "nothing": {"a": {"b": True}},
     }
     assert content == {"store": "books", "engine": {"zero_stage": 1, "precision": "fp32"}, "nothing": None}
     del changed["nothing"]
     assert validate(Run, changed, "overrides").rate == 1e-3
+
+
+def test_numbers_with_an_exponent_are_numbers_and_words_stay_words(tmp_path):
+    numbers = {"1e-3": 1e-3, "-2.5E3": -2500.0, ".5e1": 5.0, "1_0e2": 1000.0, "1.5e+3": 1500.0}
+    words = ["1e", "e3", "1e-3s", "0x1e3g", "v1e3"]
+    lines = [f"- {text}" for text in [*numbers, *words]]
+    assert read_yaml(written(tmp_path, "a:\n" + "\n".join(lines)))["a"] == [*numbers.values(), *words]
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,15 @@ import errno
 import os
 import re
 import resource
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
 import torch
 
 from raygrec.errors import StorageError
-from raygrec.storage import replaced, writing
+from raygrec.storage import made_alone, replaced, writing
 from raygrec.tensors import load_tensors, save_tensors
 
 
@@ -32,6 +34,21 @@ def test_a_file_is_replaced_only_as_a_whole(tmp_path):
         draft.write_text("second")
         raise KeyError
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.json", "first")]
+
+
+def test_of_several_that_want_a_file_one_makes_it(tmp_path):
+    file, made = tmp_path / "there" / "file", []
+
+    def want(number: int) -> None:
+        with made_alone(file):
+            if not file.exists():
+                made.append(number)
+                time.sleep(0.1)
+                file.write_text(str(number))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(want, range(8)))
+    assert [file.read_text()] == [str(number) for number in made]
 
 
 def test_a_draft_is_not_written_through_a_link(tmp_path):

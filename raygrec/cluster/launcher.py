@@ -176,9 +176,11 @@ def _join(address: str, settings: dict[str, Any]) -> None:
 
 def check_resources(cluster: ClusterConfig, trials: int = 0) -> None:
     """`InputError` with the arithmetic where the cluster, as it is, could never hold one run of these workers."""
+    there = ray.cluster_resources()
+    if trials:
+        _check_drivers(int(there.get(DRIVER, 0)), trials)
     if os.environ.get("RAYGREC_AUTOSCALING") == "1":
         return
-    there = ray.cluster_resources()
     for kind, each in (("CPU", cluster.cpus_per_worker), ("GPU", cluster.gpus_per_worker)):
         wanted = cluster.fewest * each
         if wanted > there.get(kind, 0):
@@ -186,11 +188,32 @@ def check_resources(cluster: ClusterConfig, trials: int = 0) -> None:
                 f"cluster.workers={cluster.fewest} × {each:g} {kind} = {wanted:g} {kind}, the cluster has "
                 f"{there.get(kind, 0):g}; ask for fewer, or set RAYGREC_AUTOSCALING=1 where it can grow"
             )
-    if trials and there.get(DRIVER, 0) < 1:
+    if (room := workers_at_once(cluster)) < cluster.fewest:
         raise InputError(
-            f"a sweep's trials sit on the resource '{DRIVER}', and the cluster has none; start its head with "
-            f"--resources='{{\"{DRIVER}\": {trials}}}'"
+            f"cluster.workers={cluster.fewest}, each of {cluster.cpus_per_worker:g} CPU and "
+            f"{cluster.gpus_per_worker:g} GPU of one node: the cluster's nodes hold {room} such; ask for less per "
+            "worker, or set RAYGREC_AUTOSCALING=1 where it can grow"
         )
+
+
+def workers_at_once(cluster: ClusterConfig) -> int:
+    """How many such workers the nodes that are there could hold, if nothing else ran on them."""
+    each = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(min(int(node.get(kind, 0) / need + 1e-6) for kind, need in each.items() if need) for node in nodes)
+
+
+def _check_drivers(places: int, trials: int) -> None:
+    """Trials sit on `DRIVER`, of which the sweep's own job may hold one."""
+    free = int(ray.available_resources().get(DRIVER, 0))
+    submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # set by `ray job submit`
+    if places < 1 or (submitted and places == 1 and free == 0):
+        raise InputError(
+            f"a sweep's trials sit on the resource '{DRIVER}', of which the cluster has {places}, {free} free; start "
+            f"its head with --resources='{{\"{DRIVER}\": {trials + 1}}}': one for each trial at once, one for the job"
+        )
+    if not free:
+        tell(f"all {places} '{DRIVER}' are taken: trials wait until one is free")
 
 
 class RunOnWorkers:

@@ -19,6 +19,7 @@ Point = dict[str, Any]  # values by dotted key of the run's config
 
 MEASURES = ("precision", "recall", "hit", "ndcg", "mrr", "coverage")
 FOLDER, POINT = "folder", "point"  # what Ray Tune hands a trial: the sweep's folder, and a named point
+SOME = 20  # trials, where a space that is no grid does not say how many
 RESERVED = ("store", "out", "seed", "recipe", "evaluate.test")
 
 
@@ -155,8 +156,8 @@ class SweepConfig(StrictConfig):
     space: dict[str, DomainConfig] = Field(min_length=1)
     searcher: SearcherConfig = SearcherConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
-    trials: int = Field(20, ge=1)
-    """At most; a grid has as many as it has points."""
+    trials: int | None = Field(None, ge=1)
+    """At most; by default all points of a grid, and otherwise 20."""
     concurrency: int = Field(1, ge=1)
     """Trials at once, at most; fewer where the cluster has no room."""
     seeds: int = Field(1, ge=1)
@@ -177,6 +178,11 @@ class SweepConfig(StrictConfig):
         if measure not in MEASURES or not k.isdigit():
             raise ValueError(f"expected one of {', '.join(MEASURES)}, at a k, such as ndcg@10")
         return f"{measure}@{k}"
+
+    @property
+    def limit(self) -> int | None:
+        """Trials at most; None for all points of a grid."""
+        return SOME if self.trials is None and self.searcher.name != "grid" else self.trials
 
     @model_validator(mode="after")
     def _conditions_stand_above(self) -> Self:
@@ -265,10 +271,19 @@ def check_space(sweep: SweepConfig, source: str) -> None:
                 run_config(with_values(base, {**_least(sweep.space, key), key: value}), f"space '{key}' = {value}")
             except InputError as error:
                 raise InputError(f"{source}: {error}") from None
+    epochs = longest_run(sweep, run)
+    if sweep.scheduler.name != "none" and sweep.scheduler.grace > epochs:
+        raise InputError(f"{source}: key 'scheduler.grace': {sweep.scheduler.grace} epochs, and the runs have {epochs}")
     try:
         first_points(sweep)
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
+
+
+def longest_run(sweep: SweepConfig, run: RunConfig) -> int:
+    """Epochs of the longest run in the space; run: one of its."""
+    domain = sweep.space.get("train.epochs")
+    return max(domain.ends) if domain else run.train.epochs
 
 
 def _least(space: dict[str, DomainConfig], wanted: str) -> Point:
@@ -326,11 +341,11 @@ def points(sweep: SweepConfig) -> list[Point] | None:
     if sweep.searcher.name == "optuna":
         return None
     if sweep.searcher.name == "grid":
-        return list(_grid(list(sweep.space.items()), {}))[: sweep.trials]
+        return list(_grid(list(sweep.space.items()), {}))[: sweep.limit]
     random = np.random.default_rng(sweep.searcher.seed)
-    found = {json.dumps(point, sort_keys=True): point for point in first_points(sweep)[: sweep.trials]}
-    for _ in range(100 * sweep.trials):
-        if len(found) == sweep.trials:
+    found = {json.dumps(point, sort_keys=True): point for point in first_points(sweep)[: sweep.limit]}
+    for _ in range(100 * sweep.limit):
+        if len(found) == sweep.limit:
             break
         point = walk(sweep.space, lambda _, domain: domain.draw(random))
         found.setdefault(json.dumps(point, sort_keys=True), point)

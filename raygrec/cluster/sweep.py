@@ -24,6 +24,7 @@ from raygrec.cluster.launcher import (
     connect,
     refuse_jobs_copy,
     train_on_ray,
+    workers_at_once,
 )
 from raygrec.cluster.space import (
     FOLDER,
@@ -31,6 +32,7 @@ from raygrec.cluster.space import (
     SweepConfig,
     base_config,
     first_points,
+    longest_run,
     point_of,
     points,
     suggested,
@@ -52,6 +54,7 @@ os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "86400")
 os.environ.setdefault("TUNE_FORCE_TRIAL_CLEANUP_S", "20")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # which would end a sweep on Ctrl-C as if it were done
 
 import ray
 from ray import tune
@@ -77,19 +80,18 @@ def run_sweep(sweep: SweepConfig, resume: bool = False, final_seeds: int = 0) ->
     Store.open(example.store)
     sweep = sweep.model_copy(update={"settings": {**sweep.settings, "store": str(example.store)}})
     folder = SweepFolder(sweep.out)
-    with folder.held():
-        return _run(folder.start(sweep, resume), folder, example, final_seeds)
-
-
-def _run(sweep: SweepConfig, folder: SweepFolder, example: RunConfig, final_seeds: int) -> dict[str, Any]:
-    started_here = connect(example.cluster, sweep.concurrency)
+    started_here = False
     try:
-        if not any(key.startswith("graph.") for key in sweep.space):
-            where_there_is_room(example.cluster, prepare_only, example)  # the same for all trials
-        with _quiet_tune():
-            _search(sweep, folder, example)
-        trials = folder.write_results()
-        return _concluded(sweep, folder, trials, final_seeds)
+        with folder.held():
+            with folder.claimed(sweep, resume) as sweep:
+                started_here = connect(example.cluster, sweep.concurrency)
+                # The same for all trials; a trial makes the nodes itself where these are searched.
+                nodes = not any(key.startswith("graph.") for key in sweep.space)
+                where_there_is_room(example.cluster, prepare_only, example, nodes)
+            with _quiet_tune():
+                _search(sweep, folder, example)
+            trials = folder.write_results()
+            return _concluded(sweep, folder, trials, final_seeds)
     finally:
         if started_here:
             ray.shutdown()
@@ -102,16 +104,18 @@ def _search(sweep: SweepConfig, folder: SweepFolder, example: RunConfig) -> None
     named = points(sweep)
     if named is not None:
         named = [point for point in named if folder.trial(point).path.name not in ended]
-    if not (sweep.trials - len(ended) if named is None else named):
+    left = sweep.limit - len(ended) if named is None else len(named)
+    if left <= 0:
         return
     shutil.rmtree(folder.tune, ignore_errors=True)
+    view = SweepView(folder.path)
     tuner = tune.Tuner(
         tune.with_resources(Trial, {DRIVER: 1}),
         param_space={FOLDER: str(folder.path)} | ({POINT: tune.grid_search(named)} if named else {}),
         tune_config=tune.TuneConfig(
             search_alg=None if named else _searcher(sweep, folder),
             scheduler=_scheduler(sweep, example, ended),
-            num_samples=1 if named else sweep.trials - len(ended),
+            num_samples=1 if named else left,
             max_concurrent_trials=_fitting(sweep, example),
             trial_dirname_creator=_dirname,
         ),
@@ -120,11 +124,14 @@ def _search(sweep: SweepConfig, folder: SweepFolder, example: RunConfig) -> None
             storage_path=str(folder.path),
             failure_config=tune.FailureConfig(max_failures=sweep.retries),
             stop=Spent(folder.path),
-            callbacks=[SweepView(folder.path)],
+            callbacks=[view],
             verbose=0,
         ),
     )
-    tuner.fit()
+    try:
+        tuner.fit()
+    finally:
+        view.close()
     shutil.rmtree(folder.tune, ignore_errors=True)
 
 
@@ -132,13 +139,8 @@ def _fitting(sweep: SweepConfig, example: RunConfig) -> int:
     """Trials that the cluster holds at once, and no more than asked for."""
     if os.environ.get("RAYGREC_AUTOSCALING") == "1":
         return sweep.concurrency
-    there, cluster = ray.cluster_resources(), example.cluster
-    each = {
-        "CPU": cluster.fewest * cluster.cpus_per_worker,
-        "GPU": cluster.fewest * cluster.gpus_per_worker,
-        DRIVER: 1,
-    }
-    return max(1, min(sweep.concurrency, *(int(there.get(kind, 0) / need) for kind, need in each.items() if need)))
+    drivers = int(ray.cluster_resources().get(DRIVER, 0))
+    return max(1, min(sweep.concurrency, drivers, workers_at_once(example.cluster) // example.cluster.fewest))
 
 
 def _dirname(trial: TuneTrial) -> str:
@@ -177,9 +179,7 @@ class Trial(tune.Trainable):
         failure = self.place.failure()
         if failure and failure[1]:
             raise RuntimeError(failure[0])
-        outcome = self.place.outcome()
-        pruned = outcome is not None and outcome.status == "pruned"
-        self.coming = iter(self.place.reports()) if pruned else self._reports()
+        self.coming = self._reports()
         self.told: dict[str, Any] = {}
 
     def step(self) -> dict[str, Any]:
@@ -189,9 +189,10 @@ class Trial(tune.Trainable):
             recurs = isinstance(error, InputError) or (isinstance(error, WorkerError) and error.recurs)
             self.place.failed(" ".join(str(error).split()) or type(error).__name__, recurs)
             raise
-        if report is None:  # of a trial that was pruned before
+        if report is None:  # of a trial that had ended early before
             return self.told | {"done": True}
         self.told = {
+            "trial": self.place.path.name,
             "epoch": report.epoch,
             SCORE: report.score,
             "seconds": report.seconds,
@@ -216,9 +217,12 @@ class Trial(tune.Trainable):
     def _reports(self) -> Iterator[Report]:
         """All seeds' runs, one after the other; the epochs of the first are reported as they end."""
         with FileLock(self.place.lock):  # of two trials at one point, the second finds the first one's work
-            known = self.place.reports()
+            outcome, known = self.place.outcome(), self.place.reports()
+            if outcome is not None and outcome.status in ("pruned", "failed"):
+                yield from known
+                return
             clock = Clock(known[-1] if known else None)
-            scores: list[float] = []
+            ends: list[dict[str, float]] = []
             report = None
             base = run_config(base_config(self.sweep), str(self.sweep.job)).seed
             for number in range(self.sweep.seeds):
@@ -236,15 +240,15 @@ class Trial(tune.Trainable):
                     yield report
                 metrics = RunFolder(config.out).metrics()
                 seconds, devices = clock.read(metrics["workers"])
-                kept.end(metrics)
-                scores.append(kept.score)
+                ends.append(metrics["valid"])  # by `evaluate.decoding`; epochs are measured by the first slot
+            scores = [end[self.sweep.metric] for end in ends]
             spread = statistics.stdev(scores) if len(scores) > 1 else None
             last = Report(
                 report.epoch,
                 report.value,
                 statistics.fmean(scores),
                 seconds,
-                kept.valid,
+                {name: statistics.fmean(end[name] for end in ends) for name in ends[0]},
                 len(scores),
                 spread,
                 devices,
@@ -308,10 +312,6 @@ class Best:
         if not self.valid or valid[self.chooser] > self.valid[self.chooser]:
             self.valid = valid
 
-    def end(self, metrics: dict[str, Any]) -> None:
-        """Epochs are measured by the first slot, the run's end by `evaluate.decoding`."""
-        self.valid = metrics["valid"]
-
     @property
     def score(self) -> float:
         return self.valid[self.metric]
@@ -333,7 +333,7 @@ class Spent(tune.Stopper):
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         if self.device_seconds is not None:
-            self.device_seconds[trial_id] = result["device_seconds"]
+            self.device_seconds[result["trial"]] = result["device_seconds"]
         return False
 
     def stop_all(self) -> bool:
@@ -450,10 +450,9 @@ def _scheduler(sweep: SweepConfig, example: RunConfig, ended: dict[str, TrialFol
     past = [one for one in past if one.results]
     if scheduler.name == "median":
         return Median(past, mode=sweep.mode, grace_period=scheduler.grace)
-    domain = sweep.space.get("train.epochs")
     return Halving(
         past,
-        max(domain.ends) if domain else example.train.epochs,
+        longest_run(sweep, example),
         mode=sweep.mode,
         grace_period=scheduler.grace,
         reduction_factor=scheduler.reduction,
@@ -480,26 +479,28 @@ def _concluded(sweep: SweepConfig, folder: SweepFolder, trials: Any, final_seeds
     score, point = float(best[SCORE]), folder.point(best["trial"])
     result["best"] = {"trial": best["trial"], SCORE: score, "point": point, "config": str(folder.best_file)}
     if final_seeds:
-        result["final"] = _final(folder, final_seeds)
+        result["final"] = _final(folder, best["trial"], final_seeds)
     return result
 
 
 def _left_groups() -> int:
-    """Placement groups that still hold resources, after those of pruned trials have had time to go."""
-    deadline = time.monotonic() + GONE_AFTER
+    """Placement groups of this job that still hold resources, after those of pruned trials have had time to go."""
+    deadline, job = time.monotonic() + GONE_AFTER, ray.get_runtime_context().get_job_id()
     while True:
-        held = [one for one in ray.util.placement_group_table().values() if one["state"] != "REMOVED"]
+        # The id of a group ends with that of the job that made it.
+        groups = ray.util.placement_group_table().items()
+        held = [group for group, about in groups if group.endswith(job) and about["state"] != "REMOVED"]
         if not held or time.monotonic() > deadline:
             return len(held)
         time.sleep(0.5)
 
 
-def _final(folder: SweepFolder, seeds: int) -> dict[str, Any]:
+def _final(folder: SweepFolder, trial: str, seeds: int) -> dict[str, Any]:
     """Trains best.yaml with several seeds; each run reads the test set once."""
     content = read_yaml(folder.best_file)
     runs = []
     for number in range(seeds):
-        given = content | {"seed": content["seed"] + number, "out": str(folder.path / "final" / f"seed-{number}")}
+        given = content | {"seed": content["seed"] + number, "out": str(folder.final / trial / f"seed-{number}")}
         config = run_config(given, str(folder.best_file))
         metrics = RunFolder(config.out).metrics()
         runs.append(metrics or train_on_ray(config, resume=RunFolder(config.out).config_file.exists()))

@@ -118,6 +118,7 @@ class SweepFolder:
         self.job_file = path / "job.yaml"
         self.best_file = path / "best.yaml"
         self.final_file = path / "final.json"
+        self.final = path / "final"
         self.tune = path / "tune"
 
     @contextmanager
@@ -127,6 +128,18 @@ class SweepFolder:
         with held(self.path / LOCK):
             yield
 
+    @contextmanager
+    def claimed(self, sweep: SweepConfig, resume: bool) -> Iterator[SweepConfig]:
+        """`start`, and where the block fails to make ready what a new sweep needs, the folder is gone again."""
+        new = not self.config_file.exists()
+        kept = self.start(sweep, resume)
+        try:
+            yield kept
+        except BaseException:
+            if new:
+                shutil.rmtree(self.path, ignore_errors=True)
+            raise
+
     def start(self, sweep: SweepConfig, resume: bool) -> SweepConfig:
         """The sweep with a job file of its own, which later edits of the one it was given do not reach.
 
@@ -135,6 +148,8 @@ class SweepFolder:
         self._make()
         job = read_yaml(sweep.job)
         kept = sweep.model_copy(update={"job": self.job_file})
+        # What a start leaves that was cut off.
+        ours = (LOCK, self.job_file.name, f".{self.job_file.name}.", f".{self.config_file.name}.")
         if self.config_file.exists():
             if not resume:
                 raise InputError(
@@ -149,7 +164,7 @@ class SweepFolder:
                     raise InputError(
                         f"{self.config_file}: the sweep was started with another '{key}'; name another out"
                     )
-        elif any(file.name != LOCK for file in self.path.iterdir()):
+        elif any(not file.name.startswith(ours) for file in self.path.iterdir()):
             raise InputError(f"{self.path}: is not empty and holds no sweep; name a folder that does not exist yet")
         else:
             _write(self.job_file, yaml.safe_dump(job, sort_keys=False))

@@ -36,7 +36,7 @@ class SweepView(tune.Callback):
         self.sweep = self.folder.config()
         self.numbers = {outcome.trial: outcome.number for outcome, _ in self.folder.trials()}
         named = points(self.sweep)
-        self.total = self.sweep.trials if named is None else len(named)
+        self.total = self.sweep.limit if named is None else len(named)
         self.begun, self.ended, self.drawn = time.monotonic(), 0, 0.0
         if is_drawn():
             self.live = Live(console=console, auto_refresh=False, transient=True)
@@ -61,8 +61,6 @@ class SweepView(tune.Callback):
             self._ended(trial, "finished", "")
         elif last.get("done"):
             self._ended(trial, "pruned", f"{self.sweep.scheduler.name}, epoch {last['epoch']:g}")
-        else:
-            self._ended(trial, "unfinished", "the budget was spent")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         failure = self._place(trial).failure()
@@ -74,6 +72,12 @@ class SweepView(tune.Callback):
             self.live.update(self._table(), refresh=True)
 
     def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
+        for trial, outcome in self.trials.values():
+            if outcome.status == "running":  # Ray Tune says nothing of those that it stops with the sweep
+                self._ended(trial, "unfinished", "the budget was spent")
+
+    def close(self) -> None:
+        """Gives the terminal back."""
         if self.live:
             self.live.stop()
             self.live = None

@@ -13,6 +13,7 @@ import numpy as np
 from raygrec.data.arrays import CSR, Strings
 from raygrec.errors import InputError
 from raygrec.progress import track
+from raygrec.storage import made_alone
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -43,13 +44,17 @@ class TokenTable:
     ) -> "TokenTable":
         """Reads the table of `tokenizer` from its place under `folder`, after making it if it is not there.
 
-        Several processes may do so at once: each writes beside, and the first to finish wins.
+        Of several processes that want it at once, one makes it.
         """
         source = _tokenizer_folder(tokenizer)
         place = folder / f"{_fingerprint(source)}-{max_length}"
         if not (place / "done.json").is_file():
-            parts = {"items": texts, "titles": titles, "terms": terms}
-            _make(place, source, max_length, parts)
+            try:
+                with made_alone(place):
+                    if not (place / "done.json").is_file():
+                        _make(place, source, max_length, {"items": texts, "titles": titles, "terms": terms})
+            except OSError as error:
+                raise InputError(f"{place}: token ids cannot be written ({error.strerror or error})") from None
         return TokenTable(_read(place, "items"), _read(place, "titles"), _read(place, "terms"))
 
 
@@ -70,17 +75,13 @@ def _make(place: Path, source: Path, max_length: int, parts: dict[str, Strings])
         raise InputError(f"{source}: no tokenizer that transformers can load ({_one_line(error)})") from None
     draft = place.with_name(f".{place.name}.draft-{os.getpid()}")
     try:
-        draft.mkdir(parents=True)
+        draft.mkdir()
         for name, strings in parts.items():
             rows = _tokenize(tokenizer, strings, max_length, f"tokenizing {name}")
             np.save(draft / f"{name}.indptr.npy", rows.indptr)
             np.save(draft / f"{name}.indices.npy", rows.indices)
         (draft / "done.json").write_text(json.dumps({"tokenizer": source.name, "max_length": max_length}) + "\n")
-        if not place.exists():
-            draft.rename(place)
-    except OSError as error:
-        if not (place / "done.json").is_file():  # otherwise another process was faster
-            raise InputError(f"{place}: token ids cannot be written ({error.strerror or error})") from None
+        draft.rename(place)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
 
 from raygrec.data.arrays import CSR
 from raygrec.graph.lightgcn import LightGCNConfig, NodeEmbeddings, pretrain, pretrain_folds
+from raygrec.storage import made_alone
 
 CODE_VERSION = 2  # raise it when a change to lightgcn.py changes the embeddings
 
@@ -57,8 +57,7 @@ def load_or_pretrain(
     path = folder / f"lightgcn-{cache_key(train, valid, num_items, config, seed, texts)[:16]}.safetensors"
     if path.exists():
         return NodeEmbeddings.load(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
+    with made_alone(path):
         if not path.exists():
             _make(path, train, valid, num_items, config, seed, device, texts)
     return NodeEmbeddings.load(path)

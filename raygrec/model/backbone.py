@@ -125,6 +125,7 @@ class Backbone(nn.Module):
             ) from None
         self.width: int = settings.hidden_size
         self.vocabulary: int = settings.vocab_size
+        self.positions = positions(config.name)
         self._keys_B: torch.Tensor | None = None
         self._checkpointed = False
 
@@ -273,7 +274,14 @@ class Backbone(nn.Module):
         attention_BTS is True where a query (row) may look at a key (column); each looks at one at least.
         A decoder's own causal pattern is laid over the given one. keys_B: int64, see `drop`. past: a decoder's keys
         and values of the S - T positions before, to which it adds those of these.
+
+        Raises `InputError` where S is more than the model can tell apart.
         """
+        if self.positions is not None and attention_BTS.shape[2] > self.positions:
+            raise InputError(
+                f"a prompt of {attention_BTS.shape[2]} tokens, and the backbone reads {self.positions}: lower the "
+                "model's max_history, or what else its prompts are made of"
+            )
         if self.family == "decoder":
             before = attention_BTS.shape[2] - attention_BTS.shape[1]
             attention_BTS = attention_BTS & torch.ones_like(attention_BTS[0]).tril(before)

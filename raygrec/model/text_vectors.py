@@ -12,7 +12,7 @@ from raygrec.data.arrays import CSR
 from raygrec.errors import InputError, StorageError
 from raygrec.model.backbone import Backbone, BackboneConfig, load_tokenizer, resolve
 from raygrec.progress import track
-from raygrec.storage import replaced
+from raygrec.storage import made_alone, replaced
 
 TOKENS_PER_PASS = 4096
 SMALL_FILE = 2**16  # bytes: configs are smaller, weights larger
@@ -23,15 +23,16 @@ def load_or_read_texts(config: BackboneConfig, tokens: CSR, folder: Path) -> tor
 
     The mean of the whole LM's last hidden states over the text, whatever `config.layers` says, at length 1;
     an item without text gets what the LM makes of its opening and closing tokens alone. Made again where the
-    backbone's files or the token ids have changed.
+    backbone's files or the token ids have changed. Of several processes that want them at once, one makes them.
     """
-    file = folder / f"{_key(config, tokens)}.safetensors"
+    file = folder / f"{reading_key(config, tokens)}.safetensors"
     if not file.exists():
-        vectors = _read_texts(config, tokens)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with replaced(file) as draft:  # several processes may do so at once
-                save_file({"items": vectors}, draft, {"backbone": config.name})
+            with made_alone(file):
+                if not file.exists():
+                    vectors = _read_texts(config, tokens)
+                    with replaced(file) as draft:
+                        save_file({"items": vectors}, draft, {"backbone": config.name})
         except (OSError, SafetensorError, StorageError) as error:
             raise InputError(f"{file}: text vectors cannot be written ({error})") from None
     try:
@@ -67,7 +68,7 @@ def _read_texts(config: BackboneConfig, tokens: CSR) -> torch.Tensor:
     return vectors_ID
 
 
-def _key(config: BackboneConfig, tokens: CSR) -> str:
+def reading_key(config: BackboneConfig, tokens: CSR) -> str:
     """16 hex digits over the backbone's name, the names and sizes of its files and its small files' content (the
     weights' own is not read: on another machine the same files must give the same key), and the token ids."""
     source = Path(resolve(config.name))

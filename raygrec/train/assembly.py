@@ -1,5 +1,6 @@
 """From a store and a config to the things a run works with: node embeddings, prompts, model."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +20,9 @@ from raygrec.model.glta import GLTA, Phrases, PromptBuilder, opening_tokens
 from raygrec.model.nodes import nodes_of_texts, scaled_texts, token_scale
 from raygrec.model.profiles import inverse_frequency
 from raygrec.model.prompts import Symbols, expand, join_rows, repeated, truncated
-from raygrec.model.text_vectors import load_or_read_texts
+from raygrec.model.text_vectors import load_or_read_texts, reading_key
 from raygrec.ranks import device
+from raygrec.storage import made_alone, replaced
 from raygrec.tensors import load_tensors, save_tensors
 from raygrec.train import manifest
 from raygrec.train.engine import full_tensor, loading
@@ -68,14 +70,20 @@ def prepare_run(config: RunConfig, folder: RunFolder) -> None:
         source = "LightGCN" if config.reads_graph else "texts"
         _nodes(config, store).save(folder.nodes_file, {"source": source, "seed": config.seed})
     if isinstance(config, GLTARun) and config.model.texts.source == "generated" and not folder.texts_file.exists():
-        _write_texts(config, store, folder.texts_file)
+        with replaced(folder.texts_file) as draft:
+            shutil.copyfile(_written_texts(config, store), draft)
 
 
-def prepare_only(config: RunConfig) -> Path:
-    """Makes the part of `prepare_run` that a store keeps for all its runs; returns the store's folder."""
+def prepare_only(config: RunConfig, nodes: bool = True) -> Path:
+    """Makes the part of `prepare_run` that a store keeps for all its runs; returns the store's folder.
+
+    nodes: LightGCN's embeddings, too.
+    """
     store = _prepare_store(config)
-    if config.reads_graph:
+    if nodes and config.reads_graph:
         _nodes(config, store)
+    if isinstance(config, GLTARun) and config.model.texts.source == "generated":
+        _written_texts(config, store)
     return store.path
 
 
@@ -87,6 +95,8 @@ def _prepare_store(config: RunConfig) -> Store:
         store.tokens(resolve(config.backbone.name), TEXT_LENGTH)
     if isinstance(config, GALRecRun):
         _check_galrec(config)
+    if not isinstance(config, GraphRun) and not (store.interactions("train").lengths >= 2).any():
+        raise InputError(f"{store.path}: no user has two training items, one to read and one to predict")
     item_texts(config, store)
     return store
 
@@ -237,6 +247,17 @@ def load_model(config: RunConfig, folder: RunFolder, store: Store) -> tuple[Mode
             f"{folder.model_file}: '{wrong}' is missing or unknown; expected the parts of a {config.recipe}"
         )
     return model.to(device()).eval(), builder
+
+
+def _written_texts(config: GLTARun, store: Store) -> Path:
+    """The file of what the causal LM writes about the users, made once per store, language model and length."""
+    name = reading_key(config.backbone, store.tokens(resolve(config.backbone.name), TEXT_LENGTH).items)
+    file = store.path / "written_texts" / f"{name}-{config.model.texts.terms}.safetensors"
+    if not file.exists():
+        with made_alone(file):
+            if not file.exists():
+                _write_texts(config, store, file)
+    return file
 
 
 def _write_texts(config: RunConfig, store: Store, file: Path) -> None:

@@ -74,8 +74,11 @@ class Engine(Protocol):
     def update(self, lr: float) -> float:
         """Clips, steps with learning rate `lr` and returns the gradient norm before clipping."""
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """Full fp32 parameters (`param/…`) and AdamW moments (`exp_avg/…`, `exp_avg_sq/…`); collective."""
+    def state(self, keep: bool = True) -> dict[str, torch.Tensor]:
+        """Full fp32 parameters (`param/…`) and AdamW moments (`exp_avg/…`, `exp_avg_sq/…`); collective.
+
+        keep: whether this rank wants them; nothing is there where it does not.
+        """
 
     def load_state(self, tensors: dict[str, torch.Tensor], steps: int, arguments: tuple[object, ...]) -> None:
         """The inverse of `state`, after `steps` updates, on every rank; `arguments` are any valid ones of `loss`."""
@@ -169,7 +172,7 @@ class LocalEngine:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def state(self) -> dict[str, torch.Tensor]:
+    def state(self, keep: bool = True) -> dict[str, torch.Tensor]:
         tensors: dict[str, torch.Tensor] = {}
         for name, parameter in _trainable(self.model).items():
             tensors[f"param/{name}"] = parameter.detach().cpu().clone()
@@ -239,14 +242,14 @@ class DeepSpeedEngine:
         # Under ZeRO 1 to 3 DeepSpeed itself leaves the update out where the norm is not finite, and says inf.
         return _finite(self.engine.get_global_grad_norm()) if norm is None else norm
 
-    def state(self) -> dict[str, torch.Tensor]:
+    def state(self, keep: bool = True) -> dict[str, torch.Tensor]:
         tensors: dict[str, torch.Tensor] = {}
         for name, parameter in _trainable(self.model).items():
             for kind in ("param", *MOMENTS):
                 value = self._full(parameter, kind)
-                if value is not None:
+                if value is not None and keep:
                     tensors[f"{kind}/{name}"] = value.detach().float().cpu().clone()
-        return tensors | _carried(self.model)
+        return tensors | (_carried(self.model) if keep else {})
 
     def load_state(self, tensors: dict[str, torch.Tensor], steps: int, arguments: tuple[object, ...]) -> None:
         if any(name.startswith("exp_avg/") for name in tensors):

@@ -77,6 +77,15 @@ class Stage:
     made_of: str = "users"
     numbers: np.ndarray | None = None
 
+    @property
+    def prompts(self) -> int:
+        """Prompts of an update: `config.batch`, or as many as there are."""
+        return min(self.config.batch, len(self.lengths) // self.per_prompt)
+
+    def portions(self, workers: int) -> int:
+        """Micro-batches per worker and update."""
+        return portions(self.prompts, self.config.micro_batch, workers)
+
 
 def epoch_order(lengths: np.ndarray, batch: int, draws: Draws) -> np.ndarray:
     """[steps, batch] things of one epoch: a random order, sorted by length inside pools of 16 batches.
@@ -103,8 +112,8 @@ def learning_rate(step: int, total: int, config: StageConfig) -> float:
 
 
 def portions(batch: int, micro_batch: int, workers: int) -> int:
-    """Micro-batches per worker and update."""
-    return -(-batch // (min(micro_batch, batch) * workers))
+    """Micro-batches per worker and update: none may be empty, so one may hold a prompt more than `micro_batch`."""
+    return max(1, min(-(-batch // (micro_batch * workers)), batch // workers))
 
 
 class Update(NamedTuple):
@@ -146,11 +155,16 @@ def run_stage(
 
     The trained parameters end in `folder.parts_file(stage.name)`: the best by validation, else the last.
     """
+    if stage.prompts < world()[1]:
+        raise InputError(
+            f"{stage.name}: an update of {stage.prompts} prompts has none for some of {world()[1]} workers; use fewer "
+            f"workers or a larger {stage.name}.batch"
+        )
     state = _resume(stage, engine, seed, folder, reporter) or _fresh(stage, folder)
     with CheckpointWriter(folder) as writer:
         _updates(stage, engine, seed, folder, reporter, state, writer)
     if stage.validate is None:
-        parts = _parameters(engine.state())
+        parts = _parameters(engine.state(keep=world()[0] == 0))
         if world()[0] == 0:
             folder.save_parts(folder.parts_file(stage.name), parts)
     _barrier()
@@ -168,7 +182,7 @@ def _updates(
 ) -> None:
     """From where `state` is to the last update, or to where validation has waited long enough."""
     config, rank = stage.config, world()[0]
-    batch = min(config.batch, len(stage.lengths) // stage.per_prompt) * stage.per_prompt
+    batch = stage.prompts * stage.per_prompt
     steps_per_epoch = len(stage.lengths) // batch
     total = steps_per_epoch * config.epochs
     terms = engine.model.terms
@@ -221,9 +235,10 @@ def _updates(
         writer.check()
         if ends_epoch or wanted or state.step % config.checkpoint_every == 0:
             writer.wait()  # before there is another copy of the state in memory
-            tensors = engine.state()
+            tensors = engine.state(keep=rank == 0)
             if rank == 0:
                 writer.save(state, tensors, _parameters(tensors) if improved else None)
+            del tensors
             if wanted:
                 writer.wait()  # there may be no later
 
@@ -274,8 +289,7 @@ def _step(stage: Stage, engine: Engine, things: np.ndarray, draws: Draws, rate: 
     """One update of `things`, of which this rank reads its share; ask: whether this rank wants something asked."""
     rank, workers = world()
     prompts = things if stage.per_prompt == 1 else things.reshape(-1, stage.per_prompt)
-    pieces = portions(len(prompts), stage.config.micro_batch, workers)
-    mine = np.array_split(prompts, workers * pieces)[rank::workers]
+    mine = np.array_split(prompts, workers * stage.portions(workers))[rank::workers]
     batches = [stage.build(piece, draws) for piece in mine]
     counts = torch.stack([batch.counts for batch in batches]).sum(0)
     tokens = sum(int((batch.symbols >= 0).sum()) for batch in batches)
@@ -283,12 +297,12 @@ def _step(stage: Stage, engine: Engine, things: np.ndarray, draws: Draws, rate: 
     told = counts.new_tensor([tokens, places, ask])
     counts, told = sum_over_ranks(torch.cat([counts, told])).split([len(counts), len(told)])
     share = torch.tensor(list(engine.model.terms.values()), dtype=torch.float64) / counts.clamp(min=1)
-    sums = torch.zeros_like(counts)
+    sums = torch.zeros_like(counts, device=engine.device)
     for number, batch in enumerate(batches):
         terms = engine.loss(batch.to(engine.device)).reshape(-1)
-        sums += terms.detach().cpu()
+        sums += terms.detach()
         engine.backward((terms * share.to(terms)).sum(), last=number == len(batches) - 1)
-    sums = sum_over_ranks(sums)
+    sums = sum_over_ranks(sums.cpu())
     if not sums.isfinite().all():
         total = weighted_loss(engine.model.terms, sums.tolist(), counts.tolist())
         raise NonFiniteError(f"the loss is {total}")

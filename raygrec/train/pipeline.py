@@ -29,9 +29,9 @@ from raygrec.train.assembly import (
 )
 from raygrec.train.engine import Engine, LocalEngine, make_engine, peak_memory_mib
 from raygrec.train.folder import WRITER_LOCK, RunFolder
-from raygrec.train.loop import Reporter, Stage, portions, run_stage
+from raygrec.train.loop import Reporter, Stage, run_stage
 from raygrec.train.mirror import Mirror
-from raygrec.train.settings import GLTARun, GraphRun, RunConfig, StageConfig
+from raygrec.train.settings import GLTARun, GraphRun, RunConfig
 from raygrec.train.trackers import Tracker, tracked
 
 PREDECESSOR = 60.0  # seconds to let an earlier rank 0 of the same run end
@@ -108,7 +108,7 @@ def _align_items(
             made_of="items",
             per_prompt=size,
         )
-        engine = _engine(config, model, config.alignment, distributed)
+        engine = _engine(config, model, stage, distributed)
         run_stage(stage, engine, config.seed, folder, reporter)
     return folder.load_parts(file)
 
@@ -138,7 +138,7 @@ def _read_histories(
             build=lambda numbers, draws: builder.training(trainable[numbers], draws, whole=False),
             numbers=trainable,
         )
-        engine = _engine(config, model, config.histories, distributed)
+        engine = _engine(config, model, stage, distributed)
         run_stage(stage, engine, config.seed, folder, reporter)
     return {**parts, **folder.load_parts(file)}
 
@@ -154,7 +154,6 @@ def _train(
     title: str,
 ) -> Engine:
     """The last stage, on the recipe's whole prompts; ends with the best parameters by validation."""
-    engine = _engine(config, model, config.train, distributed)
     trainable = np.flatnonzero(builder.train.lengths >= 2)
     valid_users = users_of(store, config, "valid")
 
@@ -173,6 +172,7 @@ def _train(
         validate=validate,
         metric=f"ndcg@{max(config.evaluate.ks)}",
     )
+    engine = _engine(config, model, stage, distributed)
     run_stage(stage, engine, config.seed, folder, reporter)
     engine.load_state(
         {f"param/{name}": value for name, value in folder.load_parts(folder.parts_file("train")).items()},
@@ -288,9 +288,8 @@ def _score_ranker(score: Callable[[np.ndarray], torch.Tensor], config: RunConfig
     return lambda users, shown: top_k(score(users), max(config.evaluate.ks), [shown], users)
 
 
-def _engine(config: RunConfig, model: Model, stage: StageConfig, distributed: bool) -> Engine:
-    pieces = portions(stage.batch, stage.micro_batch, world()[1])
-    return make_engine(model, config.engine, pieces, distributed)
+def _engine(config: RunConfig, model: Model, stage: Stage, distributed: bool) -> Engine:
+    return make_engine(model, config.engine, stage.portions(world()[1]), distributed)
 
 
 def users_of(store: Store, config: RunConfig, split: str) -> tuple[Histories, np.ndarray, int]:

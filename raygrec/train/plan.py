@@ -354,7 +354,8 @@ def _prompts(config: GLTARun | GALRecRun, sizes: Sizes) -> tuple[int, float, flo
 
 def _model(config: GLTARun | GALRecRun, sizes: Sizes) -> GLTA | GALRec:
     """The model as its last stage trains it."""
-    users, items, width, folds = sizes.users, sizes.items, config.graph.dim, config.graph.folds
+    users, items, width = sizes.users, sizes.items, config.graph.dim
+    folds = config.graph.folds if config.reads_graph else 0
     nodes = NodeEmbeddings(
         users=torch.empty(users, width),
         items=torch.empty(items, width),

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, PositiveInt, model_validator
 
 from raygrec.config import StrictConfig, validate
 from raygrec.errors import InputError
@@ -58,7 +58,7 @@ class StageConfig(StrictConfig):
     batch: int = Field(256, ge=1)
     """Prompts per update over all workers: the result does not depend on the number of workers."""
     micro_batch: int = Field(256, ge=1)
-    """Prompts per worker and pass at most; more of them make gradient accumulation."""
+    """Prompts per worker and pass, or one more where they do not go up; more of them make gradient accumulation."""
     evaluate_every: int = Field(1, ge=1)
     """Epochs between validations (stage 3)."""
     patience: int = Field(3, ge=1)
@@ -70,7 +70,7 @@ class StageConfig(StrictConfig):
 class EvaluateConfig(StrictConfig):
     """How the full ranking is made."""
 
-    ks: tuple[int, ...] = (5, 10)
+    ks: tuple[PositiveInt, ...] = Field((5, 10), min_length=1)
     decoding: Literal["first", "slots", "autoregressive"] = "first"
     """`first`: top-k of the first slot; `slots`: top item of each slot; `autoregressive`: each item fed back."""
     batch: int = Field(512, ge=1)
@@ -145,6 +145,12 @@ class RunConfig(StrictConfig):
     def _checkpoints_have_an_address(self) -> Self:
         if self.upload_checkpoints and self.upload is None:
             raise ValueError("upload_checkpoints=true needs an address in upload")
+        return self
+
+    @model_validator(mode="after")
+    def _trains(self) -> Self:
+        if self.recipe != "graph" and not self.train.epochs:
+            raise ValueError(f"train.epochs=0: recipe {self.recipe} trains for one epoch at least")
         return self
 
     @property
@@ -242,7 +248,9 @@ class GALRecRun(OnePositionRun):
                 "engine.zero_stage=3 with precision=bf16 cannot train all of the language model (DeepSpeed refuses "
                 "parameters of two types); use zero_stage=2, precision=fp32, model.tuning=lora or frozen"
             )
-        if self.engine.zero_stage == 3 and self.model.contrast.momentum is not None:
+        contrast = self.model.contrast
+        compares = contrast.active("user") or contrast.active("item")
+        if self.engine.zero_stage == 3 and contrast.momentum is not None and compares:
             raise ValueError(
                 "engine.zero_stage=3 spreads every parameter over the workers, and model.contrast.momentum averages "
                 "whole ones; use zero_stage=2 or momentum=null"

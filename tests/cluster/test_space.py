@@ -46,6 +46,23 @@ def test_a_grid_has_each_combination_whose_conditions_are_met(tmp_path):
     ]
 
 
+def test_a_grid_is_whole_unless_trials_says_otherwise(tmp_path):
+    space = {
+        "train.lr": {"choice": [0.001 * n for n in range(1, 6)]},
+        "model.dropout": {"choice": [0.1, 0.2, 0.3, 0.4, 0.5]},
+    }
+    file = written(tmp_path, space=space, searcher={"name": "grid"})
+    assert len(points(read_sweep(file, []))) == 25
+    assert len(points(read_sweep(file, ["trials=7"]))) == 7
+    assert len(points(read_sweep(file, ["searcher.name=random"]))) == 20
+
+
+def test_numbers_with_an_exponent_are_numbers(tmp_path):
+    file = tmp_path / "space.yaml"
+    file.write_text(f"job: {ROOT}/jobs/galrec.yaml\nout: {tmp_path}\nspace: {{train.lr: {{choice: [1e-3, 2.5e-3]}}}}\n")
+    assert read_sweep(file, ["searcher.first=[{}]"]).space["train.lr"].choice == (0.001, 0.0025)
+
+
 def test_random_points_are_those_of_the_seed_and_come_once(tmp_path):
     sweeps = [read_sweep(written(tmp_path), [f"searcher.seed={seed}", "trials=6"]) for seed in (0, 0, 1)]
     first, again, other = (points(sweep) for sweep in sweeps)
@@ -172,6 +189,7 @@ def test_overrides_are_of_the_sweep_or_of_its_job(tmp_path):
         (["evaluate.test=true"], "trials never read the test set"),
         (["trails=3"], "has no key 'trails'; the nearest known key is 'trials'"),
         (["trials=0"], "key 'trials'"),
+        (["scheduler={name: asha, grace: 11}"], "key 'scheduler.grace': 11 epochs, and the runs have 10"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(tmp_path, overrides, message):

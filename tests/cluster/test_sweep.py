@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
@@ -56,6 +57,13 @@ def statuses(folder: SweepFolder) -> list[str]:
 def test_a_sweep_whose_driver_is_killed_goes_on_and_accounts_for_every_trial(space):
     folder = SweepFolder(space.parent / "sweep")
     process = started(space)
+    wait_for(lambda: statuses(folder) == ["running"] or process.poll() is not None, 200)
+    process.send_signal(signal.SIGINT)
+    output, error = process.communicate(timeout=100)
+    # Ctrl-C is no end: nothing is chosen, and nothing reads the test set.
+    assert (process.returncode, output) == (1, "") and "interrupted; --resume goes on" in error
+    assert statuses(folder) == ["running"] and not folder.best_file.exists()
+    process = started(space, "--resume")
     # The first has ended well, the second has failed, the third is on its way.
     wait_for(lambda: statuses(folder) == ["finished", "failed", "running"] or process.poll() is not None, 400)
     # Ray's own agents take a minute to notice; what trains goes with the driver.
@@ -101,6 +109,78 @@ def test_a_sweep_without_room_is_refused_with_the_arithmetic(space, tmp_path):
 
     with pytest.raises(InputError, match=r"cluster.workers=1 × 1 GPU = 1 GPU, the cluster has 0"):
         run_sweep(read_sweep(space, ["cluster.gpus_per_worker=1"]))
+    assert not (tmp_path / "sweep").exists()  # another try may use it
+
+
+def test_trials_at_once_are_those_that_drivers_and_nodes_have_room_for(space, monkeypatch):
+    from raygrec.cluster import sweep as sweeps
+    from raygrec.cluster.space import base_config, read_sweep
+
+    sweep = read_sweep(space, ["concurrency=8", "cluster.workers=2", "cluster.cpus_per_worker=3"])
+    example = run_config(base_config(sweep), "job.yaml")
+    nodes = [{"Alive": True, "Resources": {"CPU": count}} for count in (8.0, 7.0, 2.0)]
+    nodes.append({"Alive": False, "Resources": {"CPU": 64.0}})
+    there = {"CPU": 17.0, "train_driver": 9.0}
+    monkeypatch.setattr(sweeps.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(sweeps.ray, "cluster_resources", lambda: there)
+    assert sweeps._fitting(sweep, example) == 2  # 2 + 2 + 0 workers of three CPUs
+    there["train_driver"] = 1.0
+    assert sweeps._fitting(sweep, example) == 1
+
+
+def test_a_sweep_that_a_kill_cut_off_as_it_began_can_begin(space, tmp_path):
+    from raygrec.cluster.space import read_sweep
+
+    folder = SweepFolder(tmp_path / "sweep")
+    folder.path.mkdir()
+    for name in ("job.yaml", ".sweep.yaml.host-1.draft", ".lock"):
+        (folder.path / name).write_text("half")
+    folder.start(read_sweep(space, []), resume=False)
+    assert read_yaml(folder.job_file) == read_yaml(tmp_path / "job.yaml")
+    (folder.path / "other").mkdir()
+    folder.config_file.unlink()
+    with pytest.raises(InputError, match="is not empty and holds no sweep"):
+        folder.start(read_sweep(space, []), resume=False)
+
+
+def trial_at(folder: SweepFolder, lr: float) -> "Trial":  # noqa: F821
+    """Ray Tune's view of a trial, without Ray Tune."""
+    from raygrec.cluster.sweep import Trial
+
+    trial = Trial.__new__(Trial)
+    trial.sweep, trial.point = folder.config(), {"train.lr": lr}
+    trial.place = folder.trial(trial.point)
+    trial.place.path.mkdir(parents=True, exist_ok=True)
+    return trial
+
+
+def test_a_trial_ends_with_the_mean_over_its_seeds(space, tmp_path):
+    from raygrec.cluster.space import read_sweep, trial_config
+
+    folder = SweepFolder(tmp_path / "sweep")
+    sweep = folder.start(read_sweep(space, ["seeds=2", "train.epochs=2"]), resume=False)
+    trial = trial_at(folder, GOOD)
+    runs = [train_here(trial_config(sweep, trial.point, trial.place.run(seed), seed)) for seed in (0, 1)]
+    reports = list(trial._reports())  # the runs have ended, and are read
+    assert [(report.epoch, report.seeds) for report in reports] == [(1.0, None), (2.0, None), (2.0, 2)]
+    scores = [run["valid"]["ndcg@3"] for run in runs]
+    assert scores[0] != scores[1]
+    assert (reports[-1].score, reports[-1].spread) == pytest.approx((np.mean(scores), np.std(scores, ddof=1)))
+    hits = [run["valid"]["hit@3"] for run in runs]
+    assert reports[-1].valid["hit@3"] == pytest.approx(np.mean(hits))
+    assert reports[0].score == reports[0].valid["ndcg@3"] <= reports[1].score
+
+
+def test_a_second_trial_at_a_point_that_was_pruned_trains_nothing(space, tmp_path):
+    from raygrec.cluster.space import read_sweep
+
+    folder = SweepFolder(tmp_path / "sweep")
+    folder.start(read_sweep(space, []), resume=False)
+    trial = trial_at(folder, GOOD)
+    trial.place.ended(Outcome(trial.place.path.name, 0, trial.point, "pruned"))
+    trial.place.report(Report(1.0, 0.5, 0.5, 1.0, {}))
+    assert list(trial._reports()) == trial.place.reports()
+    assert not trial.place.run(0).exists()
 
 
 def test_halving_forgets_nothing_over_a_restart_and_lets_the_last_epoch_end():
@@ -173,6 +253,25 @@ def test_optuna_knows_after_a_restart_what_trials_came_to_and_ends_what_was_begu
     assert searcher.suggest("c") != searcher.suggest("d")
 
 
+def test_optuna_has_a_second_objective(space, tmp_path):
+    from raygrec.cluster.space import read_sweep
+    from raygrec.cluster.sweep import _searcher
+
+    content = yaml.safe_load(space.read_text()) | {"space": {"train.lr": {"loguniform": [1e-4, 1e-2]}}}
+    space.write_text(yaml.safe_dump(content))
+    folder = SweepFolder(tmp_path / "sweep")
+    overrides = ["searcher={name: optuna, cost: device_seconds}", "scheduler.name=none"]
+    sweep = folder.start(read_sweep(space, overrides), resume=False)
+    for number, (lr, score, cost) in enumerate([(0.001, 0.5, 40.0), (0.002, 0.4, 90.0), (0.003, 0.3, 10.0)]):
+        place = folder.trial({"train.lr": lr})
+        place.ended(Outcome(place.path.name, number, {"train.lr": lr}, "finished"))
+        place.report(Report(1.0, score, score, 1.0, {}, device_seconds=cost))
+    study = _searcher(sweep, folder)._ot_study
+    assert [direction.name for direction in study.directions] == ["MAXIMIZE", "MINIMIZE"]
+    # Neither better nor cheaper: the second is no choice.
+    assert [trial.params["train.lr"] for trial in study.best_trials] == [0.001, 0.003]
+
+
 def test_a_budget_ends_the_sweep_and_counts_what_was_spent_before_a_restart(space, tmp_path):
     from raygrec.cluster.space import read_sweep
     from raygrec.cluster.sweep import Spent
@@ -182,9 +281,24 @@ def test_a_budget_ends_the_sweep_and_counts_what_was_spent_before_a_restart(spac
     place = folder.trial({"train.lr": GOOD})
     place.ended(Outcome(place.path.name, 0, {"train.lr": GOOD}, "finished"))
     place.report(Report(1.0, 0.1, 0.1, 1500.0, {}, device_seconds=3000.0))
+    begun = folder.trial({"train.lr": IDLE})
+    begun.ended(Outcome(begun.path.name, 1, {"train.lr": IDLE}, "running"))
+    begun.report(Report(1.0, 0.1, 0.1, 200.0, {}, device_seconds=400.0))
     spent = Spent(folder.path)
     assert not spent.stop_all()
-    assert not spent("another", {"device_seconds": 500})
+    assert not spent("7f_1", {"trial": begun.path.name, "device_seconds": 500})  # goes on: 400 of these are known
     assert not spent.stop_all()
-    spent("another", {"device_seconds": 700})
+    spent("7f_1", {"trial": begun.path.name, "device_seconds": 600})
+    assert spent.stop_all()
+
+
+def test_a_budget_of_hours_counts_from_the_call(space, tmp_path):
+    from raygrec.cluster.space import read_sweep
+    from raygrec.cluster.sweep import Spent
+
+    folder = SweepFolder(tmp_path / "sweep")
+    folder.start(read_sweep(space, ["budget.hours=0.001"]), resume=False)
+    spent = Spent(folder.path)
+    assert not spent.stop_all()
+    spent.begun -= 3.7
     assert spent.stop_all()

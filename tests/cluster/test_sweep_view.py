@@ -47,14 +47,15 @@ def test_trials_end_as_their_last_report_says(view):
     ends = [
         {"epoch": 3.0, "score": 0.3, "seconds": 60.0, "complete": True, "done": True},
         {"epoch": 1.0, "score": 0.4, "seconds": 20.0, "complete": False, "done": True},
-        {"epoch": 2.0, "score": 0.2, "seconds": 40.0, "complete": False, "done": False},
     ]
     for number, last in enumerate(ends, 1):
         view.on_trial_complete(0, [], begun(view, number, **last))
+    begun(view, 3, epoch=2.0, score=0.2, seconds=40.0)
     view.on_trial_error(0, [], begun(view, 4))
     failing = begun(view, 5)
     view._place(failing).failed("the loss is nan", recurs=True)
     view.on_trial_error(0, [], failing)
+    view.on_experiment_end([])
     found = [(outcome.number, outcome.status, outcome.reason) for outcome, _ in view.folder.trials()]
     assert found == [
         (0, "finished", ""),

@@ -51,13 +51,13 @@ def test_tokens_are_the_tokenizers_own(options, tokenizer_folder):
 
 def test_tokens_are_made_once_and_kept_by_the_tokenizers_content(options, tokenizer_folder, tmp_path, monkeypatch):
     store = prepare(PrepareOptions(**options, tokenizer=str(tokenizer_folder)))
-    (place,) = (store.path / "tokens").iterdir()
+    (place,) = (store.path / "tokens").glob("[!.]*")
     copy = tmp_path / "elsewhere"
     shutil.copytree(tokenizer_folder, copy, ignore=shutil.ignore_patterns("*.safetensors"))
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", None)  # a second tokenizing would fail
     again = Store.open(store.path).tokens(str(copy))
     assert again.titles[0].tolist() == store.tokens(str(tokenizer_folder)).titles[0].tolist()
-    assert list((store.path / "tokens").iterdir()) == [place]
+    assert list((store.path / "tokens").glob("[!.]*")) == [place]
 
 
 def test_a_wrong_tokenizer_leaves_no_store(options, tmp_path):
@@ -75,7 +75,7 @@ def test_a_wrong_tokenizer_leaves_no_store(options, tmp_path):
 
 def test_cut_off_tokens_are_found(options, tokenizer_folder):
     store = prepare(PrepareOptions(**options, tokenizer=str(tokenizer_folder)))
-    (place,) = (store.path / "tokens").iterdir()
+    (place,) = (store.path / "tokens").glob("[!.]*")
     (place / "items.indices.npy").write_bytes((place / "items.indices.npy").read_bytes()[:-4])
     with pytest.raises(InputError, match="token ids of items cannot be read"):
         store.tokens(str(tokenizer_folder))

@@ -331,6 +331,19 @@ def test_groups_of_like_length_have_the_least_padding(seed):
     assert sum(len(group) * max(lengths[row] for row in group) for group in groups) == least
 
 
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_a_prompt_longer_than_the_model_reads_is_refused_in_one_line(kind, backbone_folder):
+    backbone = Backbone(BackboneConfig(name=backbone_folder(kind)))
+    longest = backbone.model.config.max_position_embeddings
+    for length in (longest, longest + 1):
+        given = torch.zeros(1, length, 16), torch.ones(1, length, length, dtype=torch.bool)
+        if length == longest:
+            assert backbone(*given).shape == (1, length, 16)
+            continue
+        with pytest.raises(InputError, match=f"a prompt of {length} tokens, and the backbone reads {longest}"):
+            backbone(*given)
+
+
 def placed(embeds: torch.Tensor) -> Placed:
     return Placed(embeds.flatten(0, 1), torch.arange(embeds.shape[:2].numel()).view(embeds.shape[:2]))
 

@@ -55,6 +55,11 @@ def tokens_of(folder: Path, texts: list[str] = TEXTS) -> CSR:
     return CSR.from_lists([tokenizer.encode(text, add_special_tokens=False) for text in texts])
 
 
+def files(folder: Path) -> list[Path]:
+    """What lies there but for locks."""
+    return [file for file in folder.iterdir() if file.suffix != ".lock"]
+
+
 def read_alone(folder: Path, texts: list[str] = TEXTS) -> torch.Tensor:
     """The same by nothing but `transformers`: one text at a time, unpadded, through the model's own embeddings."""
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
@@ -118,7 +123,7 @@ def test_what_was_read_once_is_kept(model_folder, tmp_path, loads):
     for again in (config, config.model_copy(update={"layers": 1})):
         assert torch.equal(load_or_read_texts(again, tokens, kept), first)
     assert len(loads) == 1
-    assert [file.suffix for file in kept.iterdir()] == [".safetensors"]
+    assert [file.suffix for file in files(kept)] == [".safetensors"]
 
 
 def test_what_was_read_is_read_again_where_anything_has_changed(model_folder, tmp_path, loads):
@@ -139,7 +144,7 @@ def test_what_was_read_is_read_again_where_anything_has_changed(model_folder, tm
         parameter.data.mul_(1.5)
     model.save_pretrained(folder)
     results.append(load_or_read_texts(config, tokens, kept))
-    assert len(loads) == len(list(kept.iterdir())) == len(results)
+    assert len(loads) == len(files(kept)) == len(results)
     torch.testing.assert_close(results[-1], read_alone(folder), rtol=1e-4, atol=1e-5)
     for number, one in enumerate(results):
         assert all((one - other).abs().max() > 1e-3 for other in results[:number])
@@ -169,7 +174,7 @@ def test_a_run_that_was_cut_off_while_it_read_leaves_nothing(model_folder, tmp_p
         patched.setattr(text_vectors, "save_file", half)
         with pytest.raises((OSError, InputError), match="no space left"):
             load_or_read_texts(config, tokens, kept)
-    assert not list(kept.iterdir())
+    assert not files(kept)
     torch.testing.assert_close(load_or_read_texts(config, tokens, kept), read_alone(folder), rtol=1e-4, atol=1e-5)
 
 
@@ -186,7 +191,7 @@ def test_a_file_that_cannot_be_read_is_named_in_one_line(model_folder, tmp_path,
     folder, kept = model_folder("bert"), tmp_path / "kept"
     config, tokens = BackboneConfig(name=str(folder)), tokens_of(folder)
     load_or_read_texts(config, tokens, kept)
-    [file] = kept.iterdir()
+    [file] = files(kept)
     damage(file)
     with pytest.raises(InputError) as error:
         load_or_read_texts(config, tokens, kept)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from raygrec.data.arrays import CSR
+from raygrec.data.prepare import PrepareOptions, prepare
 from raygrec.errors import InputError
 from raygrec.graph.lightgcn import NodeEmbeddings
 from raygrec.model import text_vectors
@@ -28,6 +29,7 @@ from raygrec.train.assembly import (
 )
 from raygrec.train.folder import RunFolder
 from raygrec.train.local import train_here
+from raygrec.train.settings import run_config
 from tests.train.workers import tiny_config, tiny_galrec_config, tiny_sequential_config
 
 real_data = pytest.mark.skipif("RAYGREC_DATA" not in os.environ, reason="RAYGREC_DATA is not set")
@@ -301,6 +303,19 @@ def test_galrec_without_graph_vectors_pretrains_no_graph(tiny_store, tiny_backbo
     assert set(folder.metrics()["baselines"]) == {"Popularity"}
     nodes = NodeEmbeddings.load(folder.nodes_file)
     assert (bool(nodes.items.any()), bool(nodes.users.any())) == (False, True)
+
+
+def test_a_store_whose_users_have_nothing_to_learn_from_is_refused(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    # Of three items in leave-one-out, one is left for training.
+    (source / "sequences.txt").write_text("".join(f"u{n} i{n % 3} i{(n + 1) % 3} i{(n + 2) % 3}\n" for n in range(6)))
+    (source / "items.jsonl").write_text("".join(f'{{"item": "i{n}", "title": "item {n}"}}\n' for n in range(3)))
+    store = prepare(PrepareOptions(format="sequences", path=source, out=tmp_path / "store", k_core=0))
+    content = {"recipe": "sequential", "store": store.path, "out": tmp_path / "run", "evaluate": {"ks": [2]}}
+    with pytest.raises(InputError, match="no user has two training items, one to read and one to predict"):
+        train_here(run_config(content, "x"))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("title_tokens", "known"), [(4, 512), (0, 50)])

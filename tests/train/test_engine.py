@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 import os
@@ -539,6 +540,27 @@ def test_micro_batches_that_an_update_needs():
     assert portions(256, 64, 2) == 2
     assert portions(10, 3, 1) == 4
     assert portions(4, 256, 2) == 1
+
+
+def test_no_micro_batch_is_empty_and_none_has_two_prompts_too_many():
+    for batch, micro, workers in itertools.product((7, 64, 100), (1, 3, 256), (1, 3, 8, 64)):
+        if workers <= batch:
+            parts = np.array_split(np.arange(batch), workers * portions(batch, micro, workers))
+            assert min(map(len, parts)) >= 1 and max(map(len, parts)) <= micro + 1
+
+
+def test_where_there_are_fewer_things_than_a_batch_an_update_has_all_of_them():
+    config = StageConfig(batch=256, micro_batch=64)
+    stage = Stage("train", 1, "numbers", config, np.ones(101), lambda things, draws: Numbers(things))
+    assert (stage.prompts, stage.portions(1), stage.portions(2)) == (101, 2, 1)
+    stage = Stage("train", 1, "numbers", config, np.ones(101), lambda things, draws: Numbers(things), per_prompt=8)
+    assert (stage.prompts, stage.portions(1)) == (12, 1)
+
+
+def test_workers_without_a_prompt_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("raygrec.train.loop.world", lambda: (0, 5))
+    with pytest.raises(InputError, match=r"^train: an update of 4 prompts has none for some of 5 workers"):
+        run_stage(two_terms_stage(), LocalEngine(TwoTerms(), EngineConfig()), 0, RunFolder(tmp_path), Silent())
 
 
 @pytest.fixture(scope="module")

@@ -120,6 +120,15 @@ def test_galrec_under_zero_3_has_no_momentum_encoder():
     for stage in (0, 1, 2):
         run_config({**PLACES, "recipe": "galrec", "engine": {"zero_stage": stage}, "model": model}, "x")
     assert run_config({**PLACES, "recipe": "galrec"}, "x").model.contrast.momentum is None
+    model["contrast"] |= {"l1": 0, "l2": 0, "l3": 0}  # nothing is contrasted, and there is none
+    run_config({**PLACES, "recipe": "galrec", "engine": {"zero_stage": 3}, "model": model}, "x")
+
+
+def test_a_recipe_that_trains_has_an_epoch_and_something_to_measure():
+    assert "train.epochs=0: recipe galrec trains for one epoch" in refused({"recipe": "galrec", "train": {"epochs": 0}})
+    run_config({**PLACES, "recipe": "graph", "train": {"epochs": 0}}, "x")
+    for ks in ([], [5, 0]):
+        assert "key 'evaluate.ks" in refused({"evaluate": {"ks": ks}})
 
 
 @pytest.mark.parametrize(
