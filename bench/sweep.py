@@ -17,7 +17,8 @@ from typing import Any
 import pandas as pd
 
 from bench.quality import RESULTS, ROOT, WORK, machine, prepare, raygrec
-from raygrec.cluster.space import points, read_sweep
+from raygrec.cluster.space import first_points, points, read_sweep
+from raygrec.cluster.sweep_folder import SweepFolder
 from raygrec.data.synthetic import write_demo
 from raygrec.evaluate.sweeps import best_trial
 from raygrec.train.folder import RunFolder
@@ -124,7 +125,7 @@ def search(folder: Path) -> dict[str, Any]:
     table = pd.read_parquet(folder / "trials.parquet")
     figure = ROOT / "docs" / "figures" / "search-beauty.png"
     shutil.copy(folder / "figures" / "effects.png", figure)
-    best, job = best_trial(table, "max"), table[table["number"] == 0].iloc[0]
+    best, job = best_trial(table, "max"), trial_of_job(table, folder)
     return {
         "trials": trials,
         "statuses": table["status"].value_counts().to_dict(),
@@ -137,6 +138,13 @@ def search(folder: Path) -> dict[str, Any]:
         "figure": figure.name,
         "machine": machine(),
     }
+
+
+def trial_of_job(table: pd.DataFrame, folder: Path) -> pd.Series:
+    """The row of the job as it stands, the first of `searcher.first`."""
+    found = SweepFolder(folder)
+    name = found.trial(first_points(found.config())[0]).path.name
+    return table[table["trial"] == name].iloc[0]
 
 
 if __name__ == "__main__":

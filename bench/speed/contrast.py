@@ -33,7 +33,7 @@ def main() -> None:
         {
             "row": 9,
             "title": "A training step of GAL-Rec with contrast and queues (jobs/galrec.yaml, Amazon Beauty)",
-            "against": "the same users with L0 alone",
+            "against": "the same users with L0 alone, under `raygrec`; with contrast, under `other`",
             "target": "≤ 10 % a step at K = 65,536",
             "reached": cases[len(LENGTHS) - 1]["ratio"]["median"] <= 1.1,
             "cases": cases,

@@ -75,8 +75,8 @@ class Work:
     weights, which ZeRO-3 gathers whole. fixed: bytes of node tables, text vectors, queues and the head's rows. logits:
     bytes of the logits that stand in memory. prompt: bytes that one user's prompts keep for the backward pass.
     longest: tokens of one prompt at most; most, mean: of all prompts of a user with the longest, and with a mean
-    history, each kind of prompt by its share. answers: positions with a target. forward: FLOP of a mean user's prompts;
-    passes: how many times as many training takes.
+    history, each kind of prompt by its share. answers: positions with a target, of the longest history. forward: FLOP
+    of a mean user's prompts; passes: how many times as many training takes.
     """
 
     total: int
@@ -278,7 +278,7 @@ def work_of(config: RunConfig, sizes: Sizes, device: str) -> Work:
     """Counts a model without content; `InputError` where there is none to count."""
     if not isinstance(config, GLTARun | GALRecRun):
         raise InputError(f"recipe {config.recipe}: a plan is of recipes with a language model, glta or galrec")
-    longest, most, mean, answers = _prompts(config, sizes)
+    longest, most, mean, answers, mean_answers = _prompts(config, sizes)
     with torch.device("meta"):
         model = _model(config, sizes)
     kept = kept_bytes(model.backbone, config, longest)
@@ -303,7 +303,7 @@ def work_of(config: RunConfig, sizes: Sizes, device: str) -> Work:
     # Besides, a token keeps what its projector reads, an answer what the head does and its gradient; masks of dropout.
     prompt = most * (kept / longest + 4 * text + width) + answers * (5 * width + 4 * model.nodes.width)
     forward = mean * (2 * language_model + 4 * layers * width * mean)
-    forward += answers * 2 * rows + sizes.items * 2 * text * model.nodes.width / config.train.micro_batch
+    forward += mean_answers * 2 * rows + sizes.items * 2 * text * model.nodes.width / config.train.micro_batch
     frozen = isinstance(config, GLTARun) or config.model.tuning != "full"
     return Work(
         total,
@@ -322,8 +322,8 @@ def work_of(config: RunConfig, sizes: Sizes, device: str) -> Work:
     )
 
 
-def _prompts(config: GLTARun | GALRecRun, sizes: Sizes) -> tuple[int, float, float, int]:
-    """`longest`, `most`, `mean` and `answers` of `Work`, of the last stage."""
+def _prompts(config: GLTARun | GALRecRun, sizes: Sizes) -> tuple[int, float, float, int, float]:
+    """`longest`, `most`, `mean` and `answers` of `Work`, and a mean user's answers, of the last stage."""
     model = config.model
     if isinstance(config, GALRecRun):
         contrast, near, far = model.contrast, model.neighbours.one_hop, model.neighbours.two_hop + 1
@@ -349,7 +349,9 @@ def _prompts(config: GLTARun | GALRecRun, sizes: Sizes) -> tuple[int, float, flo
             f"model.max_history={model.max_history} makes prompts of up to {longest} tokens; "
             f"backbone '{config.backbone.name}' reads {known}"
         )
-    return longest, most, most - per_item * (model.max_history - sizes.shown), answers
+    fewer = model.max_history - sizes.shown
+    every_item_answers = isinstance(config, GALRecRun) or model.history_loss
+    return longest, most, most - per_item * fewer, answers, answers - fewer * every_item_answers
 
 
 def _model(config: GLTARun | GALRecRun, sizes: Sizes) -> GLTA | GALRec:
