@@ -153,6 +153,11 @@ class HopBatch(PromptBatch):
     def counts(self) -> torch.Tensor:
         return torch.tensor([len(self.answers), *self.anchors], dtype=torch.float64)
 
+    def lengths_to(self, hops: int) -> torch.Tensor:
+        """[R] symbols up to the task token of the first `hops` hops; all where that is left out."""
+        ends = self.hops[:, hops - 1]
+        return torch.where(ends >= 0, ends % self.symbols.shape[1] + 1, self.lengths)
+
     @property
     def attention(self) -> torch.Tensor:
         """[R, T, T] bool: block-causal between segments, but for the 0-hop segment."""
@@ -505,9 +510,11 @@ class GALRec(GraphReader):
 
     def hidden(self, batch: HopBatch, hops: int = HOPS) -> Placed:
         """Last hidden states; of each prompt up to the task token of its first `hops` hops, where it has that."""
-        ends = batch.hops[:, hops - 1]
-        lengths = torch.where(ends >= 0, ends % batch.symbols.shape[1] + 1, batch.lengths)
-        return self.backbone.read(self.embed(batch), batch.attention, lengths, batch.dropout_keys)
+        return self.backbone.read(self.embed(batch), batch.attention, batch.lengths_to(hops), batch.dropout_keys)
+
+    def lengths_read(self, batch: HopBatch) -> torch.Tensor:
+        """[R] symbols that `forward` reads of each prompt; the momentum copy may read more."""
+        return batch.lengths_to(self.hops_read)
 
     def representations(self, batch: HopBatch) -> torch.Tensor:
         """Hidden states [R, 3, D] of the task tokens; every hop must be in the prompts."""

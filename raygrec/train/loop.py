@@ -292,9 +292,8 @@ def _step(stage: Stage, engine: Engine, things: np.ndarray, draws: Draws, rate: 
     mine = np.array_split(prompts, workers * stage.portions(workers))[rank::workers]
     batches = [stage.build(piece, draws) for piece in mine]
     counts = torch.stack([batch.counts for batch in batches]).sum(0)
-    tokens = sum(int((batch.symbols >= 0).sum()) for batch in batches)
-    places = sum(_places(engine.model, batch) for batch in batches)
-    told = counts.new_tensor([tokens, places, ask])
+    read = [_read(engine.model, batch) for batch in batches]
+    told = counts.new_tensor([*np.sum(read, axis=0), ask])
     counts, told = sum_over_ranks(torch.cat([counts, told])).split([len(counts), len(told)])
     share = torch.tensor(list(engine.model.terms.values()), dtype=torch.float64) / counts.clamp(min=1)
     sums = torch.zeros_like(counts, device=engine.device)
@@ -313,8 +312,11 @@ def _step(stage: Stage, engine: Engine, things: np.ndarray, draws: Draws, rate: 
     return Update(sums.tolist(), counts.tolist(), tokens, places, norm, bool(asks))
 
 
-def _places(model: Any, batch: PromptBatch) -> int:
-    return model.backbone.places(batch.lengths) if hasattr(model, "backbone") else batch.symbols.numel()
+def _read(model: Any, batch: PromptBatch) -> tuple[int, int]:
+    """Symbols of a batch that the forward pass reads, and the places in which they stand."""
+    lengths = model.lengths_read(batch) if hasattr(model, "lengths_read") else batch.lengths
+    places = model.backbone.places(lengths) if hasattr(model, "backbone") else batch.symbols.numel()
+    return int(lengths.sum()), places
 
 
 def _with_batch(

@@ -730,6 +730,20 @@ def test_positives_and_the_queue_are_the_momentum_copys(tuning, projection, back
         torch.testing.assert_close(model.queues[side].rows()[-len(newest) :], newest, rtol=1e-4, atol=1e-5)
 
 
+def test_the_model_itself_does_not_read_the_hops_that_only_its_copy_compares(backbone):
+    contrast = {"users": 0.5, "items": 0.5, "momentum": 0.9}
+    prompter = hop_prompts(random_rows(4, fewest=3), contrast=contrast)
+    batch = prompter.training(np.arange(14), Draws(1))
+    width, contrasted = batch.symbols.shape[1], batch.hops[:, 2] >= 0
+    read = model_of(prompter, backbone).lengths_read(batch)
+    assert 0 < contrasted.sum() < len(batch.symbols)
+    for row in range(len(batch.symbols)):
+        end = int(batch.hops[row, 1]) - row * width + 1 if contrasted[row] else int(batch.lengths[row])
+        assert read[row] == end <= batch.lengths[row] - 2 * contrasted[row]
+    both = model_of(hop_prompts(random_rows(4, fewest=3), contrast=contrast | {"momentum": None}), backbone)
+    assert torch.equal(both.lengths_read(batch), batch.lengths)
+
+
 def test_where_nothing_is_contrasted_the_momentum_copy_is_not_asked(backbone):
     contrast = {"users": 1e-9, "items": 0.0, "momentum": 0.9, "queue": 3}
     model = model_of(prompter := hop_prompts(TRAIN, contrast=contrast), backbone)
