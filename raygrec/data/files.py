@@ -51,9 +51,10 @@ def open_metered(path: Path, description: str | None) -> Iterator[BinaryIO]:
             with io.BufferedReader(metered, buffer_size=_MEGABYTE) as file:
                 yield file
     except OSError as error:
-        if isinstance(error, gzip.BadGzipFile) or error.errno is None:
-            raise InputError(f"{path}: not a complete gzip file ({error})") from None
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        reason = error.strerror or " ".join(str(error).split())  # Arrow's may have several lines
+        if error.errno is None and path.suffix == ".gz":
+            raise InputError(f"{path}: not a complete gzip file ({reason})") from None
+        raise InputError(f"{path}: cannot be read ({reason})") from None
     except (EOFError, zlib.error) as error:
         raise InputError(f"{path}: not a complete gzip file ({error})") from None
 

@@ -240,7 +240,7 @@ def _place(path: Path, row: int, layout: Layout) -> str:
 
 def _arrow_error(path: Path, error: pa.ArrowInvalid) -> InputError:
     message = str(error).strip().splitlines()[0]
-    if "utf8" in message.lower().replace("-", ""):
+    if path.suffix != ".parquet" and "utf8" in message.lower().replace("-", ""):
         for _ in read_lines(path):  # names the line
             pass
     return InputError(f"{path}: {message}")

@@ -267,6 +267,18 @@ def test_table_wrong_files(tmp_path):
     assert "Parquet magic bytes not found" in refused_file(tmp_path, "t.parquet", "this is not a parquet file at all")
 
 
+def test_a_damaged_parquet_is_not_called_a_gzip_or_a_text_file(tmp_path):
+    file = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"user": ["u"], "item": ["i"], "time": [1]}), file)
+    content = bytearray(file.read_bytes())
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    content[footer : footer + 40] = b"\xff" * 40
+    file.write_bytes(content)
+    assert refused("table", file).startswith(f"{file}: cannot be read (Couldn't deserialize thrift")
+    pq.write_table(pa.table({"user": [b"\xff"], "item": ["i"], "time": [1]}), file)
+    assert refused("table", file) == f"{file}: Invalid UTF8 payload"
+
+
 def refused_file(folder, name, content):
     if content is not None:
         write(folder / name, content)
