@@ -1,6 +1,7 @@
 """Reads source files: lines with their numbers, gzip or plain, checksums, and a bar for the large ones."""
 
 import ast
+import codecs
 import gzip
 import hashlib
 import io
@@ -62,11 +63,13 @@ def open_metered(path: Path, description: str | None) -> Iterator[BinaryIO]:
 def read_lines(path: Path, encoding: str = "utf-8", bar: bool = True) -> Iterator[tuple[int, str]]:
     """Yields (line number from 1, text without its end) for each line that is not blank.
 
-    A name ending in `.gz` is unpacked. `InputError` names the line that is not in `encoding`.
+    A name ending in `.gz` is unpacked, and a byte order mark at the start left out. `InputError` names the line
+    that is not in `encoding`.
     """
     with open_metered(path, f"reading {path.name}" if bar else None) as raw:
         stream = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
         for number, line in enumerate(stream, start=1):
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             try:
                 text = line.decode(encoding).rstrip("\r\n")
             except UnicodeDecodeError:

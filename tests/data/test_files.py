@@ -12,6 +12,13 @@ def test_lines_have_their_numbers_and_blank_ones_are_skipped(tmp_path):
     assert list(files.read_lines(path)) == [(1, "one"), (3, "three é")]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_a_byte_order_mark_is_no_text(tmp_path, encoding):
+    path = tmp_path / "lines.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\n\xef\xbb\xbftwo\n")
+    assert list(files.read_lines(path, encoding)) == [(1, "one"), (2, b"\xef\xbb\xbftwo".decode(encoding))]
+
+
 def test_metered_reading_gives_the_same_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_BAR_FROM_BYTES", 0)
     path = tmp_path / "lines.txt"

@@ -164,7 +164,7 @@ def _csv(path: Path, file: BinaryIO, request: _Request, layout: Layout) -> Itera
 
 
 def _header(path: Path, delimiter: str) -> list[str]:
-    first = next(read_lines(path, "utf-8-sig", bar=False), None)
+    first = next(read_lines(path, bar=False), None)
     if first is None:
         raise InputError(f"{path}: empty; expected a header line and rows")
     return next(csv.reader([first[1]], delimiter=delimiter))

@@ -204,6 +204,20 @@ def test_sequences(tmp_path):
     assert "sequences.txt, line 2: user 'v' has no items" in refused("sequences", tmp_path)
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_id(tmp_path):
+    write(tmp_path / "sequences.txt", "\ufeffu 1 2\n")
+    write(tmp_path / "items.jsonl", '\ufeff{"item": 1, "title": "One"}\n')
+    rows, items = read("sequences", tmp_path)
+    assert (rows[0], items) == (["u", "u"], {"1": Item("1", "One")})
+    write(tmp_path / "t.csv", "\ufeffuser,item,time\nu,i,1\n")
+    assert read("table", tmp_path / "t.csv")[0] == (["u"], ["i"], [1], None)
+    write(tmp_path / "u.data", "\ufeff1\t2\t3\t4\n")
+    write(tmp_path / "u.genre", "\ufeffAction|0\n")
+    (tmp_path / "u.item").write_bytes(b"\xef\xbb\xbf2|Misr\xe9|||x|1\n")
+    rows, items = read("movielens", tmp_path)
+    assert (rows[0], items) == (["1"], {"2": Item("2", "Misré", (("Action",),))})
+
+
 CSV = "buyer,when,sku,stars\n7,2020-01-01 00:00:01,A,5\n8,2020-01-01,007,1\n"
 NAMES = {"user_column": "buyer", "item_column": "sku", "time_column": "when", "rating_column": "stars"}
 
