@@ -42,15 +42,36 @@ class Item:
 
 
 def make_item(
-    item_id: str, title: str | None, paths: Sequence[Sequence[str]] = (), description: str | None = ""
+    item_id: str,
+    title: str | None,
+    categories: str | Sequence[str] | Sequence[Sequence[str]] | None = (),
+    description: str | None = "",
 ) -> Item:
-    """An `Item` of cleaned text, without empty names and without repeated paths."""
+    """An `Item` of cleaned text, without empty names and without repeated paths.
+
+    categories: paths from root to leaf, or one path, or a name alone. `TypeError` names what is of another type.
+    """
+    for key, text in (("id", item_id), ("title", title or ""), ("description", description or "")):
+        if not isinstance(text, str):
+            raise TypeError(f"{key}: expected text, found {text!r}")
     return Item(
         id=item_id,
         title=clean(title or ""),
-        categories=_cleaned(tuple(map(tuple, paths))),
+        categories=_cleaned(_paths(categories or ())),
         description=clean((description or "")[: 4 * _DESCRIPTION_LIMIT])[:_DESCRIPTION_LIMIT],
     )
+
+
+def _paths(categories: str | Sequence[str] | Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
+    path = [categories] if isinstance(categories, str) else categories
+    paths = [path] if _is_path(path) else path
+    if not isinstance(paths, list | tuple) or not all(map(_is_path, paths)):
+        raise TypeError(f"categories: expected a list of paths, each a list of names, found {categories!r}")
+    return tuple(map(tuple, paths))
+
+
+def _is_path(names: object) -> bool:
+    return isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
 
 
 def clean(text: str) -> str:

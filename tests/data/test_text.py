@@ -14,6 +14,37 @@ def test_make_item_drops_empty_names_and_repeated_paths():
 
 
 @pytest.mark.parametrize(
+    ("categories", "paths"),
+    [
+        ([["Beauty", "Hair"], ["Gifts"]], (("Beauty", "Hair"), ("Gifts",))),
+        (["Beauty", "Hair"], (("Beauty", "Hair"),)),
+        ("Beauty", (("Beauty",),)),
+        ([], ()),
+        (None, ()),
+    ],
+)
+def test_categories_are_paths_or_one_path_or_one_name(categories, paths):
+    assert make_item("a", "", categories).categories == paths
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        ((["x"], "T"), "id"),
+        (("a", ["T"]), "title"),
+        (("a", "T", {"a": 1}), "categories"),
+        (("a", "T", 5), "categories"),
+        (("a", "T", ["Beauty", ["Hair"]]), "categories"),
+        (("a", "T", [["Beauty", None]]), "categories"),
+        (("a", "T", (), ["D"]), "description"),
+    ],
+)
+def test_what_is_no_text_is_refused_by_name(arguments, key):
+    with pytest.raises(TypeError, match=f"^{key}: expected"):
+        make_item(*arguments)
+
+
+@pytest.mark.parametrize(
     ("template", "item", "text"),
     [
         (

@@ -37,10 +37,9 @@ def _row_2023(review: dict[str, Any]) -> Row:
 
 def _item(record: dict[str, Any]) -> Item:
     """2014: `categories` is a list of paths; 2018: `category` is one path; 2023: `categories` is one path."""
-    categories = record.get("categories") or record.get("category") or []
-    paths = categories if categories and isinstance(categories[0], list) else [categories]
+    categories = record.get("categories") or record.get("category")
     item_id = record["parent_asin"] if "parent_asin" in record else record["asin"]
-    return make_item(item_id, record.get("title"), paths, _joined(record.get("description")))
+    return make_item(item_id, record.get("title"), categories, _joined(record.get("description")))
 
 
 def _joined(description: str | Sequence[str] | None) -> str:

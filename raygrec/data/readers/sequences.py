@@ -54,6 +54,4 @@ def _chunk(users: list[str], items: list[str], done: int) -> Chunk:
 
 
 def _item(record: dict[str, Any]) -> Item:
-    return make_item(
-        str(record["item"]), record.get("title"), record.get("categories") or (), record.get("description")
-    )
+    return make_item(str(record["item"]), record.get("title"), record.get("categories"), record.get("description"))

@@ -109,6 +109,22 @@ def test_amazon_wrong_lines(tmp_path, content, message):
     assert refused("amazon", tmp_path) == f"reviews_Toys.json.gz, {message}"
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"asin": ["x"]}, "id: expected text, found ['x']"),
+        (
+            {"categories": {"a": 1}},
+            "categories: expected a list of paths, each a list of names, found {'a': 1}",
+        ),
+    ],
+)
+def test_amazon_wrong_items(tmp_path, wrong, message):
+    write(tmp_path / "reviews_Toys.json.gz", [REVIEW_2014])
+    write(tmp_path / "meta_Toys.json.gz", [{"asin": "A"}, {"asin": "B", **wrong}])
+    assert refused("amazon", tmp_path) == f"meta_Toys.json.gz, line 2: not an item record ({message})"
+
+
 def test_missing_and_double_files(tmp_path):
     assert "no reviews file there; expected *.json.gz or *.json" in refused("amazon", tmp_path)
     assert "does not exist; expected the folder with the review" in refused("yelp", tmp_path / "nowhere")
@@ -200,6 +216,8 @@ def test_sequences(tmp_path):
     rows, items = read("sequences", tmp_path)
     assert rows == (["u", "u", "v"], ["1", "2", "2"], [0, 1, 2], None)
     assert items == {"1": Item("1", "One", (("A", "B"),))}
+    write(tmp_path / "items.jsonl", [{"item": 1, "categories": ["A", "B"]}, {"item": 2, "categories": "A"}])
+    assert read("sequences", tmp_path)[1] == {"1": Item("1", "", (("A", "B"),)), "2": Item("2", "", (("A",),))}
     write(tmp_path / "sequences.txt", "u 1 2\nv\n")
     assert "sequences.txt, line 2: user 'v' has no items" in refused("sequences", tmp_path)
 
