@@ -37,11 +37,15 @@ class Layout:
 
 @dataclass(frozen=True)
 class _Request:
-    """Which columns a reader asks for; those in `strings` come as strings whatever they look like."""
+    """Which columns a reader asks for; those in `strings` come as strings whatever they look like.
+
+    lists: the column whose values may be lists, as only Parquet has them.
+    """
 
     needed: list[str]
     strings: list[str]
     optional: list[str] = field(default_factory=list)
+    lists: str | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ def read_items(path: Path, options: PrepareOptions, layout: Layout = Layout()) -
     named = {"categories_column", "description_column"} & options.model_fields_set
     needed = [id_column, title, *(getattr(options, option) for option in sorted(named))]
     optional = [options.categories_column, options.description_column]
-    request = _Request(needed, [id_column, title, *optional], optional)
+    request = _Request(needed, [id_column, title, *optional], optional, options.categories_column)
     with _open_table(path, request, layout) as batches:
         for batch in batches:
             columns = {name: batch[name].to_pylist() for name in batch.schema.names}
@@ -109,7 +113,10 @@ def read_items(path: Path, options: PrepareOptions, layout: Layout = Layout()) -
                 columns[id_column], columns[title], categories, descriptions, strict=True
             ):
                 names = path_text.split(options.category_separator) if isinstance(path_text, str) else path_text
-                yield make_item(str(item), name, [names or ()], words)
+                try:
+                    yield make_item(str(item), name, names, words)
+                except TypeError as error:
+                    raise InputError(f"{path}, item '{item}': {error}") from None
 
 
 def _find(path: Path, stem: str, needed: bool) -> Path | None:
@@ -138,6 +145,10 @@ def _parquet(path: Path, file: BinaryIO, request: _Request, layout: Layout) -> I
 
     table = ParquetFile(file)
     columns = _present(path, table.schema_arrow.names, request)
+    for name in columns:
+        kind = table.schema_arrow.field(name).type
+        if pa.types.is_nested(kind) and name != request.lists:
+            raise InputError(f"{path}: column '{name}': expected one value per row, found {kind}")
     for batch in table.iter_batches(_ROWS, columns=columns):
         yield _as_strings(batch, request.strings)
 
@@ -180,8 +191,7 @@ def _present(path: Path, found: list[str], request: _Request) -> list[str]:
 
 def _as_strings(batch: pa.RecordBatch, strings: list[str]) -> pa.RecordBatch:
     for index, (name, kind) in enumerate(zip(batch.schema.names, batch.schema.types, strict=True)):
-        nested = pa.types.is_list(kind) or pa.types.is_large_list(kind)
-        if name in strings and not nested and kind != pa.string():
+        if name in strings and not pa.types.is_nested(kind) and kind != pa.string():
             batch = batch.set_column(index, name, batch.column(index).cast(pa.string()))
     return batch
 

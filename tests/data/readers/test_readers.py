@@ -259,6 +259,37 @@ def test_table_parquet_with_items(tmp_path):
     assert items == {"1": Item("1", "One", (("A", "B"),)), "2": Item("2")}
 
 
+@pytest.mark.parametrize(
+    ("column", "values", "found"),
+    [
+        ("user", [["u"]], "list<element: string>"),
+        ("user", [{"a": "u"}], "struct<a: string>"),
+        ("time", [[1]], "list<element: int64>"),
+        ("rating", [[1.0]], "list<element: double>"),
+    ],
+)
+def test_table_parquet_with_several_values_in_a_row(tmp_path, column, values, found):
+    table = {"user": ["u"], "item": ["i"], "time": [1], "rating": [5.0], column: values}
+    pq.write_table(pa.table(table), tmp_path / "t.parquet")
+    message = refused("table", tmp_path / "t.parquet", min_rating=1)
+    assert message == f"{tmp_path}/t.parquet: column '{column}': expected one value per row, found {found}"
+
+
+def test_table_parquet_items_have_lists_of_paths_but_not_of_titles(tmp_path):
+    pq.write_table(pa.table({"user": ["u"], "item": ["i"], "time": [1]}), tmp_path / "interactions.parquet")
+
+    def write_items(**columns):
+        pq.write_table(pa.table({"item": ["i"], "title": ["T"], **columns}), tmp_path / "items.parquet")
+
+    write_items(categories=[[["A", "B"], ["C"]]])
+    assert read("table", tmp_path)[1] == {"i": Item("i", "T", (("A", "B"), ("C",)))}
+    write_items(categories=[{"a": 1}])
+    assert refused("table", tmp_path).startswith("items.parquet, item 'i': categories: expected a list of paths")
+    write_items(title=[["T"]])
+    message = "items.parquet: column 'title': expected one value per row, found list<element: string>"
+    assert refused("table", tmp_path) == message
+
+
 def test_table_items_as_csv(tmp_path):
     write(tmp_path / "interactions.csv", "user,item,time\nu,01,5\n")
     write(tmp_path / "items.csv", 'item,title,categories,description\n01,"A, ""B""",Home > Lamps,\n')
