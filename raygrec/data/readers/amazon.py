@@ -4,7 +4,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from raygrec.data.options import PrepareOptions
-from raygrec.data.readers.base import Row, Source, find_one, item_stream, need_one, record_chunks
+from raygrec.data.readers.base import (
+    Row,
+    Source,
+    find_one,
+    item_stream,
+    need_one,
+    read_number,
+    read_time,
+    record_chunks,
+)
 from raygrec.data.text import Item, make_item
 
 _RELEASE_2023 = ["*.jsonl.gz", "*.jsonl"]
@@ -28,11 +37,11 @@ def open_source(options: PrepareOptions) -> Source:
 
 
 def _row(review: dict[str, Any]) -> Row:
-    return review["reviewerID"], review["asin"], float(review["overall"]), int(review["unixReviewTime"])
+    return review["reviewerID"], review["asin"], read_number(review, "overall"), read_time(review, "unixReviewTime")
 
 
 def _row_2023(review: dict[str, Any]) -> Row:
-    return review["user_id"], review["parent_asin"], float(review["rating"]), int(review["timestamp"])
+    return review["user_id"], review["parent_asin"], read_number(review, "rating"), read_time(review, "timestamp", 1000)
 
 
 def _item(record: dict[str, Any]) -> Item:

@@ -13,6 +13,7 @@ from raygrec.data.files import read_records
 from raygrec.data.text import Item
 from raygrec.errors import InputError
 
+LAST_SECOND = 100_000_000_000  # of the year 5138; a later time is one in milliseconds, or none
 _CHUNK = 200_000  # records of one chunk; bounds the memory that Python objects take
 
 
@@ -96,6 +97,24 @@ def _rows(path: Path, to_row: Callable[[dict[str, Any]], Row]) -> Iterator[Row]:
         if not all(isinstance(name, str) and name for name in row[:2]):
             raise InputError(f"{with_line}: expected ids that are strings and not empty, found {row[:2]}")
         yield row
+
+
+def read_number(record: dict[str, Any], key: str, kind: type = float) -> Any:
+    """The record's `key` as a float or int; `ValueError` names the key, `KeyError` where it is missing."""
+    try:
+        return kind(record[key])
+    except (ValueError, TypeError, OverflowError):
+        raise ValueError(f"field '{key}': expected a number, found {record[key]!r}") from None
+
+
+def read_time(record: dict[str, Any], key: str, ticks_per_second: int = 1) -> int:
+    """The record's `key` as ticks since 1970, 1 or 1000 per second; `ValueError` also where it is far too late."""
+    time = read_number(record, key, int)
+    if abs(time) >= LAST_SECOND * ticks_per_second:
+        seconds = "seconds since 1970; these look like milliseconds"
+        right = seconds if ticks_per_second == 1 else "milliseconds since 1970"
+        raise ValueError(f"field '{key}': expected {right}, found {time}")
+    return time
 
 
 def missing_field(place: str, error: KeyError, record: dict[str, Any]) -> InputError:

@@ -4,7 +4,7 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 
 from raygrec.data.options import PrepareOptions
-from raygrec.data.readers.base import Row, Source, item_stream, need_one, record_chunks
+from raygrec.data.readers.base import Row, Source, item_stream, need_one, read_number, record_chunks
 from raygrec.data.text import Item, make_item
 
 _MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec"
@@ -33,7 +33,7 @@ def open_source(options: PrepareOptions) -> Source:
 
 
 def _row(record: dict[str, Any]) -> Row:
-    rating = float(record["rating"]) or float("nan")
+    rating = read_number(record, "rating") or float("nan")
     return record["user_id"], record["book_id"], rating, _seconds(record["date_added"])
 
 
@@ -46,7 +46,7 @@ def _seconds(text: str) -> int:
         moment = datetime(
             int(year), _MONTHS.index(month) // 4 + 1, int(day), hour, minute, second, tzinfo=timezone(offset)
         )
-    except ValueError:
+    except (ValueError, AttributeError):
         raise ValueError(
             f"field 'date_added': expected a date like 'Fri Sep 15 19:35:26 -0700 2017', got {text!r}"
         ) from None

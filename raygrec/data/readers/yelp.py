@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from raygrec.data.options import PrepareOptions
-from raygrec.data.readers.base import Row, Source, item_stream, need_one, record_chunks
+from raygrec.data.readers.base import Row, Source, item_stream, need_one, read_number, record_chunks
 from raygrec.data.text import Item, make_item
 
 
@@ -24,7 +24,7 @@ def open_source(options: PrepareOptions) -> Source:
 
 def _row(review: dict[str, Any]) -> Row:
     moment = datetime.fromisoformat(review["date"]).replace(tzinfo=UTC)
-    return review["user_id"], review["business_id"], float(review["stars"]), int(moment.timestamp())
+    return review["user_id"], review["business_id"], read_number(review, "stars"), int(moment.timestamp())
 
 
 def _item(business: dict[str, Any]) -> Item:

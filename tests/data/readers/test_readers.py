@@ -86,6 +86,9 @@ def test_amazon_2018_and_2023(tmp_path):
     assert items == {"A": Item("A", "T", (("Toys", "Games"),), "One. Two.")}
     assert ticks("amazon", tmp_path / "2018") == [1]
     assert ticks("amazon", tmp_path / "2023") == [1000]
+    write(tmp_path / "2023/Toys.jsonl.gz", [{**REVIEW_2023, "timestamp": 1600000000123456}])
+    message = "Toys.jsonl.gz, line 1: field 'timestamp': expected milliseconds since 1970, found 1600000000123456"
+    assert refused("amazon", tmp_path / "2023") == message
 
 
 @pytest.mark.parametrize(("time", "unit"), [("5", 1), ("5.5", 1_000_000), ("1970-01-02", 1_000_000)])
@@ -98,7 +101,13 @@ def test_ticks_of_a_table(tmp_path, time, unit):
     ("content", "message"),
     [
         ([REVIEW_2014, {"asin": "A"}], "line 2: field 'reviewerID' is missing; found asin"),
-        ([{**REVIEW_2014, "overall": "good"}], "line 1: could not convert string to float: 'good'"),
+        ([{**REVIEW_2014, "overall": "good"}], "line 1: field 'overall': expected a number, found 'good'"),
+        ([{**REVIEW_2014, "overall": None}], "line 1: field 'overall': expected a number, found None"),
+        (
+            [REVIEW_2014, {**REVIEW_2014, "unixReviewTime": 1e30}],
+            "line 2: field 'unixReviewTime': expected seconds since 1970; these look like milliseconds, found "
+            "1000000000000000019884624838656",
+        ),
         ([{**REVIEW_2014, "asin": 7}], "line 1: expected ids that are strings and not empty, found ('U', 7)"),
         ("{broken\n", "line 1: expected one JSON object, found '{broken'"),
         ("[1, 2]\n", "line 1: expected one JSON object, found '[1, 2]'"),
@@ -207,6 +216,8 @@ def test_goodreads(tmp_path):
     assert ratings[1] == 4
     assert items["7"] == Item("7", "Odes", (("poetry",), ("historical fiction",)), "Old.")
     write(tmp_path / "goodreads_interactions_poetry.json.gz", [{**interaction, "date_added": "2017"}])
+    assert "line 1: field 'date_added': expected a date like" in refused("goodreads", tmp_path)
+    write(tmp_path / "goodreads_interactions_poetry.json.gz", [{**interaction, "date_added": None}])
     assert "line 1: field 'date_added': expected a date like" in refused("goodreads", tmp_path)
 
 
