@@ -14,13 +14,12 @@ import pyarrow.csv
 
 from raygrec.data.files import open_metered, read_lines
 from raygrec.data.options import PrepareOptions
-from raygrec.data.readers.base import Chunk, Source
+from raygrec.data.readers.base import LAST_SECOND, Chunk, Source
 from raygrec.data.text import Item, make_item
 from raygrec.errors import InputError
 
 _BLOCK = 8 << 20  # bytes of one CSV chunk
 _ROWS = 200_000  # rows of one Parquet chunk
-_LAST_SECOND = 9e12  # fractions are kept as microseconds in 64 bits
 _ENDINGS = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet")
 
 
@@ -210,23 +209,25 @@ def _times(path: Path, batch: pa.RecordBatch, name: str, row: int, layout: Layou
     if pc.any(wrong).as_py():
         first = pc.index(wrong, True).as_py()
         place, found = _place(path, row + first, layout), times[first].as_py()
+        late = isinstance(found, int | float) and LAST_SECOND <= abs(found) < float("inf")
+        right = "; these look like milliseconds" if late else " or ISO dates in one form"
         found = "nothing" if found is None else repr(found)
-        raise InputError(
-            f"{path}, {place}: column '{name}': expected seconds since 1970 or ISO dates in one form, found {found}"
-        )
+        raise InputError(f"{path}, {place}: column '{name}': expected seconds since 1970{right}, found {found}")
     if pa.types.is_floating(times.type):
         return np.round(np.from_dlpack(times) * 1e6).astype(np.int64)
     if pa.types.is_date(times.type) or pa.types.is_timestamp(times.type):
-        times = times.cast(pa.timestamp("us"))
+        nanoseconds = getattr(times.type, "unit", "") == "ns"  # may lose their last digits, which are no error
+        times = times.cast(pa.timestamp("us"), safe=not nanoseconds)
     return np.from_dlpack(times.cast(pa.int64()))
 
 
 def _not_times(times: pa.Array) -> pa.Array:
     """[rows] bool: true where a value is no time, or is written in another way than those before."""
     kind = times.type
-    if pa.types.is_floating(kind):
-        wrong = pc.invert(pc.less(pc.abs(times), _LAST_SECOND))
-    elif pa.types.is_integer(kind) or pa.types.is_date(kind) or pa.types.is_timestamp(kind):
+    whole = pa.types.is_integer(kind)
+    if pa.types.is_floating(kind) or (whole and (pc.max(pc.abs(times)).as_py() or 0) >= LAST_SECOND):
+        wrong = pc.invert(pc.less(pc.abs(times), LAST_SECOND))
+    elif whole or pa.types.is_date(kind) or pa.types.is_timestamp(kind):
         wrong = pc.is_null(times)
     else:  # Arrow could not read them all in one way: name the first that differs in form, or else the first
         forms = pc.replace_substring_regex(times.cast(pa.string()), r"\d+", "0")

@@ -301,6 +301,14 @@ def test_table_parquet_items_have_lists_of_paths_but_not_of_titles(tmp_path):
     assert refused("table", tmp_path) == message
 
 
+def test_nanoseconds_lose_their_last_digits(tmp_path):
+    write(tmp_path / "t.csv", "user,item,time\nu,i,1970-01-01 00:00:01.000002999\nu,j,1970-01-01 00:00:02.000000000\n")
+    assert read("table", tmp_path / "t.csv")[0][2] == [1000002, 2000000]
+    times = pa.array([1000002999, 2], pa.timestamp("ns", "UTC"))
+    pq.write_table(pa.table({"user": ["u", "u"], "item": ["i", "j"], "time": times}), tmp_path / "t.parquet")
+    assert read("table", tmp_path / "t.parquet")[0][2] == [1000002, 0]
+
+
 def test_table_items_as_csv(tmp_path):
     write(tmp_path / "interactions.csv", "user,item,time\nu,01,5\n")
     write(tmp_path / "items.csv", 'item,title,categories,description\n01,"A, ""B""",Home > Lamps,\n')
@@ -323,6 +331,11 @@ def test_table_items_as_csv(tmp_path):
         ("user,item,time\nu,i,nan\n", "t.csv, line 2: column 'time': expected seconds since 1970"),
         ("user,item,time\nu,i,12\nu,j,1x\n", "t.csv, line 3: column 'time': expected seconds since 1970"),
         ("user,item,time\nu,i,99999999999999999999\n", "t.csv, line 2: column 'time': expected seconds"),
+        (
+            "user,item,time\nu,i,1600000000\nu,j,1600000000000\n",
+            "t.csv, line 3: column 'time': expected seconds since 1970; these look like milliseconds, found 16000",
+        ),
+        ("user,item,time\nu,i,-1e11\n", "line 2: column 'time': expected seconds since 1970; these look like milli"),
         ("user,item,time\nu,i\n", "Expected 3 columns, got 2"),
         (b"user,item,time\nu,i,1\nu,\xff,2\n", "t.csv, line 3: not UTF-8 text"),
     ],
