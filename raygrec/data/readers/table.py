@@ -1,6 +1,7 @@
 """Tables: interactions, and if wanted items, as CSV, TSV or Parquet with named columns."""
 
 import csv
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,12 +39,14 @@ class Layout:
 class _Request:
     """Which columns a reader asks for; those in `strings` come as strings whatever they look like.
 
+    number: the column that is read as numbers from a text table, whatever its first values look like.
     lists: the column whose values may be lists, as only Parquet has them.
     """
 
     needed: list[str]
     strings: list[str]
     optional: list[str] = field(default_factory=list)
+    number: str | None = None
     lists: str | None = None
 
 
@@ -84,8 +87,9 @@ def open_source(options: PrepareOptions) -> Source:
 def read_interactions(path: Path, columns: Columns, layout: Layout = Layout()) -> Iterator[Chunk]:
     """Chunks of a table, streamed; `InputError` names the file and the line, row or column."""
     needed = [column for column in (columns.user, columns.item, columns.time, columns.rating) if column]
+    request = _Request(needed, [columns.user, columns.item], number=columns.rating)
     row = 0
-    with _open_table(path, _Request(needed, [columns.user, columns.item]), layout) as batches:
+    with _open_table(path, request, layout) as batches:
         for batch in batches:
             users, items = (_ids(path, batch, name, row, layout) for name in (columns.user, columns.item))
             times = _times(path, batch, columns.time, row, layout) if columns.time else None
@@ -101,7 +105,7 @@ def read_items(path: Path, options: PrepareOptions, layout: Layout = Layout()) -
     named = {"categories_column", "description_column"} & options.model_fields_set
     needed = [id_column, title, *(getattr(options, option) for option in sorted(named))]
     optional = [options.categories_column, options.description_column]
-    request = _Request(needed, [id_column, title, *optional], optional, options.categories_column)
+    request = _Request(needed, [id_column, title, *optional], optional, lists=options.categories_column)
     with _open_table(path, request, layout) as batches:
         for batch in batches:
             columns = {name: batch[name].to_pylist() for name in batch.schema.names}
@@ -136,7 +140,7 @@ def _open_table(path: Path, request: _Request, layout: Layout) -> Iterator[Itera
             opener = _parquet if path.suffix == ".parquet" else _csv
             yield opener(path, file, request, layout)
     except pa.ArrowInvalid as error:
-        raise _arrow_error(path, error) from None
+        raise InputError(f"{path}: {_first_line(error)}") from None
 
 
 def _parquet(path: Path, file: BinaryIO, request: _Request, layout: Layout) -> Iterator[pa.RecordBatch]:
@@ -157,20 +161,25 @@ def _csv(path: Path, file: BinaryIO, request: _Request, layout: Layout) -> Itera
     stream = pa.CompressedInputStream(file, "gzip") if path.suffix == ".gz" else file
     header = list(layout.names) or _header(path, delimiter)
     columns = _present(path, header, request)
-    yield from pa.csv.open_csv(
-        stream,
-        # One thread: an error then names its row, and the order of the rows is the file's.
-        read_options=pa.csv.ReadOptions(use_threads=False, block_size=_BLOCK, column_names=list(layout.names) or None),
-        parse_options=pa.csv.ParseOptions(
-            delimiter=delimiter,
-            newlines_in_values=not layout.names,
-            quote_char='"' if not layout.names else False,
-        ),
-        convert_options=pa.csv.ConvertOptions(
-            include_columns=columns,
-            column_types={name: pa.string() for name in request.strings if name in columns},
-        ),
-    )
+    types = {name: pa.string() for name in request.strings if name in columns}
+    if request.number:
+        types[request.number] = pa.float64()
+    try:
+        yield from pa.csv.open_csv(
+            stream,
+            # One thread: an error then names its row, and the order of the rows is the file's.
+            read_options=pa.csv.ReadOptions(
+                use_threads=False, block_size=_BLOCK, column_names=list(layout.names) or None
+            ),
+            parse_options=pa.csv.ParseOptions(
+                delimiter=delimiter,
+                newlines_in_values=not layout.names,
+                quote_char='"' if not layout.names else False,
+            ),
+            convert_options=pa.csv.ConvertOptions(include_columns=columns, column_types=types),
+        )
+    except pa.ArrowInvalid as error:
+        raise _csv_error(path, header, error) from None
 
 
 def _header(path: Path, delimiter: str) -> list[str]:
@@ -249,9 +258,14 @@ def _place(path: Path, row: int, layout: Layout) -> str:
     return f"line {row + 1 if layout.names else row + 2}"
 
 
-def _arrow_error(path: Path, error: pa.ArrowInvalid) -> InputError:
-    message = str(error).strip().splitlines()[0]
-    if path.suffix != ".parquet" and "utf8" in message.lower().replace("-", ""):
+def _csv_error(path: Path, header: list[str], error: pa.ArrowInvalid) -> InputError:
+    message = _first_line(error)
+    if "utf8" in message.lower().replace("-", ""):
         for _ in read_lines(path):  # names the line
             pass
+    message = re.sub(r"In CSV column #(\d+)", lambda match: f"column '{header[int(match[1])]}'", message)
     return InputError(f"{path}: {message}")
+
+
+def _first_line(error: pa.ArrowInvalid) -> str:
+    return str(error).strip().splitlines()[0]

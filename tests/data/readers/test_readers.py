@@ -348,6 +348,18 @@ def test_table_wrong_content(tmp_path, text, message):
     assert message in str(error.value)
 
 
+def test_ratings_are_numbers_whatever_the_first_of_them_look_like(tmp_path, monkeypatch):
+    monkeypatch.setattr("raygrec.data.readers.table._BLOCK", 40)  # two rows or three
+    rows = [f"u,i{number},{rating},{number}" for number, rating in enumerate(["", "", "", "5", "4", "3", "4.5", ""])]
+    write(tmp_path / "t.csv", "user,item,rating,time\n" + "\n".join(rows) + "\n")
+    (_, items, times, ratings), _ = read("table", tmp_path / "t.csv", min_rating=1)
+    assert (len(items), times) == (8, list(range(8)))
+    assert np.array_equal(ratings, [np.nan, np.nan, np.nan, 5, 4, 3, 4.5, np.nan], equal_nan=True)
+    write(tmp_path / "t.csv", "user,item,rating,time\nu,i,good,1\n")
+    message = "column 'rating': Row #2: CSV conversion error to double: invalid value 'good'"
+    assert refused("table", tmp_path / "t.csv", min_rating=1) == f"{tmp_path}/t.csv: {message}"
+
+
 def test_table_wrong_files(tmp_path):
     assert "unknown kind of table" in refused_file(tmp_path, "t.xlsx", "x")
     assert "no such file" in refused_file(tmp_path, "absent.csv", None)
