@@ -60,14 +60,20 @@ def open_metered(path: Path, description: str | None) -> Iterator[BinaryIO]:
         raise InputError(f"{path}: not a complete gzip file ({error})") from None
 
 
+@contextmanager
+def open_unpacked(path: Path, description: str | None) -> Iterator[BinaryIO]:
+    """Like `open_metered`; a name ending in `.gz` is unpacked."""
+    with open_metered(path, description) as raw:
+        yield gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
+
+
 def read_lines(path: Path, encoding: str = "utf-8", bar: bool = True) -> Iterator[tuple[int, str]]:
     """Yields (line number from 1, text without its end) for each line that is not blank.
 
     A name ending in `.gz` is unpacked, and a byte order mark at the start left out. `InputError` names the line
     that is not in `encoding`.
     """
-    with open_metered(path, f"reading {path.name}" if bar else None) as raw:
-        stream = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
+    with open_unpacked(path, f"reading {path.name}" if bar else None) as stream:
         for number, line in enumerate(stream, start=1):
             line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             try:

@@ -2,7 +2,7 @@
 
 import csv
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from raygrec.data.files import open_metered, read_lines
+from raygrec.data.files import open_metered, open_unpacked, read_lines
 from raygrec.data.options import PrepareOptions
 from raygrec.data.readers.base import LAST_SECOND, Chunk, Source
 from raygrec.data.text import Item, make_item
@@ -164,8 +164,10 @@ def _csv(path: Path, file: BinaryIO, request: _Request, layout: Layout) -> Itera
     types = {name: pa.string() for name in request.strings if name in columns}
     if request.number:
         types[request.number] = pa.float64()
+    quoted = not layout.names
+    rows = 0
     try:
-        yield from pa.csv.open_csv(
+        for batch in pa.csv.open_csv(
             stream,
             # One thread: an error then names its row, and the order of the rows is the file's.
             read_options=pa.csv.ReadOptions(
@@ -173,13 +175,54 @@ def _csv(path: Path, file: BinaryIO, request: _Request, layout: Layout) -> Itera
             ),
             parse_options=pa.csv.ParseOptions(
                 delimiter=delimiter,
-                newlines_in_values=not layout.names,
-                quote_char='"' if not layout.names else False,
+                newlines_in_values=quoted,
+                quote_char='"' if quoted else False,
             ),
             convert_options=pa.csv.ConvertOptions(include_columns=columns, column_types=types),
-        )
+        ):
+            rows += batch.num_rows
+            yield batch
     except pa.ArrowInvalid as error:
+        if quoted:
+            _check_quotes(path, delimiter)
         raise _csv_error(path, header, error) from None
+    if quoted:
+        _check_quotes(path, delimiter, rows)
+
+
+def _check_quotes(path: Path, delimiter: str, rows: int = 0) -> None:
+    """`InputError` where a quote takes in the lines after it: it is never closed, or amid the text of a later line.
+
+    rows: that were read; where there are as many lines, no value holds a line break, and no more is asked. Two stray
+    quotes that both stand alone between delimiters cannot be told from a value with line breaks.
+    """
+    with open_unpacked(path, None) as stream:
+        if not any(b'"' in block for block in iter(lambda: stream.read(_BLOCK), b"")):
+            return
+        stream.seek(0)
+        if sum(map(bool, map(bytes.strip, stream))) == rows + 1:
+            return
+        stream.seek(0)
+        taken: dict[int, str] = {}  # of one row, the lines with quotes by their numbers; others change nothing here
+        try:
+            for _ in csv.reader(_lines_with_quotes(stream, taken), delimiter=delimiter):
+                if len(taken) > 1:
+                    list(csv.reader(taken.values(), delimiter=delimiter, strict=True))
+                taken.clear()
+        except csv.Error:
+            raise InputError(
+                f"{path}, line {min(taken)}: a quote is opened there and never closed, or amid the text of a later "
+                'line; write "" for a quote inside a value'
+            ) from None
+
+
+def _lines_with_quotes(lines: Iterable[bytes], taken: dict[int, str]) -> Iterator[str]:
+    """Such lines, which `taken` gets too, and at the end an empty one."""
+    for number, line in enumerate(lines, start=1):
+        if b'"' in line:
+            taken[number] = line.decode("latin-1")
+            yield taken[number]
+    taken[number + 1] = ""
 
 
 def _header(path: Path, delimiter: str) -> list[str]:

@@ -378,6 +378,39 @@ def test_a_damaged_parquet_is_not_called_a_gzip_or_a_text_file(tmp_path):
     assert refused("table", file) == f"{file}: Invalid UTF8 payload"
 
 
+@pytest.mark.parametrize("ending", [".csv", ".csv.gz"])
+@pytest.mark.parametrize(
+    ("reviews", "line"),
+    [
+        (["good", '"good', "good", "good"], 3),  # never closed
+        (["good", '"good', "good", '"good'], 3),
+        (["good", '"good', "good", '"good, indeed"'], 3),
+        (['"two\nlines"', '"good', "good", "good"], 4),
+        (['"a" b', '"good', "good", "good"], 3),  # the first takes in no other line
+    ],
+)
+def test_a_quote_that_takes_in_other_lines_is_refused(tmp_path, ending, reviews, line):
+    rows = "".join(f"u,i{number},{number},{review}\n" for number, review in enumerate(reviews))
+    write(tmp_path / f"t{ending}", f"user,item,time,review\n{rows}")
+    message = refused("table", tmp_path / f"t{ending}")
+    assert message.startswith(f"{tmp_path}/t{ending}, line {line}: a quote is opened there and never closed, or amid")
+
+
+def test_a_quote_that_is_never_closed_is_found_in_large_files_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("raygrec.data.readers.table._BLOCK", 100)
+    write(tmp_path / "t.csv", 'user,item,time,review\nu,i,1,"\n' + "u,i,2,good\n" * 100)
+    assert ", line 2: a quote is opened there and never closed" in refused("table", tmp_path / "t.csv")
+
+
+def test_quoted_values_may_hold_line_breaks_and_quotes(tmp_path):
+    reviews = ['"two\n\nlines"', '"""so"" they\nsay"', '5" long', '"a" b', '""', '"u,i,9,x"']
+    rows = "".join(f"u,i{number},{number},{review}\n" for number, review in enumerate(reviews))
+    write(tmp_path / "interactions.csv", f"user,item,time,review\n{rows}")
+    write(tmp_path / "items.csv", 'item,title\n"i0","A ""B"",\nC"\n')
+    (_, _, times, _), items = read("table", tmp_path)
+    assert (times, items) == (list(range(6)), {"i0": Item("i0", 'A "B", C')})
+
+
 def refused_file(folder, name, content):
     if content is not None:
         write(folder / name, content)
