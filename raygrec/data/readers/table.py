@@ -159,7 +159,7 @@ def _parquet(path: Path, file: BinaryIO, request: _Request, layout: Layout) -> I
 def _csv(path: Path, file: BinaryIO, request: _Request, layout: Layout) -> Iterator[pa.RecordBatch]:
     delimiter = layout.delimiter or ("\t" if ".tsv" in path.suffixes else ",")
     stream = pa.CompressedInputStream(file, "gzip") if path.suffix == ".gz" else file
-    header = list(layout.names) or _header(path, delimiter)
+    before, header = (0, list(layout.names)) if layout.names else _header(path, delimiter)
     columns = _present(path, header, request)
     types = {name: pa.string() for name in request.strings if name in columns}
     if request.number:
@@ -171,7 +171,7 @@ def _csv(path: Path, file: BinaryIO, request: _Request, layout: Layout) -> Itera
             stream,
             # One thread: an error then names its row, and the order of the rows is the file's.
             read_options=pa.csv.ReadOptions(
-                use_threads=False, block_size=_BLOCK, column_names=list(layout.names) or None
+                use_threads=False, block_size=_BLOCK, skip_rows=before, column_names=list(layout.names) or None
             ),
             parse_options=pa.csv.ParseOptions(
                 delimiter=delimiter,
@@ -225,11 +225,14 @@ def _lines_with_quotes(lines: Iterable[bytes], taken: dict[int, str]) -> Iterato
     taken[number + 1] = ""
 
 
-def _header(path: Path, delimiter: str) -> list[str]:
-    first = next(read_lines(path, bar=False), None)
-    if first is None:
+def _header(path: Path, delimiter: str) -> tuple[int, list[str]]:
+    """The number of blank lines at the start, and the columns."""
+    number, line = next(read_lines(path, bar=False), (0, ""))
+    if not line:
         raise InputError(f"{path}: empty; expected a header line and rows")
-    return next(csv.reader([first[1]], delimiter=delimiter))
+    if "\r" in line:
+        raise InputError(f"{path}: its lines end in CR alone; expected LF or CR LF")
+    return number - 1, next(csv.reader([line], delimiter=delimiter))
 
 
 def _present(path: Path, found: list[str], request: _Request) -> list[str]:
@@ -295,10 +298,14 @@ def _ratings(path: Path, ratings: pa.Array, name: str) -> np.ndarray:
 
 
 def _place(path: Path, row: int, layout: Layout) -> str:
-    """Where row `row` (from 0) is: the line of a text file, if no value holds a line break."""
-    if path.suffix == ".parquet":
-        return f"row {row + 1}"
-    return f"line {row + 1 if layout.names else row + 2}"
+    """Where row `row` (from 0) is: the line of a text file, if no value before it may hold a line break."""
+    if path.suffix != ".parquet":
+        for index, (number, line) in enumerate(read_lines(path, "latin-1", bar=False)):
+            if '"' in line and not layout.names:
+                break
+            if index == row + (not layout.names):
+                return f"line {number}"
+    return f"row {row + 1}"
 
 
 def _csv_error(path: Path, header: list[str], error: pa.ArrowInvalid) -> InputError:

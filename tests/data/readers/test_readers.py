@@ -337,6 +337,7 @@ def test_table_items_as_csv(tmp_path):
         ),
         ("user,item,time\nu,i,-1e11\n", "line 2: column 'time': expected seconds since 1970; these look like milli"),
         ("user,item,time\nu,i\n", "Expected 3 columns, got 2"),
+        ("user,item,time\ru,i,1\r", "t.csv: its lines end in CR alone; expected LF or CR LF"),
         (b"user,item,time\nu,i,1\nu,\xff,2\n", "t.csv, line 3: not UTF-8 text"),
     ],
 )
@@ -409,6 +410,13 @@ def test_quoted_values_may_hold_line_breaks_and_quotes(tmp_path):
     write(tmp_path / "items.csv", 'item,title\n"i0","A ""B"",\nC"\n')
     (_, _, times, _), items = read("table", tmp_path)
     assert (times, items) == (list(range(6)), {"i0": Item("i0", 'A "B", C')})
+
+
+def test_places_are_lines_or_where_a_quote_may_hold_some_rows(tmp_path):
+    write(tmp_path / "t.csv", "   \n\nuser,item,time\n\n\nu,i,1\n\nu,,2\n")
+    assert refused("table", tmp_path / "t.csv") == f"{tmp_path}/t.csv, line 8: column 'item' is empty; expected an id"
+    write(tmp_path / "t.csv", 'user,item,time,review\nu,i,1,"two\nlines"\nu,,2,\n')
+    assert refused("table", tmp_path / "t.csv") == f"{tmp_path}/t.csv, row 2: column 'item' is empty; expected an id"
 
 
 def refused_file(folder, name, content):
