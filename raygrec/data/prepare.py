@@ -14,7 +14,7 @@ from raygrec.data.arrays import CSR, Strings, stable_order
 from raygrec.data.options import PrepareOptions
 from raygrec.data.readers import Chunk, Source, open_source
 from raygrec.data.store import Store, StoreWriter, check_output, new_store
-from raygrec.data.text import Item, fill_template, item_terms
+from raygrec.data.text import Item, fill_template, has_text, item_terms
 from raygrec.errors import InputError
 
 __all__ = ["PrepareOptions", "prepare"]
@@ -245,11 +245,12 @@ def _describe(source: Source, item_ids: list[str], options: PrepareOptions, log:
     for item in source.items() if source.items else ():
         if items.get(item.id, item) is None:  # the first record of an id counts
             items[item.id] = item
-    missing = [item_id for item_id, item in items.items() if item is None or not item.has_text]
+    template = options.text_template
+    missing = [item_id for item_id, item in items.items() if item is None or not has_text(template, item)]
     if missing and source.items and not options.allow_missing_text:
         raise InputError(
-            f"{source.files[1]}: {len(missing)} of {len(items)} items have no text there, the first is "
-            f"'{missing[0]}'; add them, or set allow_missing_text to use their ids"
+            f"{source.files[1]}: {len(missing)} of {len(items)} items have no text there for '{template}', the first "
+            f"is '{missing[0]}'; add them, name other fields in text_template, or set allow_missing_text to use ids"
         )
     if missing and source.items:
         log.notes.append(f"{len(missing)} items have no text in the source; their ids stand in")

@@ -36,10 +36,6 @@ class Item:
     categories: tuple[tuple[str, ...], ...] = ()
     description: str = ""
 
-    @property
-    def has_text(self) -> bool:
-        return bool(self.title or self.categories or self.description)
-
 
 def make_item(
     item_id: str,
@@ -102,6 +98,11 @@ def check_template(template: str) -> str:
         known = ", ".join(f"{{{name}}}" for name in TEMPLATE_FIELDS)
         raise InputError(f"text_template '{template}': expected text with fields out of {known}")
     return template
+
+
+def has_text(template: str, item: Item) -> bool:
+    """Whether the item has any of the fields that the template names."""
+    return any(getattr(item, name) for _, name in _parts(template) if name is not None)
 
 
 def fill_template(template: str, item: Item) -> str:

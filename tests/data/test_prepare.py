@@ -170,10 +170,16 @@ def test_nothing_left_names_the_filter(tmp_path, options, message):
 
 def test_items_without_text(tmp_path):
     message = refused(tmp_path, ROWS, {"a": "Lamp"})
-    assert "items.csv: 1 of 2 items have no text there, the first is 'b'" in message
+    assert "items.csv: 1 of 2 items have no text there for '{title}. {categories}', the first is 'b'" in message
     store = build(tmp_path, ROWS, {"a": "Lamp"}, allow_missing_text=True)
     assert list(store.texts) == ["Lamp", "b"]
     assert "1 items have no text in the source; their ids stand in" in store.manifest["notes"]
+    described = {"text_template": "{description}", "overwrite": True}  # by which both have a title at most
+    with pytest.raises(InputError, match=r"2 of 2 items have no text there for '\{description\}'"):
+        build(tmp_path, ROWS, {"a": "Lamp"}, **described)
+    store = build(tmp_path, ROWS, {"a": "Lamp"}, **described, allow_missing_text=True)
+    assert list(store.texts) == ["a", "b"]
+    assert "2 items have no text in the source; their ids stand in" in store.manifest["notes"]
 
 
 def test_no_items_file(tmp_path):

@@ -1,6 +1,6 @@
 import pytest
 
-from raygrec.data.text import Item, check_template, clean, fill_template, item_terms, make_item
+from raygrec.data.text import Item, check_template, clean, fill_template, has_text, item_terms, make_item
 from raygrec.errors import InputError
 
 
@@ -61,6 +61,13 @@ def test_what_is_no_text_is_refused_by_name(arguments, key):
 )
 def test_fill_template(template, item, text):
     assert fill_template(template, item) == text
+
+
+def test_an_item_has_text_where_the_template_names_what_it_has():
+    described = Item("1", description="Dark.")
+    assert has_text("{title}. {description}", described)
+    assert not has_text("{title}. {categories}", described)
+    assert has_text("A {categories}", Item("1", categories=(("Games",),)))
 
 
 @pytest.mark.parametrize("template", ["", "plain", "{name}", "{title.__class__}", "{title!r}", "{title", "{}"])
