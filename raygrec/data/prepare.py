@@ -36,6 +36,7 @@ def prepare(options: PrepareOptions) -> Store:
         data = _filter(data, options, log)
         labels = _split(data, options, log)
         data, labels = _drop_unseen(data, labels, options, log)
+        _check_splits(labels, options)
         data = data.renumbered()
         items = _describe(source, data.item_ids.to_pylist(), options, log)
         _write(writer, data, labels, items, options)
@@ -237,6 +238,21 @@ def _drop_unseen(
         count = len(np.unique(data.users[new_users & (labels == label)]))
         log.notes.append(f"{count} {splits.SPLITS[label]} users have no training interaction")
     return data, labels
+
+
+def _check_splits(labels: np.ndarray, options: PrepareOptions) -> None:
+    """`InputError` where validation or test is asked for and holds nothing."""
+    for label, share in ((splits.VALID, "valid_ratio"), (splits.TEST, "test_ratio")):
+        hints = {
+            "leave-one-out": "no user has 3; filter less by min_rating, date_from, date_to or k_core",
+            "ratio": f"no user has enough for {share}={getattr(options, share)}; raise it or k_core",
+            "global-time": "none is late enough and of an item that training has seen; change date_from, date_to, "
+            f"k_core or {share}",
+        }
+        asked_for = options.split == "leave-one-out" or getattr(options, share) > 0
+        if asked_for and not (labels == label).any():
+            name = splits.SPLITS[label]
+            raise InputError(f"no {name} interactions are left after: split {options.split} ({hints[options.split]})")
 
 
 def _describe(source: Source, item_ids: list[str], options: PrepareOptions, log: Log) -> list[Item]:

@@ -11,6 +11,8 @@ from pydantic import ValidationError
 from raygrec.data.prepare import PrepareOptions, prepare
 from raygrec.errors import InputError
 
+ALL_TRAIN = {"split": "ratio", "valid_ratio": 0, "test_ratio": 0}
+
 
 def table(folder, rows, items=None):
     """A folder with interactions.csv of (user, item, rating, time) rows, and items.csv of titles by id."""
@@ -74,7 +76,7 @@ def test_filters_are_counted(tmp_path):
         ("v", "b", 5, 5),
         ("w", "a", 3, 6),
     ]
-    store = build(tmp_path, [*rows, ("x", "c", 5, 7)], k_core=2, min_rating=4)
+    store = build(tmp_path, [*rows, ("x", "c", 5, 7)], k_core=2, min_rating=4, **ALL_TRAIN)
     assert list(store.manifest["counts"].values()) == [7, 6, 5, 4]
     assert (list(store.user_ids), list(store.item_ids)) == (["u", "v"], ["a", "b"])
     assert store.manifest["num_interactions"] == {"train": 4, "valid": 0, "test": 0}
@@ -83,7 +85,7 @@ def test_filters_are_counted(tmp_path):
 def test_date_window_takes_both_days(tmp_path):
     day = 86_400
     rows = [("u", name, 1, moment) for name, moment in zip("abcd", (day - 1, day, 2 * day - 1, 2 * day), strict=True)]
-    store = build(tmp_path, rows, date_from="1970-01-02", date_to="1970-01-02")
+    store = build(tmp_path, rows, date_from="1970-01-02", date_to="1970-01-02", **ALL_TRAIN)
     assert list(store.item_ids) == ["b", "c"]
 
 
@@ -134,14 +136,14 @@ def test_pandas_is_not_imported(tmp_path):
     code = f"""
 import sys
 from raygrec.data.prepare import PrepareOptions, prepare
-prepare(PrepareOptions(format="table", path="{source}", out="{tmp_path / "store"}", k_core=0))
+prepare(PrepareOptions(format="table", path="{source}", out="{tmp_path / "store"}", k_core=0, **{ALL_TRAIN}))
 sys.exit("pandas" in sys.modules)
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_manifest_tells_what_was_done(tmp_path):
-    store = build(tmp_path, [("u", "a", 1, 1)], {"a": "Lamp", "b": "Unused"}, name="shop", seed=7)
+    store = build(tmp_path, [("u", "a", 1, 1)], {"a": "Lamp", "b": "Unused"}, name="shop", seed=7, **ALL_TRAIN)
     manifest = json.loads((store.path / "manifest.json").read_text())
     assert (manifest["name"], manifest["options"]["seed"], manifest["options"]["k_core"]) == ("shop", 7, 0)
     assert [Path(source["file"]).name for source in manifest["sources"]] == ["interactions.csv", "items.csv"]
@@ -168,16 +170,41 @@ def test_nothing_left_names_the_filter(tmp_path, options, message):
     assert message in refused(tmp_path, ROWS, **options)
 
 
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        (
+            ROWS,
+            {},
+            "no valid interactions are left after: split leave-one-out (no user has 3; filter less by min_rating",
+        ),
+        (
+            ROWS,
+            {"split": "ratio"},
+            "no valid interactions are left after: split ratio (no user has enough for valid_ratio",
+        ),
+        (
+            [*ROWS, ("u", "c", 3, 3), ("v", "d", 3, 4)],
+            {"split": "global-time", "valid_ratio": 0, "test_ratio": 0.5},
+            "no test interactions are left after: split global-time (none is late enough and of an item that training",
+        ),
+    ],
+)
+def test_nothing_to_evaluate_names_the_split(tmp_path, rows, options, message):
+    assert message in refused(tmp_path, rows, **options)
+
+
 def test_items_without_text(tmp_path):
-    message = refused(tmp_path, ROWS, {"a": "Lamp"})
+    given = (tmp_path, ROWS, {"a": "Lamp"})
+    message = refused(*given, **ALL_TRAIN)
     assert "items.csv: 1 of 2 items have no text there for '{title}. {categories}', the first is 'b'" in message
-    store = build(tmp_path, ROWS, {"a": "Lamp"}, allow_missing_text=True)
+    store = build(*given, allow_missing_text=True, **ALL_TRAIN)
     assert list(store.texts) == ["Lamp", "b"]
     assert "1 items have no text in the source; their ids stand in" in store.manifest["notes"]
-    described = {"text_template": "{description}", "overwrite": True}  # by which both have a title at most
+    described = {"text_template": "{description}", "overwrite": True, **ALL_TRAIN}  # which neither has
     with pytest.raises(InputError, match=r"2 of 2 items have no text there for '\{description\}'"):
-        build(tmp_path, ROWS, {"a": "Lamp"}, **described)
-    store = build(tmp_path, ROWS, {"a": "Lamp"}, **described, allow_missing_text=True)
+        build(*given, **described)
+    store = build(*given, **described, allow_missing_text=True)
     assert list(store.texts) == ["a", "b"]
     assert "2 items have no text in the source; their ids stand in" in store.manifest["notes"]
 
@@ -185,7 +212,7 @@ def test_items_without_text(tmp_path):
 def test_no_items_file(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
-    (source / "sequences.txt").write_text("u 1 2\n")
+    (source / "sequences.txt").write_text("u 1 2 1\n")
     options = {"format": "sequences", "path": source, "out": tmp_path / "store"}
     with pytest.raises(InputError, match="no file that describes the items"):
         prepare(PrepareOptions(**options))

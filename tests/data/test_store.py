@@ -135,7 +135,7 @@ def test_existing_folders_are_refused(store, tmp_path):
         prepare(PrepareOptions(**options, out=store.path))
     with pytest.raises(InputError, match="exists and is not a raygrec store"):
         prepare(PrepareOptions(**options, out=tmp_path / "lamps", overwrite=True))
-    replaced = prepare(PrepareOptions(**options, out=store.path, overwrite=True, split="ratio"))
+    replaced = prepare(PrepareOptions(**options, out=store.path, overwrite=True, split="ratio", valid_ratio=0.3))
     assert not replaced.ordered
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lamps", "store"]
 

@@ -27,7 +27,7 @@ def tokenizer_folder():
 def options(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
-    (source / "sequences.txt").write_text("a 1 2\nb 2 1\n")
+    (source / "sequences.txt").write_text("a 1 2 1\nb 2 1\n")
     (source / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
     return {"format": "sequences", "path": source, "out": tmp_path / "store"}
 
