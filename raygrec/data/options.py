@@ -78,6 +78,15 @@ class PrepareOptions(StrictConfig):
         given = {key: value for key, value in given.items() if not (key in optional and value is None)}
         return {**_FORMAT_DEFAULTS.get(str(given.get("format")), {}), **given}
 
+    @field_validator("path", "out", "items")
+    @classmethod
+    def _check_path(cls, path: Path | None) -> Path | None:
+        try:
+            str(path and path.resolve()).encode()  # the manifest, the name in it and what is printed are UTF-8
+        except UnicodeEncodeError:
+            raise ValueError("its full path is not UTF-8; rename what is not") from None
+        return path
+
     @field_validator("text_template")
     @classmethod
     def _check_template(cls, template: str) -> str:

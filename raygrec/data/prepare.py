@@ -2,7 +2,7 @@
 
 import tempfile
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from raygrec.errors import InputError
 
 __all__ = ["PrepareOptions", "prepare"]
 
+_DAY = 86_400  # seconds
 _GROUP = 64 << 20  # bytes of ids that are numbered together
 
 
@@ -178,7 +179,7 @@ def _in_window(times: np.ndarray, ticks: int, options: PrepareOptions) -> np.nda
     if options.date_from:
         keep &= times >= _midnight(options.date_from) * ticks
     if options.date_to:
-        keep &= times < _midnight(options.date_to + timedelta(days=1)) * ticks
+        keep &= times < (_midnight(options.date_to) + _DAY) * ticks
     return keep
 
 

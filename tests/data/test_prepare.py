@@ -87,6 +87,8 @@ def test_date_window_takes_both_days(tmp_path):
     rows = [("u", name, 1, moment) for name, moment in zip("abcd", (day - 1, day, 2 * day - 1, 2 * day), strict=True)]
     store = build(tmp_path, rows, date_from="1970-01-02", date_to="1970-01-02", **ALL_TRAIN)
     assert list(store.item_ids) == ["b", "c"]
+    store = build(tmp_path, rows, date_from="1970-01-03", date_to="9999-12-31", overwrite=True, **ALL_TRAIN)
+    assert list(store.item_ids) == ["d"]
 
 
 def test_ratio(tmp_path):
@@ -238,6 +240,7 @@ def test_options_that_do_not_fit_the_data(tmp_path):
         {"date_from": "2020-01-02", "date_to": "2020-01-01"},
         {"split": "global-time", "time_column": None},
         {"text_template": "{name}"},
+        {"items": "caf\udce9.csv"},  # as Python reads a name with the byte E9
         {"no_such_key": 1},
     ],
 )
