@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ T = TypeVar("T")
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 INTERRUPTED = 130  # what typer ends with after Ctrl-C
+TERMINATED = 143  # what shells say of a process that SIGTERM ended
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings, as key.sub=value")]
 AsJson = Annotated[bool, typer.Option("--json", help="print the result as one JSON document on the last line")]
@@ -55,6 +57,7 @@ def prepare(
 
     for place in (path, out):
         refuse_address(place, "prepare from and to a path, and copy the finished store to its address")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # so that no draft of the store stays
     given = apply_overrides({"format": format, "path": str(path), "out": str(out)}, overrides or [])
     store = make(validate(PrepareOptions, given, "prepare"))
     counts = {split: len(store.interactions(split).indices) for split in ("train", "valid", "test")}

@@ -117,6 +117,23 @@ def test_preparing(raygrec, tmp_path):
     assert "store" in one_line(error)
 
 
+def test_a_terminated_preparation_leaves_nothing(tmp_path):
+    rows = "".join(f"u{n % 1000},i{n % 997},{n}\n" for n in range(1_000_000))  # a second's work at least
+    (tmp_path / "interactions.csv").write_text("user,item,time\n" + rows)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "raygrec.cli", "prepare", "table", tmp_path, "--out", tmp_path / "store"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".store.draft-*")) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.terminate()
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (143, "")
+    assert [path.name for path in tmp_path.iterdir()] == ["interactions.csv"]
+
+
 def test_resuming_a_finished_run_repeats_its_metrics(raygrec, trained):
     file, out, _ = trained
     before = (out / "metrics.json").read_bytes()

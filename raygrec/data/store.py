@@ -2,12 +2,11 @@
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -192,23 +191,25 @@ def check_output(out: Path, overwrite: bool) -> None:
 def new_store(out: Path, overwrite: bool = False) -> Iterator[StoreWriter]:
     """A writer whose folder takes the place of `out` when the block ends well, and vanishes otherwise."""
     check_output(out, overwrite)
-    draft = out.with_name(f".{out.name}.draft-{os.getpid()}")
-    old = out.with_name(f".{out.name}.old-{os.getpid()}")
     new_parents = [folder for folder in out.parents if not folder.exists()]
     try:
-        draft.mkdir(parents=True)
-        yield StoreWriter(draft)
-        check_output(out, overwrite)
-        if out.exists():
-            out.rename(old)
-        draft.rename(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # Of this call alone, and closed to others; the draft inside has the permissions that any folder would get.
+        with TemporaryDirectory(prefix=f".{out.name}.draft-", dir=out.parent, ignore_cleanup_errors=True) as place:
+            draft, old = Path(place, "new"), Path(place, "old")
+            draft.mkdir()
+            try:
+                yield StoreWriter(draft)
+                check_output(out, overwrite)
+                if out.exists():
+                    out.rename(old)
+                draft.rename(out)
+            finally:
+                if old.exists() and not out.exists():
+                    old.rename(out)
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror or error})") from None
     finally:
-        if old.exists() and not out.exists():
-            old.rename(out)
-        shutil.rmtree(draft, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
         with suppress(OSError):  # the first that holds something ends this, and it is `out` if all went well
             for folder in new_parents:
                 folder.rmdir()

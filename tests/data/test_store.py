@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 
 import numpy as np
@@ -149,3 +150,14 @@ def test_an_interrupted_write_leaves_what_was_there(store, tmp_path, interruptio
         raise interruption("now")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lamps", "store"]
     Store.open(store.path).verify()
+
+
+def test_a_store_is_written_beside_the_drafts_of_others(tmp_path):
+    foreign = tmp_path / f".store.draft-{os.getpid()}"
+    foreign.mkdir()
+    (foreign / "half.npy").touch()
+    with new_store(tmp_path / "store"):
+        assert len(list(tmp_path.iterdir())) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == [foreign.name, "store"]
+    assert list(foreign.iterdir()) == [foreign / "half.npy"]
+    assert (tmp_path / "store").stat().st_mode == foreign.stat().st_mode  # what any new folder gets
