@@ -190,6 +190,7 @@ def check_output(out: Path, overwrite: bool) -> None:
 @contextmanager
 def new_store(out: Path, overwrite: bool = False) -> Iterator[StoreWriter]:
     """A writer whose folder takes the place of `out` when the block ends well, and vanishes otherwise."""
+    out = out.resolve()  # a link stays, and what it points to is replaced
     check_output(out, overwrite)
     new_parents = [folder for folder in out.parents if not folder.exists()]
     try:

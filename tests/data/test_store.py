@@ -161,3 +161,13 @@ def test_a_store_is_written_beside_the_drafts_of_others(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [foreign.name, "store"]
     assert list(foreign.iterdir()) == [foreign / "half.npy"]
     assert (tmp_path / "store").stat().st_mode == foreign.stat().st_mode  # what any new folder gets
+
+
+def test_a_link_to_a_store_stays_one(store, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(store.path)
+    options = {"format": "sequences", "path": tmp_path / "lamps", "split": "ratio", "valid_ratio": 0.3}
+    assert not prepare(PrepareOptions(**options, out=link, overwrite=True)).ordered
+    assert link.is_symlink()
+    assert not Store.open(store.path).ordered
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lamps", "link", "store"]
