@@ -58,7 +58,7 @@ def prepare(
     for place in (path, out):
         refuse_address(place, "prepare from and to a path, and copy the finished store to its address")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # so that no draft of the store stays
-    given = apply_overrides({"format": format, "path": str(path), "out": str(out)}, overrides or [])
+    given = apply_overrides({"format": format, "path": str(path), "out": str(out)}, overrides or [], PrepareOptions)
     store = make(validate(PrepareOptions, given, "prepare"))
     counts = {split: len(store.interactions(split).indices) for split in ("train", "valid", "test")}
     result = {"store": str(store.path), "users": store.num_users, "items": store.num_items, **counts}

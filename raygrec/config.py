@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -53,15 +54,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def apply_overrides(content: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """Returns `content` with each `key.sub=value` set; values are read as YAML scalars or lists."""
+def apply_overrides(
+    content: dict[str, Any], overrides: list[str], model: type[BaseModel] | None = None
+) -> dict[str, Any]:
+    """Returns `content` with each `key.sub=value` set; values are read as YAML scalars or lists.
+
+    model: what the content is for; its own keys that hold text or a path then take a value as it is typed.
+    """
     result = {**content}
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise InputError(f"override '{override}': expected key.sub=value")
         try:
-            parsed = parse_yaml(value)
+            parsed = _as_typed(value) if model and _takes_text(model, key) else parse_yaml(value)
         except (yaml.YAMLError, ValueError):
             raise InputError(f"override '{override}': '{value}' is not a YAML value") from None
         node = result
@@ -74,6 +80,21 @@ def apply_overrides(content: dict[str, Any], overrides: list[str]) -> dict[str, 
             node[parent] = node = {**child}
         node[leaf] = parsed
     return result
+
+
+def _takes_text(model: type[BaseModel], key: str) -> bool:
+    field = model.model_fields.get(key)
+    return field is not None and field.annotation in (str, str | None, Path, Path | None)
+
+
+def _as_typed(value: str) -> str | None:
+    """The text itself; where it is null or in quotes, what YAML makes of it."""
+    if value in ("", "null", "~"):
+        return None
+    with suppress(yaml.YAMLError, ValueError):
+        if value[0] in "'\"" and isinstance(parsed := parse_yaml(value), str):
+            return parsed
+    return value
 
 
 def validate(model: type[C], content: dict[str, Any], source: str) -> C:

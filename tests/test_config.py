@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 from pydantic import Field, ValidationError, model_validator
 
@@ -100,6 +102,41 @@ def test_numbers_with_an_exponent_are_numbers_and_words_stay_words(tmp_path):
     words = ["1e", "e3", "1e-3s", "0x1e3g", "v1e3"]
     lines = [f"- {text}" for text in [*numbers, *words]]
     assert read_yaml(written(tmp_path, "a:\n" + "\n".join(lines)))["a"] == [*numbers.values(), *words]
+
+
+class Table(StrictConfig):
+    column: str = "user"
+    template: str | None = None
+    items: Path | None = None
+    k_core: int = 5
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("template={title}", "{title}"),
+        ("template=Title: {title}", "Title: {title}"),
+        ("template={title}. {categories}", "{title}. {categories}"),
+        ("column=|", "|"),
+        ("column=>", ">"),
+        ("column= ", " "),
+        ("column=#", "#"),
+        ("column=@u", "@u"),
+        ("column=2014", "2014"),
+        ("column='", "'"),
+        ("column='2014'", "2014"),
+        ('template="{title}"', "{title}"),
+        ('template="{title}": {categories}', '"{title}": {categories}'),
+        ("template=null", None),
+        ("template=", None),
+        ("items=2014", Path("2014")),
+        ("items=~", None),
+        ("k_core=3", 3),
+    ],
+)
+def test_text_is_taken_as_it_is_typed_where_the_model_is_known(override, value):
+    given = apply_overrides({}, [override], Table)
+    assert getattr(validate(Table, given, "overrides"), override.partition("=")[0]) == value
 
 
 @pytest.mark.parametrize(
