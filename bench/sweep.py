@@ -21,6 +21,7 @@ from raygrec.cluster.space import first_points, points, read_sweep
 from raygrec.cluster.sweep_folder import SweepFolder
 from raygrec.data.synthetic import write_demo
 from raygrec.evaluate.sweeps import best_trial
+from raygrec.evaluate.sweeps import read_sweep as read_tables
 from raygrec.train.folder import RunFolder
 
 SPACE = "tune_spaces/smoke.yaml"
@@ -126,12 +127,21 @@ def search(folder: Path) -> dict[str, Any]:
     figure = ROOT / "docs" / "figures" / "search-beauty.png"
     shutil.copy(folder / "figures" / "effects.png", figure)
     best, job = best_trial(table, "max"), trial_of_job(table, folder)
+    drawn = read_tables(folder, "ndcg@10", "max")
+    early = dict(zip(drawn.trials["trial"], drawn.comparable, strict=True))
     return {
         "trials": trials,
         "statuses": table["status"].value_counts().to_dict(),
         "epochs": float(table["epochs"].sum()),
-        "job": {"score": float(job["score"]), "epochs": float(job["epochs"]), "status": job["status"]},
+        "shared_epoch": drawn.shared_epoch,
+        "job": {
+            "score": float(job["score"]),
+            "early": early[job["trial"]],
+            "epochs": float(job["epochs"]),
+            "status": job["status"],
+        },
         "best": {
+            "early": early[best["trial"]],
             "score": float(best["score"]),
             "point": {key: best[f"config.{key}"] for key in read_sweep(ROOT / space, []).space},
         },

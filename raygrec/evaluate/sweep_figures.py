@@ -75,6 +75,26 @@ class Sweep:
         return None if self.ranked.empty else self.ranked.iloc[0]["trial"]
 
     @cached_property
+    def shared_epoch(self) -> float | None:
+        """The last epoch that all trials with a score have reported, but for failed ones; None where all have ended.
+
+        A score after few epochs and one after many tell how long trials were let go on, not which are better.
+        """
+        counted = self.trials[np.isfinite(self.trials["score"]) & (self.trials["status"] != "failed")]
+        last = self.reports[self.reports["trial"].isin(counted["trial"])].groupby("trial")["epoch"].max()
+        if last.empty or (counted["status"] == "finished").all():
+            return None
+        return float(last.min())
+
+    @cached_property
+    def comparable(self) -> list[float]:
+        """The score that each trial had after `shared_epoch`; NaN where it had none."""
+        if self.shared_epoch is None:
+            return self.trials["score"].tolist()
+        before = self.reports[self.reports["epoch"] <= self.shared_epoch].sort_values("epoch")
+        return self.trials["trial"].map(before.groupby("trial")["score"].last()).astype(float).tolist()
+
+    @cached_property
     def hover(self) -> dict[str, str]:
         """For each trial what the pointer shows."""
         return {
@@ -291,10 +311,11 @@ def effects(sweep: Sweep, order: Sequence[str] = ()) -> Drawing | str:
     scale = score_scale(scores, sweep.mode)
     columns = min(4, len(keys))
     panels = [_effect(sweep, key, scores, scale, first=not at % columns) for at, key in enumerate(keys)]
+    early = sweep.shared_epoch
+    when = "" if early is None else f" after {early:g} epoch{'s' * (early != 1)}, which all of them reached"
     note = (
         f"Best {sweep.metric} of each trial by one key at a time. {marks_note(sweep)} Black line = median over trials "
-        "with such a value, failed ones left out; grey = the middle half of them. "
-        "Pruned trials count with what they had reached."
+        f"with such a value{when}, failed ones left out; grey = the middle half of them."
     ) + _edge_note(sweep, scale)
     return Drawing("effects", "Effect of each key", note, panels, columns, 270)
 
@@ -303,7 +324,7 @@ def _effect(sweep: Sweep, key: Key, scores: list[float], scale: Scale, first: bo
     places = [math.nan if value is None else key.scale.place(value) for value in key.values]
     counted = [
         (place, score)
-        for place, score, status in zip(places, scores, sweep.trials["status"], strict=True)
+        for place, score, status in zip(places, sweep.comparable, sweep.trials["status"], strict=True)
         if math.isfinite(place) and math.isfinite(score) and status != "failed"
     ]
     x, y = np.array(counted, float).reshape(-1, 2).T

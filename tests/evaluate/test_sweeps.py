@@ -325,6 +325,24 @@ def test_curves_mark_how_each_trial_ended():
     assert (ends[-1].x, ends[-1].y) == ([4], [best])
 
 
+def test_trends_compare_trials_after_as_many_epochs():
+    trials, reports = made_up(12)
+    sweep = sweep_of(trials, reports)
+    assert sweep.shared_epoch == 1  # every third trial was pruned there
+    at_one = reports[reports["epoch"] == 1].set_index("trial")["score"]
+    expected = [at_one.get(trial, math.nan) for trial in trials["trial"]]
+    assert sweep.comparable == pytest.approx(expected, nan_ok=True)
+    drawing = effects(sweep)
+    assert "after 1 epoch, which all of them reached" in drawing.note
+    (tuning,) = (panel for panel in drawing.panels if panel.x.title == "tuning")
+    medians = [mark.y[0] for mark in tuning.marks if type(mark).__name__ == "Line"]
+    kinds = trials["config.model.tuning"]
+    assert medians == pytest.approx([np.nanmedian(np.array(expected)[kinds == kind]) for kind in sorted(set(kinds))])
+    trials = trials[trials["status"] == "finished"].reset_index(drop=True)
+    ended = sweep_of(trials, reports)
+    assert (ended.shared_epoch, ended.comparable) == (None, trials["score"].tolist())
+
+
 def test_effect_panels_hold_every_trial_with_the_key_set():
     trials, reports = made_up(12)
     panels = {panel.x.title: panel for panel in effects(sweep_of(trials, reports)).panels}
