@@ -44,7 +44,7 @@ class SequentialConfig(StrictConfig):
     predicts: Literal["every", "newest"] = "every"
     """`every`: every item of a history predicts the next, in one pass, and places count from the oldest item. `newest`:
     each beginning of a history is a prompt of its own, as in BSARec's code, whose newest item alone predicts; places
-    count from that, and the filter may look ahead. That reads many more items an epoch."""
+    count from that, and the filter may look ahead. A pass then holds every beginning of `micro_batch` histories."""
     text_vectors: bool = False
     """A linear map of the frozen language model's text vectors is added to the item embeddings."""
     filter: Literal["none", "frequency"] = "none"
