@@ -177,10 +177,13 @@ def _join(address: str, settings: dict[str, Any]) -> None:
 def check_resources(cluster: ClusterConfig, trials: int = 0) -> None:
     """`InputError` with the arithmetic where the cluster, as it is, could never hold one run of these workers."""
     there = ray.cluster_resources()
+    if os.environ.get("RAYGREC_AUTOSCALING") != "1":
+        _check_workers(cluster, there)
     if trials:
         _check_drivers(int(there.get(DRIVER, 0)), trials)
-    if os.environ.get("RAYGREC_AUTOSCALING") == "1":
-        return
+
+
+def _check_workers(cluster: ClusterConfig, there: dict[str, float]) -> None:
     for kind, each in (("CPU", cluster.cpus_per_worker), ("GPU", cluster.gpus_per_worker)):
         wanted = cluster.fewest * each
         if wanted > there.get(kind, 0):

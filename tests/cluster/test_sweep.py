@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import signal
@@ -46,7 +47,13 @@ def space(tiny_store, tiny_backbone, tmp_path) -> Path:
 def started(space: Path, *options: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "raygrec.cli", "tune", str(space), *options, "--json"]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"RAYGREC_QUIET": "0"}
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"RAYGREC_QUIET": "0"},
+        # Tests that run in the background of a shell are started with Ctrl-C ignored.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
 
 

@@ -369,6 +369,10 @@ class Numbers:
         self.symbols = torch.from_numpy(things)
         self.counts = torch.tensor([len(things), len(things) / 2], dtype=torch.float64)
 
+    @property
+    def lengths(self) -> torch.Tensor:
+        return (self.symbols >= 0).reshape(len(self.things), -1).sum(1)
+
     def to(self, device: torch.device | str) -> "Numbers":
         return self
 
