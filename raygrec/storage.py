@@ -5,7 +5,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,12 +36,29 @@ def replaced(file: Path, needed: int | None = None) -> Iterator[Path]:
             draft.unlink(missing_ok=True)
 
 
-@contextmanager
-def made_alone(place: Path) -> Iterator[None]:
-    """Of several processes that would make `place`, one at a time is in the block; the others find it there."""
+def made_once(place: Path, make: Callable[[], None], sign: Path | None = None) -> None:
+    """Calls `make` where `place` is not there; of several processes that want it at once, one makes it.
+
+    sign: what is there once `place` is whole; by default `place` itself.
+    """
+    sign = sign or place
+    if sign.exists():
+        return
     place.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(place.with_name(f".{place.name}.lock")):
+        if not sign.exists():
+            make()
+
+
+@contextmanager
+def gone_if_it_fails(folder: Path, new: bool) -> Iterator[None]:
+    """Where the block fails, a `new` folder is removed, with all in it."""
+    try:
         yield
+    except BaseException:
+        if new:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from raygrec.errors import StorageError
-from raygrec.storage import made_alone, replaced, writing
+from raygrec.storage import made_once, replaced, writing
 from raygrec.tensors import load_tensors, save_tensors
 
 
@@ -40,11 +40,12 @@ def test_of_several_that_want_a_file_one_makes_it(tmp_path):
     file, made = tmp_path / "there" / "file", []
 
     def want(number: int) -> None:
-        with made_alone(file):
-            if not file.exists():
-                made.append(number)
-                time.sleep(0.1)
-                file.write_text(str(number))
+        def make() -> None:
+            made.append(number)
+            time.sleep(0.1)
+            file.write_text(str(number))
+
+        made_once(file, make)
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(want, range(8)))

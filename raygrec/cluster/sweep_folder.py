@@ -16,7 +16,7 @@ from raygrec.cluster.space import Point, SweepConfig, trial_config
 from raygrec.config import read_yaml, validate
 from raygrec.errors import InputError
 from raygrec.evaluate.sweeps import REPORT_COLUMNS, TRIAL_COLUMNS, best_trial
-from raygrec.storage import replaced
+from raygrec.storage import gone_if_it_fails, replaced
 from raygrec.train.lock import held
 
 LOCK = ".lock"
@@ -133,12 +133,8 @@ class SweepFolder:
         """`start`, and where the block fails to make ready what a new sweep needs, the folder is gone again."""
         new = not self.config_file.exists()
         kept = self.start(sweep, resume)
-        try:
+        with gone_if_it_fails(self.path, new):
             yield kept
-        except BaseException:
-            if new:
-                shutil.rmtree(self.path, ignore_errors=True)
-            raise
 
     def start(self, sweep: SweepConfig, resume: bool) -> SweepConfig:
         """The sweep with a job file of its own, which later edits of the one it was given do not reach.

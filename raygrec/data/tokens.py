@@ -13,7 +13,7 @@ import numpy as np
 from raygrec.data.arrays import CSR, Strings
 from raygrec.errors import InputError
 from raygrec.progress import track
-from raygrec.storage import made_alone
+from raygrec.storage import made_once
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -48,13 +48,11 @@ class TokenTable:
         """
         source = _tokenizer_folder(tokenizer)
         place = folder / f"{_fingerprint(source)}-{max_length}"
-        if not (place / "done.json").is_file():
-            try:
-                with made_alone(place):
-                    if not (place / "done.json").is_file():
-                        _make(place, source, max_length, {"items": texts, "titles": titles, "terms": terms})
-            except OSError as error:
-                raise InputError(f"{place}: token ids cannot be written ({error.strerror or error})") from None
+        parts = {"items": texts, "titles": titles, "terms": terms}
+        try:
+            made_once(place, lambda: _make(place, source, max_length, parts), place / "done.json")
+        except OSError as error:
+            raise InputError(f"{place}: token ids cannot be written ({error.strerror or error})") from None
         return TokenTable(_read(place, "items"), _read(place, "titles"), _read(place, "terms"))
 
 

@@ -8,7 +8,7 @@ import torch
 
 from raygrec.data.arrays import CSR
 from raygrec.graph.lightgcn import LightGCNConfig, NodeEmbeddings, pretrain, pretrain_folds
-from raygrec.storage import made_alone
+from raygrec.storage import made_once
 
 CODE_VERSION = 2  # raise it when a change to lightgcn.py changes the embeddings
 
@@ -55,11 +55,7 @@ def load_or_pretrain(
     several processes that want the same file at once, one makes it.
     """
     path = folder / f"lightgcn-{cache_key(train, valid, num_items, config, seed, texts)[:16]}.safetensors"
-    if path.exists():
-        return NodeEmbeddings.load(path)
-    with made_alone(path):
-        if not path.exists():
-            _make(path, train, valid, num_items, config, seed, device, texts)
+    made_once(path, lambda: _make(path, train, valid, num_items, config, seed, device, texts))
     return NodeEmbeddings.load(path)
 
 

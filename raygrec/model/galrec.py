@@ -88,9 +88,14 @@ class ContrastConfig(StrictConfig):
                 raise ValueError(f"pairs: those of {weight} must all be of users or all of items")
         return self
 
+    @property
+    def compared(self) -> list[PairConfig]:
+        """The pairs that weigh anything."""
+        return [pair for pair in self.pairs if getattr(self, pair.weight) > 0]
+
     def active(self, side: str) -> list[PairConfig]:
-        """The pairs of a side that weigh anything."""
-        return [pair for pair in self.pairs if pair.side == side and getattr(self, pair.weight) > 0]
+        """Those of a side."""
+        return [pair for pair in self.compared if pair.side == side]
 
 
 class GALRecConfig(StrictConfig):
@@ -401,19 +406,18 @@ class GALRec(GraphReader):
         self.hop_tokens = nn.Embedding(HOPS, backbone.width)
         nn.init.normal_(self.hop_tokens.weight, std=token_scale)
         width = contrast.projection or backbone.width
-        compared = [pair for side in ("user", "item") for pair in contrast.active(side)]
         self.projection = None
-        if contrast.projection and compared:
+        if contrast.projection and contrast.compared:
             layers = nn.Linear(backbone.width, backbone.width), nn.GELU(), nn.Linear(backbone.width, width)
             self.projection = nn.Sequential(*layers)
         self.slow = None
-        if contrast.momentum is not None and compared:
+        if contrast.momentum is not None and contrast.compared:
             trained = {
                 name: p for name, p in self.named_parameters() if p.requires_grad and not name.startswith("head.")
             }
             self.slow = MomentumCopy(trained, contrast.momentum)
         # With a momentum encoder the two-hop segments are its own to read: no anchor sees them.
-        last = [pair.anchor if self.slow is not None else max(pair.anchor, pair.positive) for pair in compared]
+        last = [pair.anchor if self.slow is not None else max(pair.anchor, pair.positive) for pair in contrast.compared]
         answers = {"history": int(config.history_sees_user), "hop1": 1, "hop2": 2}[config.readout]
         self.hops_read = 1 + max([answers, *last])
         self.queues = {side: NegativeQueue(contrast.queue, width) for side in ("user", "item")}

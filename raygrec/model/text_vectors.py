@@ -12,7 +12,7 @@ from raygrec.data.arrays import CSR
 from raygrec.errors import InputError, StorageError
 from raygrec.model.backbone import Backbone, BackboneConfig, load_tokenizer, resolve
 from raygrec.progress import track
-from raygrec.storage import made_alone, replaced
+from raygrec.storage import made_once, replaced
 
 TOKENS_PER_PASS = 4096
 SMALL_FILE = 2**16  # bytes: configs are smaller, weights larger
@@ -26,15 +26,16 @@ def load_or_read_texts(config: BackboneConfig, tokens: CSR, folder: Path) -> tor
     backbone's files or the token ids have changed. Of several processes that want them at once, one makes them.
     """
     file = folder / f"{reading_key(config, tokens)}.safetensors"
-    if not file.exists():
-        try:
-            with made_alone(file):
-                if not file.exists():
-                    vectors = _read_texts(config, tokens)
-                    with replaced(file) as draft:
-                        save_file({"items": vectors}, draft, {"backbone": config.name})
-        except (OSError, SafetensorError, StorageError) as error:
-            raise InputError(f"{file}: text vectors cannot be written ({error})") from None
+
+    def make() -> None:
+        vectors = _read_texts(config, tokens)
+        with replaced(file) as draft:
+            save_file({"items": vectors}, draft, {"backbone": config.name})
+
+    try:
+        made_once(file, make)
+    except (OSError, SafetensorError, StorageError) as error:
+        raise InputError(f"{file}: text vectors cannot be written ({error})") from None
     try:
         return load_file(file)["items"]
     except (OSError, SafetensorError, KeyError) as error:

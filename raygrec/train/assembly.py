@@ -22,7 +22,7 @@ from raygrec.model.profiles import inverse_frequency
 from raygrec.model.prompts import Symbols, expand, join_rows, repeated, truncated
 from raygrec.model.text_vectors import load_or_read_texts, reading_key
 from raygrec.ranks import device
-from raygrec.storage import made_alone, replaced
+from raygrec.storage import made_once, replaced
 from raygrec.tensors import load_tensors, save_tensors
 from raygrec.train import manifest
 from raygrec.train.engine import full_tensor, loading
@@ -253,10 +253,7 @@ def _written_texts(config: GLTARun, store: Store) -> Path:
     """The file of what the causal LM writes about the users, made once per store, language model and length."""
     name = reading_key(config.backbone, store.tokens(resolve(config.backbone.name), TEXT_LENGTH).items)
     file = store.path / "written_texts" / f"{name}-{config.model.texts.terms}.safetensors"
-    if not file.exists():
-        with made_alone(file):
-            if not file.exists():
-                _write_texts(config, store, file)
+    made_once(file, lambda: _write_texts(config, store, file))
     return file
 
 

@@ -17,7 +17,7 @@ from raygrec.config import flat, read_yaml
 from raygrec.errors import InputError
 from raygrec.progress import tell
 from raygrec.remote import fetch, is_address, upload
-from raygrec.storage import replaced, sync, writing
+from raygrec.storage import gone_if_it_fails, replaced, sync, writing
 from raygrec.tensors import load_tensors, save_tensors, size
 from raygrec.train import manifest
 from raygrec.train.lock import held
@@ -94,12 +94,8 @@ class RunFolder:
         """`start`, and where the block fails to make ready what a new run needs, the folder is gone again."""
         new = not self.config_file.exists()
         self.start(config, resume)
-        try:
+        with gone_if_it_fails(self.path, new):
             yield
-        except BaseException:
-            if new:
-                shutil.rmtree(self.path, ignore_errors=True)
-            raise
 
     def start(self, config: RunConfig, resume: bool) -> None:
         """Claims the folder; an existing run is refused unless `resume`, and then its config must be the same.

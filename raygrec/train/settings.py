@@ -249,8 +249,7 @@ class GALRecRun(OnePositionRun):
                 "parameters of two types); use zero_stage=2, precision=fp32, model.tuning=lora or frozen"
             )
         contrast = self.model.contrast
-        compares = contrast.active("user") or contrast.active("item")
-        if self.engine.zero_stage == 3 and contrast.momentum is not None and compares:
+        if self.engine.zero_stage == 3 and contrast.momentum is not None and contrast.compared:
             raise ValueError(
                 "engine.zero_stage=3 spreads every parameter over the workers, and model.contrast.momentum averages "
                 "whole ones; use zero_stage=2 or momentum=null"
