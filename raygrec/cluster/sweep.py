@@ -218,7 +218,9 @@ class Trial(tune.Trainable):
         """All seeds' runs, one after the other; the epochs of the first are reported as they end."""
         with FileLock(self.place.lock):  # of two trials at one point, the second finds the first one's work
             outcome, known = self.place.outcome(), self.place.reports()
-            if outcome is not None and outcome.status in ("pruned", "failed"):
+            if outcome is not None and outcome.status == "failed":
+                raise RuntimeError(outcome.reason)
+            if outcome is not None and outcome.status == "pruned":
                 yield from known
                 return
             clock = Clock(known[-1] if known else None)

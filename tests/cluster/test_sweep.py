@@ -178,7 +178,7 @@ def test_a_trial_ends_with_the_mean_over_its_seeds(space, tmp_path):
     assert reports[0].score == reports[0].valid["ndcg@3"] <= reports[1].score
 
 
-def test_a_second_trial_at_a_point_that_was_pruned_trains_nothing(space, tmp_path):
+def test_a_second_trial_at_a_point_that_was_pruned_or_failed_trains_nothing(space, tmp_path):
     from raygrec.cluster.space import read_sweep
 
     folder = SweepFolder(tmp_path / "sweep")
@@ -187,7 +187,29 @@ def test_a_second_trial_at_a_point_that_was_pruned_trains_nothing(space, tmp_pat
     trial.place.ended(Outcome(trial.place.path.name, 0, trial.point, "pruned"))
     trial.place.report(Report(1.0, 0.5, 0.5, 1.0, {}))
     assert list(trial._reports()) == trial.place.reports()
+    trial.place.ended(Outcome(trial.place.path.name, 0, trial.point, "failed", "the loss is nan"))
+    with pytest.raises(RuntimeError, match="the loss is nan"):
+        list(trial._reports())
     assert not trial.place.run(0).exists()
+
+
+def test_final_runs_are_those_of_their_trial(space, tmp_path, monkeypatch):
+    """A sweep made longer may have another best, whose runs are not the old one's."""
+    from raygrec.cluster import sweep as sweeps
+    from raygrec.cluster.space import read_sweep, trial_config
+
+    folder = SweepFolder(tmp_path / "sweep")
+    sweep = folder.start(read_sweep(space, ["train.epochs=2"]), resume=False)
+    monkeypatch.setattr(sweeps, "train_on_ray", lambda config, resume: train_here(config))
+    tests = []
+    for lr in (GOOD, IDLE, GOOD):
+        trial = folder.trial({"train.lr": lr}).path.name
+        best = trial_config(sweep, {"train.lr": lr}, folder.path / "best", test=True)
+        folder.best_file.write_text(yaml.safe_dump(best.model_dump(mode="json")))
+        found = sweeps._final(folder, trial, 1)
+        tests.append(found[best.name]["test"][0])
+    assert tests[0] == tests[2] != tests[1]
+    assert len(list(folder.final.glob("*/seed-0"))) == 2
 
 
 def test_halving_forgets_nothing_over_a_restart_and_lets_the_last_epoch_end():
