@@ -19,10 +19,11 @@ from raygrec.config import StrictConfig
 from raygrec.data.arrays import CSR
 from raygrec.data.filters import first_occurrences
 from raygrec.draws import Draws
+from raygrec.model.backbone import passes
 from raygrec.model.dropout import prompt_dropout
 from raygrec.model.head import TiedHead
 from raygrec.model.nodes import scaled_texts
-from raygrec.model.prompts import PromptBatch, Symbols, as_targets, padded, truncated
+from raygrec.model.prompts import Placed, PromptBatch, Symbols, as_targets, padded, truncated
 
 DROPOUT = 1  # what a draw is for: the last counter of every `Draws.uniform` here
 INITIAL_SCALE = 0.02
@@ -221,29 +222,38 @@ class Sequential(nn.Module):
     def forward(self, batch: PromptBatch) -> torch.Tensor:
         """Cross-entropy summed over the batch's answer positions; divide by their global count."""
         rows_Id = self.table()
-        answers_Pd = self.hidden(batch, rows_Id).flatten(0, 1)[batch.answers]
-        return self.head(answers_Pd, rows_Id, batch.targets)
+        return self.head(self.hidden(batch, rows_Id).at(batch.answers), rows_Id, batch.targets)
 
     def slot_logits(self, batch: PromptBatch, slots: int | None = None) -> torch.Tensor:
         """Logits [B, 1, I] at the newest item."""
         rows_Id = self.table()
-        return self.head(self.hidden(batch, rows_Id).flatten(0, 1)[batch.slots[:, 0]], rows_Id)[:, None]
+        return self.head(self.hidden(batch, rows_Id).at(batch.slots[:, 0]), rows_Id)[:, None]
 
-    def hidden(self, batch: PromptBatch, rows_Id: torch.Tensor) -> torch.Tensor:
+    def hidden(self, batch: PromptBatch, rows_Id: torch.Tensor) -> Placed:
+        """Last hidden states, by `passes` on prompts of like length; zero in padding."""
+        where_BT, parts_nd, count = torch.zeros_like(batch.symbols), [], 0
+        for mine, width in passes(batch.lengths, self):
+            rows = torch.tensor(mine or [0], device=where_BT.device)
+            keys = None if batch.dropout_keys is None else batch.dropout_keys[rows]
+            parts_nd.append(self._read(batch.symbols[rows, :width], keys, rows_Id).flatten(0, 1))
+            if mine:  # a pass on no prompt of its own takes part, and is not looked at
+                where_BT[rows, :width] = count + torch.arange(len(parts_nd[-1]), device=rows.device).view(-1, width)
+            count += len(parts_nd[-1])
+        return Placed(torch.cat(parts_nd), where_BT)
+
+    def _read(self, symbols_BT: torch.Tensor, keys_B: torch.Tensor | None, rows_Id: torch.Tensor) -> torch.Tensor:
         """Last hidden states [B, T, d]; zero in padding."""
-        shown_BT = batch.symbols >= 0
+        shown_BT = symbols_BT >= 0
         shown_BT1 = shown_BT[..., None]
-        items_BTd = functional.embedding(batch.symbols.clamp(min=0), rows_Id)
+        items_BTd = functional.embedding(symbols_BT.clamp(min=0), rows_Id)
         places_BT = torch.arange(shown_BT.shape[1], device=shown_BT.device).expand_as(shown_BT)
         if self.config.predicts == "newest":
             places_BT = (shown_BT.sum(1, keepdim=True) - 1 - places_BT).clamp(min=0)
-        drop = self._dropping(batch)
+
+        def drop(values_BTn: torch.Tensor, use: int) -> torch.Tensor:
+            return values_BTn if keys_B is None else prompt_dropout(values_BTn, self.config.dropout, keys_B, use)
+
         x_BTd = drop(self.norm(items_BTd + self.places(places_BT)), 0) * shown_BT1
         for number, layer in enumerate(self.layers):
             x_BTd = layer(x_BTd, drop, 1 + USES * number) * shown_BT1
         return x_BTd
-
-    def _dropping(self, batch: PromptBatch) -> Drop:
-        if batch.dropout_keys is None:
-            return lambda values, use: values
-        return lambda values, use: prompt_dropout(values, self.config.dropout, batch.dropout_keys, use)

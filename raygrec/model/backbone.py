@@ -179,7 +179,7 @@ class Backbone(nn.Module):
         keys_B: torch.Tensor | None = None,
         prefix: int = 0,
     ) -> Placed:
-        """`forward` of prompts of the given lengths, in their `passes`.
+        """`forward` of prompts of the given lengths, in `passes`.
 
         prefix: how many first columns are the same text in all of them. A frozen decoder computes those once, without
         gradient, and the rest of every prompt reads their keys and values.
@@ -193,17 +193,17 @@ class Backbone(nn.Module):
                 shared_1PD = embeds.rows_ND[embeds.where_BT[:1, :first]]
                 hidden_nD.append(self(shared_1PD, attention_BTT[:1, :first, :first], past=past)[0])
             where[:, :first] = torch.arange(first, device=device)
-        passes = [
+        given = [
             (mine, torch.tensor(mine or [0], device=device), slice(first, first + width))
-            for mine, width in self.passes(lengths_B - first)
+            for mine, width in passes(lengths_B - first, self)
         ]
-        taken = [embeds.where_BT[rows, columns] for _, rows, columns in passes]
+        taken = [embeds.where_BT[rows, columns] for _, rows, columns in given]
         parts_nD = embeds.rows_ND.index_select(0, torch.cat([part.flatten() for part in taken]))
         parts_nD, count = parts_nD.split([part.numel() for part in taken]), first
-        for (mine, rows, columns), places_BT, part_nD in zip(passes, taken, parts_nD, strict=True):
-            given = (part_nD.view(*places_BT.shape, -1), attention_BTT[rows, columns, : columns.stop])
+        for (mine, rows, columns), places_BT, part_nD in zip(given, taken, parts_nD, strict=True):
+            read = (part_nD.view(*places_BT.shape, -1), attention_BTT[rows, columns, : columns.stop])
             keys = None if keys_B is None else keys_B[rows]
-            hidden_nD.append(self(*given, keys, _repeated(past, len(rows))).flatten(0, 1))
+            hidden_nD.append(self(*read, keys, _repeated(past, len(rows))).flatten(0, 1))
             if mine:  # a pass on no prompt of its own takes part, and is not looked at
                 where[rows, columns] = torch.arange(count, count + len(part_nD), device=device).view_as(places_BT)
             count += len(part_nD)
@@ -213,20 +213,6 @@ class Backbone(nn.Module):
         """Not where dropout falls on it, and not under checkpointing, for which `transformers` leaves caches out."""
         frozen = not any(parameter.requires_grad for parameter in self.parameters())
         return self.family == "decoder" and frozen and keys_B is None and not self._checkpointed
-
-    def passes(self, lengths_B: torch.Tensor) -> list[tuple[list[int], int]]:
-        """Rows of prompts of like length, and how wide each pass is, so that little of it is padding.
-
-        Under ZeRO-3 there are always two, since every rank must make as many.
-        """
-        partitioned, lengths = hasattr(next(self.parameters()), "ds_id"), lengths_B.tolist()
-        groups = like_lengths(lengths, 2 if partitioned else min(PASSES, max(len(lengths) // FEWEST, 1)))
-        groups += [[]] * (2 - len(groups)) * partitioned
-        return [(rows, max([1, *(lengths[row] for row in rows)])) for rows in groups]
-
-    def places(self, lengths_B: torch.Tensor) -> int:
-        """Positions in all `passes`, padding and all."""
-        return sum(len(rows) * width for rows, width in self.passes(lengths_B))
 
     def _drop(self, rate: float, use: int, module: nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
         """A forward hook; not of attention weights, which are of four dimensions."""
@@ -299,6 +285,17 @@ def _repeated(past: "DynamicCache | None", rows: int) -> "DynamicCache | None":
     if past is None:
         return None
     return type(past)([tuple(x.expand(rows, -1, -1, -1) for x in (one.keys, one.values)) for one in past.layers])
+
+
+def passes(lengths_B: torch.Tensor, module: nn.Module) -> list[tuple[list[int], int]]:
+    """Rows of prompts of like length, and how wide each pass of `module` on them is, so that little of it is padding.
+
+    Under ZeRO-3 there are always two, since every rank must make as many.
+    """
+    partitioned, lengths = hasattr(next(module.parameters()), "ds_id"), lengths_B.tolist()
+    groups = like_lengths(lengths, 2 if partitioned else min(PASSES, max(len(lengths) // FEWEST, 1)))
+    groups += [[]] * (2 - len(groups)) * partitioned
+    return [(rows, max([1, *(lengths[row] for row in rows)])) for rows in groups]
 
 
 def like_lengths(lengths: list[int], parts: int) -> list[list[int]]:

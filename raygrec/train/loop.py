@@ -11,6 +11,7 @@ import torch
 
 from raygrec.draws import Draws
 from raygrec.errors import InputError
+from raygrec.model.backbone import passes
 from raygrec.model.prompts import PromptBatch
 from raygrec.ranks import from_rank_0, sum_over_ranks, world
 from raygrec.train.engine import Engine, NonFiniteError, peak_memory_mib
@@ -315,8 +316,7 @@ def _step(stage: Stage, engine: Engine, things: np.ndarray, draws: Draws, rate: 
 def _read(model: Any, batch: PromptBatch) -> tuple[int, int]:
     """Symbols of a batch that the forward pass reads, and the places in which they stand."""
     lengths = model.lengths_read(batch) if hasattr(model, "lengths_read") else batch.lengths
-    places = model.backbone.places(lengths) if hasattr(model, "backbone") else batch.symbols.numel()
-    return int(lengths.sum()), places
+    return int(lengths.sum()), sum(len(rows) * width for rows, width in passes(lengths, model))
 
 
 def _with_batch(

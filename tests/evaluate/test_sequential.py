@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from raygrec.data.arrays import CSR
 from raygrec.draws import Draws
 from raygrec.evaluate.decoding import ranked_lists
 from raygrec.evaluate.sequential import FrequencyFilter, SequencePrompts, Sequential, SequentialConfig
+from raygrec.model.backbone import passes
 from raygrec.model.prompts import PAD, PromptBatch
 
 ITEMS = 12
@@ -46,7 +49,7 @@ def shown(rows: list[list[int]], **changes: object) -> PromptBatch:
 def logits(model: Sequential, batch: PromptBatch) -> torch.Tensor:
     """[B, T, I] at every position."""
     rows = model.table()
-    hidden = model.hidden(batch, rows)
+    hidden = model.hidden(batch, rows).padded()
     return model.head(hidden.flatten(0, 1), rows).view(*hidden.shape[:2], -1)
 
 
@@ -182,6 +185,25 @@ def test_the_filter_is_the_papers_at_every_position_where_the_newest_predicts(wi
         np.testing.assert_allclose(found[row, :length], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_of_like_length_are_read_together_with_the_same_result(kind):
+    model = model_of(**KINDS[kind])
+    lengths = np.random.default_rng(0).integers(0, 7, 40)
+    rows = [np.random.default_rng(n).integers(0, ITEMS, length).tolist() for n, length in enumerate(lengths)]
+    batch = replace(shown(rows, **KINDS[kind]), dropout_keys=torch.arange(40))
+    there, results = batch.symbols >= 0, []
+    for read in (
+        lambda table: model._read(batch.symbols, batch.dropout_keys, table),
+        lambda table: model.hidden(batch, table).padded(),
+    ):
+        model.zero_grad()
+        hidden = read(model.table())[there]
+        hidden.square().sum().backward()
+        results.append([hidden.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    torch.testing.assert_close(*results)
+    assert len(passes(batch.lengths, model)) == 2
+
+
 def test_alpha_mixes_the_filter_with_attention():
     models = [model_of(filter="frequency", alpha=alpha, layers=1) for alpha in (0.0, 1.0, 0.25)]
     plain = model_of(layers=1)
@@ -193,7 +215,7 @@ def test_alpha_mixes_the_filter_with_attention():
         for layer in layers:  # what comes after the mixing is made to do nothing
             layer.outer.weight.zero_(), layer.outer.bias.zero_()
             layer.norm = nn.Identity()
-        attended, filtered, mixed = (model.hidden(batch, model.table()) for model in models)
+        attended, filtered, mixed = (model.hidden(batch, model.table()).padded() for model in models)
         torch.testing.assert_close(mixed, 0.25 * filtered + 0.75 * attended)
 
 
