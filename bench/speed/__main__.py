@@ -7,8 +7,8 @@
     python -m bench.speed step         training steps, against the bare language model and Hugging Face's Trainer
     python -m bench.speed frozen       training around a frozen language model, against its naive form
     python -m bench.speed contrast     GAL-Rec's queue from 0 to 65,536, against L0 alone
-    python -m bench.speed lightgcn     epochs, against PyG's LightGCN
-    python -m bench.speed prepare      a store from a table, against a pandas script
+    python -m bench.speed lightgcn     epochs and the way to equal quality, against PyG's LightGCN and RecBole's
+    python -m bench.speed prepare      a store from a table, against a pandas script and RecBole
     python -m bench.speed checkpoint   writing and reading one, against the bare disk
     python -m bench.speed scaling      updates on 1, 2 and 4 workers under ZeRO 0 to 3, with the bytes that they send
     python -m bench.speed plan         what `raygrec plan` foresees, against what processes measure

@@ -133,33 +133,25 @@ def _edges(train: CSR, num_items: int) -> tuple[np.ndarray, np.ndarray]:
     return np.divmod(np.unique(train.rows * num_items + items), num_items)
 
 
-class _LayerAverage(torch.autograd.Function):
-    """x -> mean over l = 0…L of A^l x; A is symmetric, so its gradient is the same map and needs no copy."""
+def _layer_sum(
+    adjacency: torch.Tensor, x: torch.Tensor, layers: int, buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> torch.Tensor:
+    """Σ_{l = 0…L} A^l x, in one of two buffers where there are any, and then good until they are used again.
 
-    @staticmethod
-    def forward(ctx, adjacency: torch.Tensor, ego: torch.Tensor, layers: int) -> torch.Tensor:  # noqa: ANN001
-        ctx.adjacency, ctx.layers = adjacency, layers
-        return _layer_average(adjacency, ego, layers)
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[None, torch.Tensor, None]:  # noqa: ANN001
-        return None, _layer_average(ctx.adjacency, gradient, ctx.layers), None
-
-
-def _layer_average(adjacency: torch.Tensor, ego: torch.Tensor, layers: int) -> torch.Tensor:
-    # Horner's scheme: x + A(x + A(x + …)) needs one addition per layer and one buffer.
-    total = ego
-    for _ in range(layers):
-        total = torch.addmm(ego, adjacency, total)
-    return total / (layers + 1)
+    Horner's scheme: x + A(x + A(x + …)) needs one addition a layer. A is symmetric: this is also the map's gradient.
+    """
+    total = x
+    for layer in range(layers):
+        total = torch.addmm(x, adjacency, total, out=buffers[layer % 2] if buffers else None)
+    return total
 
 
 def propagate(adjacency: torch.Tensor, ego: torch.Tensor, layers: int) -> torch.Tensor:
     """Final embeddings: the mean of layers 0…L of the light graph convolution, eqs. (7) and (8).
 
-    adjacency: symmetric sparse [N, N]. ego: [N, d]. Returns [N, d]; differentiable in `ego`.
+    adjacency: symmetric sparse [N, N]. ego: [N, d]. Returns [N, d].
     """
-    return _LayerAverage.apply(adjacency, ego, layers)
+    return _layer_sum(adjacency, ego, layers) / (layers + 1)
 
 
 def propagate_users(items_inductive: torch.Tensor, histories: CSR) -> torch.Tensor:
@@ -242,11 +234,47 @@ class _Triplets:
         return self.known[places] == keys
 
 
-def bpr_loss(users: torch.Tensor, items: torch.Tensor, negatives: torch.Tensor) -> torch.Tensor:
-    """Mean of -ln σ(u·i - u·j), eq. (15) without its penalty. users, items: [B, d]. negatives: [B, n, d]."""
-    positive = (users * items).sum(-1, keepdim=True)
-    negative = torch.einsum("bd,bnd->bn", users, negatives)
-    return functional.softplus(negative - positive).mean()
+class _Step:
+    """Loss and gradient of a step, eq. (15), written out: one propagation there, one back, in buffers that stay.
+
+    Autograd would keep and clear a matrix of all nodes for each of the places where a batch reads them.
+    """
+
+    def __init__(self, adjacency: torch.Tensor, ego_Nd: torch.Tensor, config: LightGCNConfig) -> None:
+        self.adjacency, self.ego_Nd, self.config = adjacency, ego_Nd, config
+        self.buffers = torch.empty_like(ego_Nd), torch.empty_like(ego_Nd)
+        self.by_sums_Nd = torch.empty_like(ego_Nd)
+
+    @torch.no_grad()
+    def __call__(
+        self, users_B: torch.Tensor, items_B: torch.Tensor, negatives_Bn: torch.Tensor, contrast: TextContrast | None
+    ) -> torch.Tensor:
+        """Mean of -ln σ(u·i - u·j) over B × n, for node numbers; its gradient is then `ego_Nd.grad`, with that of the
+        penalty, and with the contrast's, whose parameters have theirs."""
+        share, layers = 1 / (self.config.layers + 1), self.config.layers
+        sums_Nd = _layer_sum(self.adjacency, self.ego_Nd, layers, self.buffers)
+        users_Bd, items_Bd = sums_Nd.index_select(0, users_B), sums_Nd.index_select(0, items_B)
+        apart_Bnd = sums_Nd.index_select(0, negatives_Bn.flatten()).view(*negatives_Bn.shape, -1) - items_Bd[:, None]
+        losing_Bn = (apart_Bnd * users_Bd[:, None]).sum(-1) * share**2
+        slopes_Bn1 = losing_Bn.sigmoid()[..., None] * (share**2 / losing_Bn.numel())
+        by_negatives_Bnd = slopes_Bn1 * users_Bd[:, None]
+        by_sums_Nd = self.by_sums_Nd.zero_()
+        for nodes, values in (
+            (users_B, (slopes_Bn1 * apart_Bnd).sum(1)),
+            (items_B, -by_negatives_Bnd.sum(1)),
+            (negatives_Bn.flatten(), by_negatives_Bnd.flatten(0, 1)),
+        ):
+            by_sums_Nd.index_put_((nodes,), values, accumulate=True)
+        if contrast:
+            final_Nd = (sums_Nd * share).requires_grad_()
+            with torch.enable_grad():
+                (self.config.text_weight * contrast(final_Nd, users_B, items_B)).backward()
+            by_sums_Nd.add_(final_Nd.grad, alpha=share)
+        gradient_Nd = _layer_sum(self.adjacency, by_sums_Nd, layers, self.buffers)
+        read_N = torch.cat([users_B, items_B, negatives_Bn.flatten()]).bincount(minlength=len(self.ego_Nd))
+        penalty = self.config.l2 / len(users_B)
+        self.ego_Nd.grad = gradient_Nd.addcmul_(self.ego_Nd, read_N[:, None].to(gradient_Nd.dtype), value=penalty)
+        return functional.softplus(losing_Bn).mean()
 
 
 def pretrain(
@@ -276,14 +304,16 @@ def pretrain(
         if texts is None:
             raise InputError("LightGCN: text_weight asks for the items' text vectors")
         contrast = TextContrast(texts, train, config.dim, config.text_temperature, generator)
-    trained = [ego.requires_grad_(), *(contrast.parameters() if contrast else ())]
-    optimizer = torch.optim.Adam(trained, lr=config.lr, fused=True)
+    step = _Step(adjacency, ego, config)
+    optimizer = torch.optim.Adam(
+        [ego.requires_grad_(), *(contrast.parameters() if contrast else ())], lr=config.lr, fused=True
+    )
     history: dict[str, list[float]] = {"epoch": [], "loss": [], "ndcg@10": []}
     best, best_ego, waited = -1.0, ego, 0
     with progress_bar() as bar:
         task = bar.add_task(title, total=config.epochs, note="")
         for epoch in range(1, config.epochs + 1):
-            loss = _train_epoch(adjacency, ego, triplets, contrast, optimizer, config)
+            loss = _train_epoch(step, triplets, contrast, optimizer, config)
             bar.advance(task)
             if epoch % config.evaluate_every and epoch != config.epochs:
                 continue
@@ -337,29 +367,20 @@ def pretrain_folds(
 
 
 def _train_epoch(
-    adjacency: torch.Tensor,
-    ego: torch.Tensor,
+    step: _Step,
     triplets: _Triplets,
     contrast: TextContrast | None,
     optimizer: torch.optim.Optimizer,
     config: LightGCNConfig,
 ) -> float:
     """One pass over the edges; returns the mean BPR loss."""
-    num_users = adjacency.shape[0] - triplets.num_items
+    num_users = len(step.ego_Nd) - triplets.num_items
     losses = []
     for edges in triplets.epoch(config.batch_size):
         users, items, negatives = triplets.draw(edges)
-        nodes = (users, items + num_users, negatives + num_users)
-        final = propagate(adjacency, ego, config.layers)
-        bpr = bpr_loss(*(final[index] for index in nodes))
-        penalty = sum(ego[index].square().sum() for index in nodes) / (2 * len(edges))
-        loss = bpr + config.l2 * penalty
-        if contrast:
-            loss = loss + config.text_weight * contrast(final, *nodes[:2])
         optimizer.zero_grad()
-        loss.backward()
+        losses.append(step(users, items + num_users, negatives + num_users, contrast))
         optimizer.step()
-        losses.append(bpr.detach())
     mean = float(torch.stack(losses).mean())
     if not np.isfinite(mean):
         raise InputError(f"LightGCN: the loss is {mean}; lower lr (now {config.lr})")

@@ -9,8 +9,8 @@ from raygrec.errors import InputError
 from raygrec.graph.lightgcn import (
     LightGCNConfig,
     NodeEmbeddings,
+    _Step,
     _Triplets,
-    bpr_loss,
     node_embeddings,
     normalized_adjacency,
     pretrain,
@@ -18,8 +18,17 @@ from raygrec.graph.lightgcn import (
     propagate,
     propagate_users,
 )
+from raygrec.graph.text_contrast import TextContrast
 
 USERS, ITEMS = 30, 20
+
+
+def pyg_of(train: CSR, ego: torch.Tensor, layers: int) -> tuple[LightGCN, torch.Tensor]:
+    """PyG's model with those ego embeddings, and the edges both ways."""
+    edges = torch.from_numpy(np.stack([train.rows, train.indices + USERS]).astype(np.int64))
+    pyg = LightGCN(USERS + ITEMS, ego.shape[1], layers)
+    pyg.embedding.weight.data = ego.clone()
+    return pyg, torch.cat([edges, edges.flip(0)], 1)
 
 
 @pytest.fixture
@@ -57,19 +66,49 @@ def test_item_out_of_range_is_an_input_error():
 
 
 @pytest.mark.parametrize("layers", [0, 1, 3])
-def test_propagate_equals_pyg_in_value_and_gradient(train, ego, layers):
-    edges = torch.from_numpy(np.stack([train.rows, train.indices + USERS]).astype(np.int64))
-    pyg = LightGCN(USERS + ITEMS, ego.shape[1], layers)
-    pyg.embedding.weight.data = ego.clone()
-    expected = pyg.get_embedding(torch.cat([edges, edges.flip(0)], 1))
-    weights = torch.randn_like(ego)
-    (expected * weights).sum().backward()
+def test_propagate_equals_pyg(train, ego, layers):
+    pyg, edges = pyg_of(train, ego, layers)
+    torch.testing.assert_close(
+        propagate(normalized_adjacency(train, ITEMS), ego, layers), pyg.get_embedding(edges), atol=1e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("layers", [0, 1, 3])
+def test_a_step_has_the_loss_and_the_gradient_of_pyg(train, ego, layers):
+    """Two negatives of an edge are two edges with one each; nodes that a batch reads twice are penalised twice."""
+    users, items = torch.tensor([3, 3, 7, 9]), torch.tensor([1, 2, 2, 5]) + USERS
+    negatives = torch.tensor([[4, 4], [0, 7], [8, 2], [1, 6]]) + USERS
+    pyg, edges = pyg_of(train, ego, layers)
+    u, i, j = users.repeat_interleave(2), items.repeat_interleave(2), negatives.flatten()
+    pairs = torch.cat([torch.stack([u, i]), torch.stack([u, j])], dim=1)
+    loss = pyg.recommendation_loss(*pyg(edges, pairs).chunk(2), lambda_reg=0)
+    penalty = sum(pyg.embedding.weight[nodes].square().sum() for nodes in (users, items, j)) / (2 * len(users))
+    (loss + 0.3 * penalty).backward()
 
     ours = ego.clone().requires_grad_()
-    final = propagate(normalized_adjacency(train, ITEMS), ours, layers)
-    (final * weights).sum().backward()
-    torch.testing.assert_close(final, expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(ours.grad, pyg.embedding.weight.grad, atol=1e-5, rtol=1e-5)
+    step = _Step(normalized_adjacency(train, ITEMS), ours, LightGCNConfig(layers=layers, l2=0.3))
+    for _ in range(2):  # its buffers hold the step before
+        torch.testing.assert_close(step(users, items, negatives, None), loss.detach())
+        torch.testing.assert_close(ours.grad, pyg.embedding.weight.grad, atol=1e-5, rtol=1e-5)
+
+
+def test_a_step_adds_the_gradient_of_the_contrast_with_texts(train, ego):
+    adjacency, texts = normalized_adjacency(train, ITEMS), torch.randn(ITEMS, 5)
+    contrast = TextContrast(texts, train, ego.shape[1], 0.2, torch.Generator().manual_seed(2))
+    nodes = torch.tensor([3, 7]), torch.tensor([31, 32]), torch.tensor([[40], [41]])
+    config = LightGCNConfig(layers=2, text_weight=0.7)
+    found = []
+    for used in (None, contrast):
+        ours = ego.clone().requires_grad_()
+        _Step(adjacency, ours, config)(*nodes, used)
+        found.append(ours.grad)
+    by_map = [p.grad.clone() for p in contrast.parameters()]
+    contrast.zero_grad()
+    theirs = ego.clone().requires_grad_()
+    dense = adjacency.to_dense()
+    (0.7 * contrast((theirs + dense @ theirs + dense @ dense @ theirs) / 3, *nodes[:2])).backward()
+    torch.testing.assert_close(found[1] - found[0], theirs.grad)
+    torch.testing.assert_close(by_map, [p.grad for p in contrast.parameters()])
 
 
 @pytest.mark.parametrize("layers", [0, 1, 3])
@@ -84,13 +123,6 @@ def test_propagate_users_without_the_target_edge_by_hand():
     users = propagate_users(items_inductive, CSR.from_lists([[0, 1], [], [1]]))
     expected = torch.tensor([[1 / np.sqrt(2), 2 / np.sqrt(2)], [0, 0], [0, 2]], dtype=torch.float32)
     torch.testing.assert_close(users, expected)
-
-
-def test_bpr_loss_equals_pyg(ego):
-    users, items, negatives = ego[:5], ego[5:10], ego[10:15]
-    pyg = LightGCN(1, 1, 1)
-    expected = pyg.recommendation_loss((users * items).sum(1), (users * negatives).sum(1), lambda_reg=0)
-    torch.testing.assert_close(bpr_loss(users, items, negatives[:, None]), expected)
 
 
 def test_negatives_are_uniform_over_the_items_a_user_does_not_hold():
