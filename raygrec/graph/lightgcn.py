@@ -38,7 +38,8 @@ class LightGCNConfig(StrictConfig):
     patience: int = Field(3, ge=1)
     folds: int = Field(0, ge=0)
     """[ours] LightGCN is fitted so many times more, each time without the edges of one part of the users; recipes read
-    a user's history from the fit that knows none of the user's edges. 0: from the one fit on all edges."""
+    a user's history, and match it with the catalogue, by the fit that knows none of the user's edges. 0: by the one
+    fit on all edges."""
     text_weight: float = Field(0.0, ge=0)
     """Weight of RLMRec-Con's contrast between nodes and the language model's text vectors; 0 is plain LightGCN."""
     text_temperature: float = Field(0.2, gt=0)

@@ -510,7 +510,7 @@ class GALRec(GraphReader):
     def slot_logits(self, batch: HopBatch, slots: int | None = None) -> torch.Tensor:
         """Logits [B, 1, I] at the read-out position."""
         hidden = self.hidden(batch).at(batch.slots[:, 0])
-        return self.matched(hidden)[:, None]
+        return self.matched(hidden, batch.tables[: len(hidden)])[:, None]
 
     def hidden(self, batch: HopBatch, hops: int = HOPS) -> Placed:
         """Last hidden states; of each prompt up to the task token of its first `hops` hops, where it has that."""

@@ -378,7 +378,8 @@ class GLTA(GraphReader):
         """Logits [B, s, I] of the first s answer slots (default: all k)."""
         positions = batch.slots[:, :slots]
         hidden = self.hidden(batch).at(positions.flatten())
-        return self.matched(hidden).view(*positions.shape, -1)
+        tables = batch.tables.repeat_interleave(positions.shape[1])
+        return self.matched(hidden, tables).view(*positions.shape, -1)
 
     def hidden(self, batch: PromptBatch) -> Placed:
         """Last hidden states."""

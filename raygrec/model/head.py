@@ -54,23 +54,33 @@ class CatalogueHead(nn.Module):
         nn.init.zeros_(self.query.bias)
         self.bias = nn.Parameter(torch.zeros(num_items))
 
-    def forward(self, hidden_PD: torch.Tensor, rows_Ir: torch.Tensor, targets: "Targets | None" = None) -> torch.Tensor:
-        """Logits [P, I] against the rows; with targets their cross-entropy, as `catalogue_cross_entropy`."""
-        return matched(self.query(hidden_PD), rows_Ir, self.bias, targets)
+    def forward(
+        self,
+        hidden_PD: torch.Tensor,
+        rows: torch.Tensor,
+        targets: "Targets | None" = None,
+        tables_P: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See `matched`."""
+        return matched(self.query(hidden_PD), rows, self.bias, targets, tables_P)
 
 
 class TiedHead(nn.Module):
-    """Logits [P, I], or their cross-entropy: inner products of queries with rows that items have anyway, plus a bias
-    each."""
+    """Inner products of queries with rows that items have anyway, plus a bias each."""
 
     def __init__(self, num_items: int) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(num_items))
 
     def forward(
-        self, queries_Pr: torch.Tensor, rows_Ir: torch.Tensor, targets: "Targets | None" = None
+        self,
+        queries_Pr: torch.Tensor,
+        rows: torch.Tensor,
+        targets: "Targets | None" = None,
+        tables_P: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return matched(queries_Pr, rows_Ir, self.bias, targets)
+        """See `matched`."""
+        return matched(queries_Pr, rows, self.bias, targets, tables_P)
 
 
 def _row_map(source: int, width: int) -> nn.Linear:
@@ -80,12 +90,24 @@ def _row_map(source: int, width: int) -> nn.Linear:
 
 
 def matched(
-    queries_Pr: torch.Tensor, rows_Ir: torch.Tensor, bias_I: torch.Tensor, targets: "Targets | None"
+    queries_Pr: torch.Tensor,
+    rows: torch.Tensor,
+    bias_I: torch.Tensor,
+    targets: "Targets | None",
+    tables_P: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What a head returns: logits Z = q Rᵀ + b [P, I], or with targets their cross-entropy."""
+    """What a head returns: logits Z = q Rᵀ + b [P, I], or with targets their cross-entropy (`catalogue_cross_entropy`).
+
+    rows: R [I, r], or with `tables_P` [K, I, r], of which each position has its own.
+    """
+    if tables_P is not None:
+        mine = [(tables_P == table).nonzero()[:, 0] for table in range(len(rows))]
+        wanted = [None if targets is None else targets.take(positions) for positions in mine]
+        parts = [matched(queries_Pr[p], *one) for p, *one in zip(mine, rows, [bias_I] * len(rows), wanted, strict=True)]
+        return torch.cat(parts)[torch.cat(mine).argsort()] if targets is None else torch.stack(parts).sum()
     if targets is not None:
-        return catalogue_cross_entropy(queries_Pr, rows_Ir, bias_I, targets)
-    return torch.addmm(bias_I.to(queries_Pr.dtype), queries_Pr, rows_Ir.T.to(queries_Pr.dtype))
+        return catalogue_cross_entropy(queries_Pr, rows, bias_I, targets)
+    return torch.addmm(bias_I.to(queries_Pr.dtype), queries_Pr, rows.T.to(queries_Pr.dtype))
 
 
 def catalogue_cross_entropy(
@@ -173,6 +195,14 @@ class Targets:
         first, last = int(self.indptr[start]), int(self.indptr[stop])
         indptr = self.indptr[start : stop + 1] - self.indptr[start]
         return Targets(indptr, self.items[first:last], self.weights[first:last])
+
+    def take(self, positions: torch.Tensor) -> "Targets":
+        """Those of some positions, in that order."""
+        counts = self.indptr.diff()[positions]
+        indptr = nn.functional.pad(counts.cumsum(0), (1, 0))
+        offsets = torch.repeat_interleave(self.indptr[positions] - indptr[:-1], counts)
+        entries = offsets + torch.arange(len(offsets), device=offsets.device)
+        return Targets(indptr, self.items[entries], self.weights[entries])
 
     def to(self, device: torch.device | str) -> "Targets":
         return Targets(self.indptr.to(device), self.items.to(device), self.weights.to(device))

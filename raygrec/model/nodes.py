@@ -111,7 +111,8 @@ class NodeTables(nn.Module):
     """Node vectors, with the standard deviation `NODE_SCALE`; fixed, and no part of a checkpoint.
 
     Items and the shares that users are rebuilt from are there once per fit of the graph: [K + 1, I, d]. Fit 0 knows
-    every edge; a prompt about a user reads the one that knows none of the user's (`PromptBatch.tables`).
+    every edge; a prompt about a user reads the one that knows none of the user's (`PromptBatch.tables`), and is matched
+    with the items of that fit.
     """
 
     def __init__(self, nodes: NodeEmbeddings) -> None:
@@ -192,16 +193,17 @@ class GraphReader(nn.Module):
 
     def recommending_loss(self, hidden: Placed, batch: PromptBatch) -> torch.Tensor:
         """Cross-entropy summed over the batch's answer positions."""
-        answers_PD = hidden.at(batch.answers)
+        answers_PD, width = hidden.at(batch.answers), batch.symbols.shape[1]
+        rows, columns = batch.answers // width, batch.answers % width
         if batch.dropout_keys is not None:
-            width = batch.symbols.shape[1]
-            rows, columns = batch.answers // width, batch.answers % width
             answers_PD = keyed_dropout(answers_PD, self.dropout, batch.dropout_keys[rows], columns, use=1)
-        return self.matched(answers_PD, batch.targets)
+        return self.matched(answers_PD, batch.tables[rows], batch.targets)
 
-    def matched(self, hidden_PD: torch.Tensor, targets: Targets | None = None) -> torch.Tensor:
-        """Logits [P, I] of hidden states; with targets their cross-entropy, as `catalogue_cross_entropy`."""
-        known = self.nodes.items_Id, self.item_texts
-        if isinstance(self.head, TiedHead):
-            return self.head(self.item_projector.queries(hidden_PD), self.item_projector.rows(*known), targets)
-        return self.head(hidden_PD, self.head.rows(*known), targets)
+    def matched(self, hidden_PD: torch.Tensor, tables_P: torch.Tensor, targets: Targets | None = None) -> torch.Tensor:
+        """Logits [P, I] of hidden states, against items whose nodes are of the given fits; with targets their
+        cross-entropy, as `catalogue_cross_entropy`."""
+        tied, several = isinstance(self.head, TiedHead), len(self.nodes.items_KId) > 1
+        rows = self.item_projector.rows if tied else self.head.rows
+        rows = rows(self.nodes.items_KId if several else self.nodes.items_Id, self.item_texts)
+        read = self.item_projector.queries(hidden_PD) if tied else hidden_PD
+        return self.head(read, rows, targets, tables_P if several else None)

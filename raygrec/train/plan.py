@@ -287,10 +287,10 @@ def work_of(config: RunConfig, sizes: Sizes, device: str) -> Work:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     language_model = sum(p.numel() for p in model.backbone.parameters()) - table.numel()
     wide = 2 if config.engine.precision == "bf16" else 4
-    width, rows = model.backbone.width, sizes.items * model.nodes.width
+    width, rows, tables = model.backbone.width, sizes.items * model.nodes.width, len(model.nodes.items_KId)
     layers = model.backbone.model.config.num_hidden_layers
     text = (model.item_texts.shape[1] if model.item_texts is not None else 0) + model.nodes.width
-    fixed = sum(b.nbytes for b in model.buffers()) + 4 * 4 * rows  # R, and its gradient as the head makes it
+    fixed = sum(b.nbytes for b in model.buffers()) + 4 * 4 * rows * tables  # R, and its gradient as the head makes it
     if isinstance(model, GALRec):
         contrast = config.model.contrast
         fixed += 2 * contrast.queue * (4 * (contrast.projection or width) + 8)
@@ -303,7 +303,7 @@ def work_of(config: RunConfig, sizes: Sizes, device: str) -> Work:
     # Besides, a token keeps what its projector reads, an answer what the head does and its gradient; masks of dropout.
     prompt = most * (kept / longest + 4 * text + width) + answers * (5 * width + 4 * model.nodes.width)
     forward = mean * (2 * language_model + 4 * layers * width * mean)
-    forward += mean_answers * 2 * rows + sizes.items * 2 * text * model.nodes.width / config.train.micro_batch
+    forward += mean_answers * 2 * rows + tables * sizes.items * 2 * text * model.nodes.width / config.train.micro_batch
     frozen = isinstance(config, GLTARun) or config.model.tuning != "full"
     return Work(
         total,

@@ -19,10 +19,10 @@ def random_nodes(users: int, items: int, width: int = 4) -> NodeEmbeddings:
     )
 
 
-def expected_logits(model: nn.Module, hidden_PD: torch.Tensor) -> torch.Tensor:
-    """What a recipe's head must say of hidden states: `linear`, rows and a query of its own; `tied`, the inner products
-    with the tokens of all items."""
-    known = model.nodes.items_Id, model.item_texts
+def expected_logits(model: nn.Module, hidden_PD: torch.Tensor, table: int) -> torch.Tensor:
+    """What a recipe's head must say of hidden states of prompts that read that fit of the nodes: `linear`, rows and a
+    query of its own; `tied`, the inner products with the tokens of all items."""
+    known = model.nodes.items_KId[table], model.item_texts
     if model.config.head == "linear":
         return model.head.query(hidden_PD) @ model.head.rows(*known).T + model.head.bias
     tokens_ID = model.item_projector.projected(model.item_projector.rows(*known))

@@ -481,7 +481,7 @@ def test_logits_are_those_of_the_read_out(readout, head, backbone):
         assert logits.shape == (4, 1, ITEMS)
         hidden = model.hidden(batch).padded()
         for row, [column] in enumerate(in_row(batch, batch.slots)):
-            expected = expected_logits(model, hidden[row, column][None])
+            expected = expected_logits(model, hidden[row, column][None], batch.tables[row])
             torch.testing.assert_close(logits[row], expected)
         # Only the history speaks for a user: the vector that has seen its training targets is not read.
         model.nodes.users_Ud[:4] += 1.0
@@ -580,7 +580,9 @@ def plain_terms(model: GALRec, batch: HopBatch, before: dict[str, tuple[torch.Te
         for column, items in wanted.items():
             target = torch.zeros(ITEMS)
             target[list(items)] = torch.tensor(list(items.values()))
-            recommended += functional.cross_entropy(expected_logits(model, hidden[row][column]), target)
+            recommended += functional.cross_entropy(
+                expected_logits(model, hidden[row][column], batch.tables[row]), target
+            )
     hops = torch.stack([hidden[row][columns] for row, columns in enumerate(in_row(batch, batch.hops))])
     hops, users = plain_projection(model, hops), batch.num_users
     parts = {"user": (hops[:users], batch.nodes[:users]), "item": (hops[users:], batch.nodes[users:])}

@@ -449,7 +449,7 @@ def test_logits_cover_slots_and_catalogue(head, with_texts, backbone):
         hidden = model.hidden(batch).padded()
         row, slot = 1, 2
         position = int(columns(batch)[row, slot])
-        alone = expected_logits(model, hidden[row, position][None])[0]
+        alone = expected_logits(model, hidden[row, position][None], batch.tables[row])[0]
     torch.testing.assert_close(logits[row, slot], alone)
 
 
@@ -593,7 +593,7 @@ def test_the_loss_of_a_batch_is_the_sum_of_its_prompts_losses(settings, head, ba
             for column, wanted in answers(one)[0].items():
                 target = torch.zeros(ITEMS)
                 target[list(wanted)] = torch.tensor(list(wanted.values()))
-                slow += functional.cross_entropy(expected_logits(model, hidden[column]), target)
+                slow += functional.cross_entropy(expected_logits(model, hidden[column], one.tables[0]), target)
         torch.testing.assert_close(model(batch), slow, rtol=1e-5, atol=1e-4)
 
 

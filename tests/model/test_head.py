@@ -134,6 +134,27 @@ def test_no_positions_give_zero_that_still_reaches_the_head():
         assert torch.equal(parameter.grad, torch.zeros_like(parameter)), name
 
 
+@pytest.mark.parametrize("tables", [[0, 2, 2, 0, 2, 0, 0], [1] * POSITIONS])
+def test_each_position_is_matched_with_the_rows_of_its_own_table(tables):
+    """No position of a table, and positions of all; values and gradients are those of one position at a time."""
+    hidden, nodes, texts = example()
+    head, tables = head_of(), torch.tensor(tables)
+    nodes_KId = torch.stack([nodes, nodes.flip(0), torch.randn_like(nodes)])
+    indptr = torch.tensor([0, 2, 3, 4, 5, 6, 7, 8])
+    targets = Targets(indptr, torch.tensor([2, 9, 5, 0, 1, 3, 10, 4]), torch.tensor([0.4, 0.6, *[1.0] * 6]))
+    alone = [head(hidden[p : p + 1], head.rows(nodes_KId[table], texts)) for p, table in enumerate(tables)]
+    rows = head.rows(nodes_KId, texts)
+    torch.testing.assert_close(head(hidden, rows, None, tables), torch.cat(alone))
+    dense = torch.zeros(POSITIONS, ITEMS).index_put((targets.rows, targets.items), targets.weights)
+    expected = -(torch.cat(alone).log_softmax(1) * dense).sum()
+    loss = head(hidden, rows, targets, tables)
+    torch.testing.assert_close(loss, expected)
+    for found, gradient in zip(
+        *(torch.autograd.grad(one, list(head.parameters())) for one in (loss, expected)), strict=True
+    ):
+        torch.testing.assert_close(found, gradient)
+
+
 def test_in_bf16_loss_is_fp32_and_gradients_are_near_those_of_fp32():
     hidden, nodes, texts = example()
     head, targets = head_of(), single_targets(torch.arange(POSITIONS))

@@ -216,10 +216,11 @@ assert model.config.num_hidden_layers == 1
 assert AutoTokenizer.from_pretrained(run + "/model/backbone")("cats")["input_ids"]
 with torch.no_grad():
     hidden = model(inputs_embeds=given["embeds"], attention_mask=given["mask"][:, None]).last_hidden_state
+    # [8, I, r]: each user's items, of the fit of the graph that does not know the user.
     rows = given["nodes"] @ parts["item_projector.rows.from_node.weight"].T + parts["item_projector.rows.free"]
     rows = rows + given["texts"] @ parts["item_projector.rows.from_text.weight"].T
     query = hidden.flatten(0, 1)[given["slots"]] @ parts["item_projector.fixed_Dr"]
-    save_file({"logits": query @ rows.T + parts["head.bias"]}, answer)
+    save_file({"logits": (rows @ query[:, :, None])[:, :, 0] + parts["head.bias"]}, answer)
 """
 
 
@@ -249,7 +250,7 @@ def test_the_exported_language_model_and_parts_give_the_runs_logits(tiny_store, 
             if family == "decoder"
             else batch.attention,
             "slots": batch.slots[:, 0],
-            "nodes": model.nodes.items_Id,
+            "nodes": model.nodes.items_KId[batch.tables],
             "texts": model.item_texts,
         }
     save_file({name: value.contiguous() for name, value in example.items()}, tmp_path / "example.safetensors")
