@@ -81,14 +81,12 @@ def _suite(suite: Any, found: list[dict[str, Any]]) -> str:
     ]
     if method and done("ablation"):
         lines += ["### What each part adds\n", _signs(method, {name: by_name[name] for name in done("ablation")})]
-    if done("trap"):
+    if method and done("trap"):
         lines += [
             "### Node embeddings that know the training targets\n",
             "The loss of the last training epoch, and N@10 on validation and test. A model that looks the answer up "
             "has a low training loss and ranks badly.\n",
-            _traps(
-                {f"{suite.method} (leave-out user vector)": method, **{name: by_name[name] for name in done("trap")}}
-            ),
+            _traps({f"{suite.method} ({suite.spared})": method, **{name: by_name[name] for name in done("trap")}}),
         ]
     return "\n".join(lines)
 
@@ -107,7 +105,7 @@ def _signs(full: list[dict[str, Any]], ablations: dict[str, list[dict[str, Any]]
 
 
 def _traps(rows: dict[str, list[dict[str, Any]]]) -> str:
-    lines = ["| user vector | training loss | validation N@10 | test N@10 | seeds |", "|---|---:|---:|---:|---:|"]
+    lines = ["| node vectors | training loss | validation N@10 | test N@10 | seeds |", "|---|---:|---:|---:|---:|"]
     for name, found in rows.items():
         loss = statistics.fmean([record for r in found for record in [r["history"][-1]["loss"]]])
         valid, test = (statistics.fmean(r["metrics"][split][METRIC] for r in found) for split in ("valid", "test"))

@@ -2,7 +2,7 @@
 
 python -m bench.sweep asha      # 12 trials pruned by ASHA, killed half-way and resumed, against the same 12 to the end
 python -m bench.sweep cost      # a sweep of 6 trials from raw data, against 6 times prepare and train
-python -m bench.sweep search    # tune_spaces/galrec.yaml on Amazon Beauty; begun again, it goes on
+python -m bench.sweep search [key=value …]   # tune_spaces/galrec.yaml on Amazon Beauty; begun again, it goes on
 """
 
 import argparse
@@ -32,16 +32,18 @@ FOLDER = WORK / "sweep"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["asha", "cost", "search"])
-    what = parser.parse_args().what
+    parser.add_argument("settings", nargs="*", help="search: settings of the job that the space does not have")
+    given = parser.parse_args()
+    what = given.what
     if what == "search":
-        result = search(FOLDER / what)
+        result = search(FOLDER / what, given.settings)
     else:
         shutil.rmtree(FOLDER / what, ignore_errors=True)
         (FOLDER / what).mkdir(parents=True)
         if not (FOLDER / "source").exists():
             write_demo(FOLDER / "source")
         result = {"asha": asha, "cost": cost}[what](FOLDER / what)
-    result["command"] = f"python -m bench.sweep {what}"
+    result["command"] = " ".join([f"python -m bench.sweep {what}", *given.settings])
     told = json.dumps(result, indent=1, default=lambda value: value.item())  # of numpy
     print(told)
     file = RESULTS / "sweep" / f"{what}.json"
@@ -116,10 +118,10 @@ def cost(folder: Path) -> dict[str, Any]:
     }
 
 
-def search(folder: Path) -> dict[str, Any]:
+def search(folder: Path, job_settings: list[str]) -> dict[str, Any]:
     """What a search on Beauty finds by validation, and its figure of every key's effect; `bench.quality` trains it."""
     space, store, trials = "tune_spaces/galrec.yaml", prepare("beauty"), 12
-    settings = [f"trials={trials}", "searcher.startup=6", "seed=1", "concurrency=2", "cluster.workers=1"]
+    settings = [f"trials={trials}", "searcher.startup=6", "seed=1", "concurrency=2", "cluster.workers=1", *job_settings]
     resumed = ["--resume"] if folder.exists() else []
     told = raygrec("tune", space, f"out={folder}", f"store={store}", *settings, *resumed)
     subprocess.run(told, cwd=ROOT, check=True)
@@ -130,6 +132,7 @@ def search(folder: Path) -> dict[str, Any]:
     drawn = read_tables(folder, "ndcg@10", "max")
     early = dict(zip(drawn.trials["trial"], drawn.comparable, strict=True))
     return {
+        "settings": job_settings,
         "trials": trials,
         "statuses": table["status"].value_counts().to_dict(),
         "epochs": float(table["epochs"].sum()),
