@@ -101,9 +101,11 @@ def matched(
     rows: R [I, r], or with `tables_P` [K, I, r], of which each position has its own.
     """
     if tables_P is not None:
-        mine = [(tables_P == table).nonzero()[:, 0] for table in range(len(rows))]
-        wanted = [None if targets is None else targets.take(positions) for positions in mine]
-        parts = [matched(queries_Pr[p], *one) for p, *one in zip(mine, rows, [bias_I] * len(rows), wanted, strict=True)]
+        mine, parts = [], []
+        for table in tables_P.unique().tolist() or [0]:
+            mine.append((tables_P == table).nonzero()[:, 0])
+            wanted = None if targets is None else targets.take(mine[-1])
+            parts.append(matched(queries_Pr[mine[-1]], rows[table], bias_I, wanted))
         return torch.cat(parts)[torch.cat(mine).argsort()] if targets is None else torch.stack(parts).sum()
     if targets is not None:
         return catalogue_cross_entropy(queries_Pr, rows, bias_I, targets)

@@ -153,6 +153,8 @@ def test_each_position_is_matched_with_the_rows_of_its_own_table(tables):
         *(torch.autograd.grad(one, list(head.parameters())) for one in (loss, expected)), strict=True
     ):
         torch.testing.assert_close(found, gradient)
+    nothing = head(hidden[:0], rows, targets.take(torch.arange(0)), tables[:0])
+    assert nothing == 0 and nothing.requires_grad
 
 
 def test_in_bf16_loss_is_fp32_and_gradients_are_near_those_of_fp32():
