@@ -81,27 +81,31 @@ class NeighbourSampler:
         others = others.where(others.ends != users[others.rows])
         return self._chosen(others, self.config.two_hop, users, draws, _TWO_HOP)
 
-    def of_items(
-        self, items: np.ndarray, draws: Draws, hidden: tuple[np.ndarray, np.ndarray] | None = None
-    ) -> tuple[CSR, CSR]:
+    def edges(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
+        """The edges (users [E], items [E]) as distinct ascending numbers, for `of_items` to hide.
+
+        Raises `ValueError` for numbers out of range.
+        """
+        return np.unique(
+            _numbers(users, self.num_users, "user") * self.num_items + _numbers(items, self.num_items, "item")
+        )
+
+    def of_items(self, items: np.ndarray, draws: Draws, hidden: np.ndarray | None = None) -> tuple[CSR, CSR]:
         """Users of each item, and items that share users with it, strongest first.
 
-        items: [B]. hidden: the edges that are targets in this step, as (users [E], items [E]); no path uses one of
-        them. Returns [B] rows of at most `one_hop` users and [B] rows of at most `two_hop` items, the item itself
-        left out. Shared users count whether or not they are among the one-hop users returned. Raises `ValueError`
-        for numbers out of range.
+        items: [B]. hidden: the `edges` that are targets in this step; no path uses one of them. Returns [B] rows of at
+        most `one_hop` users and [B] rows of at most `two_hop` items, the item itself left out. Shared users count
+        whether or not they are among the one-hop users returned. Raises `ValueError` for numbers out of range.
         """
         items = _numbers(items, self.num_items, "item")
         keys = items + self.num_users  # users are nodes 0…U-1, items follow
         users = self._by_item.reached(items, self.config.candidates, draws, _FIRST, keys)
         if hidden is not None:
-            hidden_users = _numbers(hidden[0], self.num_users, "user")
-            hidden_edges = np.unique(hidden_users * self.num_items + _numbers(hidden[1], self.num_items, "item"))
-            users = users.where(~_contains(hidden_edges, users.ends * self.num_items + users.via))
+            users = users.where(~_contains(hidden, users.ends * self.num_items + users.via))
         others = self._continued(users, self._by_user, keys, draws)
         others = others.where(others.ends != items[others.rows])
         if hidden is not None:
-            others = others.where(~_contains(hidden_edges, others.via * self.num_items + others.ends))
+            others = others.where(~_contains(hidden, others.via * self.num_items + others.ends))
         return (
             self._chosen(users, self.config.one_hop, keys, draws, _ONE_HOP),
             self._chosen(others, self.config.two_hop, keys, draws, _TWO_HOP),

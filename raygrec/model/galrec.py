@@ -203,7 +203,7 @@ class HopPrompts:
         self.tables = np.zeros(len(train), dtype=np.int64)
         # Every user's training target, not only those of a batch: prompts must not depend on their batch.
         users = np.flatnonzero(train.lengths)
-        self.hidden = (users, np.asarray(train.indices)[train.indptr[users + 1] - 1])
+        self.hidden = self.sampler.edges(users, np.asarray(train.indices)[train.indptr[users + 1] - 1])
 
     def training(self, users: np.ndarray, draws: Draws) -> HopBatch:
         """Each user's training items but the last, which every earlier position and the read-out lead up to;

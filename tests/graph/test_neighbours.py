@@ -88,7 +88,7 @@ def test_items_of_random_graphs_equal_a_plain_reference(histories, hidden, choic
         for edge in zip(*hidden, strict=True):
             del ages[edge]
     graph = sampler(histories, ITEMS, choice=choice, one_hop=limit, two_hop=limit)
-    one, two = graph.of_items(np.arange(ITEMS), Draws(1), hidden if hides else None)
+    one, two = graph.of_items(np.arange(ITEMS), Draws(1), graph.edges(*hidden) if hides else None)
     for item in range(ITEMS):
         users = {user: age for (user, other), age in ages.items() if other == item}
         assert_first_of(one[item].tolist(), ranked([(user, (age,)) for user, age in users.items()], choice), limit)
@@ -125,13 +125,13 @@ def test_a_hidden_edge_leaves_no_path(choice):
     by_user = CSR.from_lists([[0, 1, 2], [1, 0]])
     graph = sampler(by_user, 3, choice=choice)
     edge = (np.array([0]), np.array([0]))
-    one, two = graph.of_items(np.arange(3), Draws(0), edge)
+    one, two = graph.of_items(np.arange(3), Draws(0), graph.edges(*edge))
     assert lists(one)[0] == [1] and set(one[1]) == {0, 1} and lists(one)[2] == [0]
     assert lists(two)[0] == [1]
     assert set(two[1]) == {0, 2}  # to item 0 through user B still
     assert lists(two)[2] == [1]
     both = (np.array([0, 1]), np.array([0, 0]))
-    one, two = graph.of_items(np.arange(3), Draws(0), both)
+    one, two = graph.of_items(np.arange(3), Draws(0), graph.edges(*both))
     assert lists(one)[0] == lists(two)[0] == [] and lists(two)[1] == [2]
 
 
@@ -140,7 +140,8 @@ def test_hiding_edges_equals_a_graph_without_them(histories, hidden, choice):
     gone = set(zip(*(part.tolist() for part in hidden), strict=True))
     rest = CSR.from_lists([[i for i in row.tolist() if (user, i) not in gone] for user, row in enumerate(histories)])
     items = np.arange(ITEMS)
-    with_hidden = sampler(histories, ITEMS, choice=choice).of_items(items, Draws(5), hidden)
+    graph = sampler(histories, ITEMS, choice=choice)
+    with_hidden = graph.of_items(items, Draws(5), graph.edges(*hidden))
     without = sampler(rest, ITEMS, choice=choice).of_items(items, Draws(5))
     assert [lists(hop) for hop in with_hidden] == [lists(hop) for hop in without]
 
@@ -151,7 +152,7 @@ def test_neighbours_depend_on_the_node_and_the_draws_alone(histories, shown, hid
     graph = sampler(histories, ITEMS, choice=choice, one_hop=2, two_hop=2, candidates=candidates)
 
     def neighbours(users, items, draws):
-        one, two = graph.of_items(items, draws, hidden)
+        one, two = graph.of_items(items, draws, graph.edges(*hidden))
         others = lists(graph.of_users(users, shown.take(users), draws))
         return (
             dict(zip(users.tolist(), others, strict=True)),
@@ -262,7 +263,7 @@ def test_nodes_without_neighbours_have_empty_rows(choice):
     assert (lists(one), lists(two)) == ([[], [1], [2]], [[], [], [2]])
     nobody = np.zeros(0, dtype=np.int64)
     assert len(graph.of_users(nobody, CSR.from_lists([]), Draws(0))) == 0
-    assert [len(hop) for hop in graph.of_items(nobody, Draws(0), (nobody, nobody))] == [0, 0]
+    assert [len(hop) for hop in graph.of_items(nobody, Draws(0), graph.edges(nobody, nobody))] == [0, 0]
     no_edges = sampler(CSR.from_lists([[], []]), 2, choice=choice)
     assert lists(no_edges.of_items(np.array([1]), Draws(0))[1]) == [[]]
 
@@ -288,5 +289,5 @@ def test_a_batch_of_a_large_graph_takes_a_moment(choice):
     users = rng.choice(20_000, 512, replace=False)
     started = time.perf_counter()
     graph.of_users(users, by_user.take(users), Draws(0))
-    graph.of_items(users % 10_000, Draws(0), (by_user.rows[:5000], by_user.indices[:5000]))
+    graph.of_items(users % 10_000, Draws(0), graph.edges(by_user.rows[:5000], by_user.indices[:5000]))
     assert time.perf_counter() - started < 5
