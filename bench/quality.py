@@ -100,7 +100,7 @@ def galrec(title: str, store: str, published: str) -> Suite:
         "GAL-Rec": Cell("method", "galrec.yaml"),
         "GAL-Rec, texts alone": Cell("ours", "galrec-texts.yaml"),
         **searched(),
-        "GAL-Rec, nodes fitted on all edges": Cell(
+        "GAL-Rec, nodes fitted on all edges, 15 % contrasted": Cell(
             "trap", "galrec.yaml", ("graph.folds=0", "model.contrast.users=0.15", "model.contrast.items=0.15")
         ),
     }

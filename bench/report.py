@@ -160,8 +160,9 @@ def _search(found: dict[str, Any]) -> str:
     return (
         "## A search on Amazon Beauty\n\n"
         f"`tune_spaces/galrec.yaml`, TPE and ASHA, {found['trials']} trials ({statuses}; {found['epochs']:g} epochs in "
-        f"all), the job as it stands among the first: `{found['command']}`. Validation N@10 of the job "
-        f"{job['score']:.4f} ({job['status']} after {job['epochs']:g} epochs), of the best {best['score']:.4f}; after "
+        f"all), the job itself, with what the command says of it, among the first: `{found['command']}`. Validation "
+        f"N@10 of the job {job['score']:.4f} ({job['status']} after {job['epochs']:g} epochs), of the best "
+        f"{best['score']:.4f}; after "
         f"{found['shared_epoch']:g} epochs, which all trials reached, {job['early']:.4f} and {best['early']:.4f}. The "
         f"best: {point}. Read on test in the table of GAL-Rec above, as searched.\n\n"
         f"![Effect of each key](figures/{found['figure']})\n"

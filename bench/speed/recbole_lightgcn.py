@@ -6,6 +6,7 @@ batch_size, epochs, evaluate_every. The last line is [[CPU seconds since trainin
 
 import json
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ from recbole.utils import init_seed
 given, folder = json.loads(sys.argv.pop()), Path(sys.argv.pop())
 logging.disable()
 torch.set_num_threads(1)
+os.chdir(folder)  # where its Trainer leaves what it writes
 settings = {
     "data_path": str(folder.parent),
     "checkpoint_dir": str(folder / "none"),

@@ -1,6 +1,7 @@
 """Row 7: top-10 lists from a finished run, against generating what to recommend with the same language model."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,8 +80,9 @@ def finished(job: str) -> Path:
     backbone = Path(os.environ["RAYGREC_DATA"]) / "stories260k"
     settings = [FEW, f"backbone.name={backbone}", "backbone.layers=null"]
     config = with_absolute_paths(job_config(job, beauty(), f"topk-{Path(job).stem}", *settings))
+    shutil.rmtree(config.out, ignore_errors=True)
     folder = RunFolder(config.out)
-    folder.start(config, resume=True)
+    folder.start(config, resume=False)
     one = ready(job, beauty(), f"topk-{Path(job).stem}", *settings)
     trained = {name: p.detach() for name, p in one.model.named_parameters() if p.requires_grad}
     save_model(one.config, folder, trained)

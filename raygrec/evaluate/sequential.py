@@ -230,10 +230,10 @@ class Sequential(nn.Module):
         return self.head(self.hidden(batch, rows_Id).at(batch.slots[:, 0]), rows_Id)[:, None]
 
     def hidden(self, batch: PromptBatch, rows_Id: torch.Tensor) -> Placed:
-        """Last hidden states, by `passes` on prompts of like length; zero in padding."""
+        """Last hidden states, by `passes` on prompts of like length."""
         where_BT, parts_nd, count = torch.zeros_like(batch.symbols), [], 0
         for mine, width in passes(batch.lengths, self):
-            rows = torch.tensor(mine or [0], device=where_BT.device)
+            rows = torch.tensor(mine or [0][: len(where_BT)], dtype=torch.int64, device=where_BT.device)
             keys = None if batch.dropout_keys is None else batch.dropout_keys[rows]
             parts_nd.append(self._read(batch.symbols[rows, :width], keys, rows_Id).flatten(0, 1))
             if mine:  # a pass on no prompt of its own takes part, and is not looked at

@@ -21,6 +21,7 @@ from raygrec.progress import progress_bar
 from raygrec.tensors import load_tensors, save_tensors
 
 _FOLDS = 1  # what a draw is for
+AT_ONCE = 2**14  # edges whose rows a step holds at a time
 INITIAL_SCALE = 0.1  # standard deviation of the ego embeddings at the start, as in the authors' code
 
 
@@ -254,18 +255,20 @@ class _Step:
         penalty, and with the contrast's, whose parameters have theirs."""
         share, layers = 1 / (self.config.layers + 1), self.config.layers
         sums_Nd = _layer_sum(self.adjacency, self.ego_Nd, layers, self.buffers)
-        users_Bd, items_Bd = sums_Nd.index_select(0, users_B), sums_Nd.index_select(0, items_B)
-        apart_Bnd = sums_Nd.index_select(0, negatives_Bn.flatten()).view(*negatives_Bn.shape, -1) - items_Bd[:, None]
-        losing_Bn = (apart_Bnd * users_Bd[:, None]).sum(-1) * share**2
-        slopes_Bn1 = losing_Bn.sigmoid()[..., None] * (share**2 / losing_Bn.numel())
-        by_negatives_Bnd = slopes_Bn1 * users_Bd[:, None]
-        by_sums_Nd = self.by_sums_Nd.zero_()
-        for nodes, values in (
-            (users_B, (slopes_Bn1 * apart_Bnd).sum(1)),
-            (items_B, -by_negatives_Bnd.sum(1)),
-            (negatives_Bn.flatten(), by_negatives_Bnd.flatten(0, 1)),
+        by_sums_Nd, loss = self.by_sums_Nd.zero_(), sums_Nd.new_zeros(())
+        for users_b, items_b, negatives_bn in zip(
+            *(nodes.split(AT_ONCE) for nodes in (users_B, items_B, negatives_Bn)), strict=True
         ):
-            by_sums_Nd.index_put_((nodes,), values, accumulate=True)
+            users_bd, items_bd = sums_Nd.index_select(0, users_b), sums_Nd.index_select(0, items_b)
+            others_bnd = sums_Nd.index_select(0, negatives_bn.flatten()).view(*negatives_bn.shape, -1)
+            apart_bnd = others_bnd - items_bd[:, None]
+            losing_bn = (apart_bnd * users_bd[:, None]).sum(-1) * share**2
+            loss += functional.softplus(losing_bn).sum() / negatives_Bn.numel()
+            slopes_bn1 = losing_bn.sigmoid()[..., None] * (share**2 / negatives_Bn.numel())
+            by_negatives_bnd = slopes_bn1 * users_bd[:, None]
+            by_sums_Nd.index_put_((users_b,), (slopes_bn1 * apart_bnd).sum(1), accumulate=True)
+            by_sums_Nd.index_put_((items_b,), -by_negatives_bnd.sum(1), accumulate=True)
+            by_sums_Nd.index_put_((negatives_bn.flatten(),), by_negatives_bnd.flatten(0, 1), accumulate=True)
         if contrast:
             final_Nd = (sums_Nd * share).requires_grad_()
             with torch.enable_grad():
@@ -275,7 +278,7 @@ class _Step:
         read_N = torch.cat([users_B, items_B, negatives_Bn.flatten()]).bincount(minlength=len(self.ego_Nd))
         penalty = self.config.l2 / len(users_B)
         self.ego_Nd.grad = gradient_Nd.addcmul_(self.ego_Nd, read_N[:, None].to(gradient_Nd.dtype), value=penalty)
-        return functional.softplus(losing_Bn).mean()
+        return loss
 
 
 def pretrain(
@@ -328,6 +331,7 @@ def pretrain(
                 best, best_ego, waited = ndcg, ego.detach().clone(), 0
             elif valid is not None and (waited := waited + 1) >= config.patience:
                 break
+    del step, optimizer, ego  # what they hold is as large as what is made now
     embeddings = node_embeddings(adjacency, best_ego.detach(), config.layers, len(train))
     return NodeEmbeddings(*(tensor.cpu() for tensor in vars(embeddings).values())), history
 

@@ -300,6 +300,8 @@ def passes(lengths_B: torch.Tensor, module: nn.Module) -> list[tuple[list[int], 
 
 def like_lengths(lengths: list[int], parts: int) -> list[list[int]]:
     """Numbers 0 … n − 1 in at most `parts` groups, of which each is padded to its longest: with the least padding."""
+    if not lengths:
+        return [[]]
     order = np.argsort(lengths, kind="stable")
     widths, counts = np.unique(np.asarray(lengths)[order], return_counts=True)
     ends = np.cumsum(counts)

@@ -101,12 +101,14 @@ def matched(
     rows: R [I, r], or with `tables_P` [K, I, r], of which each position has its own.
     """
     if tables_P is not None:
-        mine, parts = [], []
-        for table in tables_P.unique().tolist() or [0]:
-            mine.append((tables_P == table).nonzero()[:, 0])
-            wanted = None if targets is None else targets.take(mine[-1])
-            parts.append(matched(queries_Pr[mine[-1]], rows[table], bias_I, wanted))
-        return torch.cat(parts)[torch.cat(mine).argsort()] if targets is None else torch.stack(parts).sum()
+        parts = [(tables_P == table).nonzero()[:, 0] for table in range(len(rows))]
+        if targets is not None:
+            read = zip(parts, rows.unbind(0), strict=True)
+            return sum(matched(queries_Pr[mine], rows_Ir, bias_I, targets.take(mine)) for mine, rows_Ir in read)
+        logits_PI = queries_Pr.new_empty(len(queries_Pr), rows.shape[1])
+        for mine, rows_Ir in zip(parts, rows.unbind(0), strict=True):
+            logits_PI[mine] = matched(queries_Pr[mine], rows_Ir, bias_I, None)
+        return logits_PI
     if targets is not None:
         return catalogue_cross_entropy(queries_Pr, rows, bias_I, targets)
     return torch.addmm(bias_I.to(queries_Pr.dtype), queries_Pr, rows.T.to(queries_Pr.dtype))

@@ -202,8 +202,10 @@ class GraphReader(nn.Module):
     def matched(self, hidden_PD: torch.Tensor, tables_P: torch.Tensor, targets: Targets | None = None) -> torch.Tensor:
         """Logits [P, I] of hidden states, against items whose nodes are of the given fits; with targets their
         cross-entropy, as `catalogue_cross_entropy`."""
-        tied, several = isinstance(self.head, TiedHead), len(self.nodes.items_KId) > 1
+        tied = isinstance(self.head, TiedHead)
         rows = self.item_projector.rows if tied else self.head.rows
-        rows = rows(self.nodes.items_KId if several else self.nodes.items_Id, self.item_texts)
         read = self.item_projector.queries(hidden_PD) if tied else hidden_PD
-        return self.head(read, rows, targets, tables_P if several else None)
+        if len(self.nodes.items_KId) == 1:
+            return self.head(read, rows(self.nodes.items_Id, self.item_texts), targets)
+        used, tables_P = tables_P.unique(return_inverse=True) if len(tables_P) else (tables_P.new_zeros(1), tables_P)
+        return self.head(read, rows(self.nodes.items_KId[used], self.item_texts), targets, tables_P)

@@ -303,7 +303,7 @@ def work_of(config: RunConfig, sizes: Sizes, device: str) -> Work:
     # Besides, a token keeps what its projector reads, an answer what the head does and its gradient; masks of dropout.
     prompt = most * (kept / longest + 4 * text + width) + answers * (5 * width + 4 * model.nodes.width)
     forward = mean * (2 * language_model + 4 * layers * width * mean)
-    forward += mean_answers * 2 * rows + tables * sizes.items * 2 * text * model.nodes.width / config.train.micro_batch
+    forward += mean_answers * 2 * rows + 2 * rows * (text + (tables - 1) * model.nodes.width) / config.train.micro_batch
     frozen = isinstance(config, GLTARun) or config.model.tuning != "full"
     return Work(
         total,

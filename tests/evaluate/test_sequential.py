@@ -204,6 +204,17 @@ def test_prompts_of_like_length_are_read_together_with_the_same_result(kind):
     assert len(passes(batch.lengths, model)) == 2
 
 
+@pytest.mark.parametrize("kind", ["plain", "newest"])
+def test_prompts_that_predict_nothing_new_have_no_loss(kind):
+    """All that a user's history leads to came before; `newest` then has no prompt at all."""
+    batch = prompts_of([[2, 2], [4, 4, 4]], **KINDS[kind]).training(np.arange(2), Draws(0))
+    model = model_of(**KINDS[kind])
+    loss = model(batch)
+    loss.backward()
+    assert loss == 0 and not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+    assert len(batch.symbols) == (0 if kind == "newest" else 2)
+
+
 def test_alpha_mixes_the_filter_with_attention():
     models = [model_of(filter="frequency", alpha=alpha, layers=1) for alpha in (0.0, 1.0, 0.25)]
     plain = model_of(layers=1)

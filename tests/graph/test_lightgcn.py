@@ -6,6 +6,7 @@ from torch_geometric.nn import LightGCN
 
 from raygrec.data.arrays import CSR
 from raygrec.errors import InputError
+from raygrec.graph import lightgcn
 from raygrec.graph.lightgcn import (
     LightGCNConfig,
     NodeEmbeddings,
@@ -73,9 +74,10 @@ def test_propagate_equals_pyg(train, ego, layers):
     )
 
 
-@pytest.mark.parametrize("layers", [0, 1, 3])
-def test_a_step_has_the_loss_and_the_gradient_of_pyg(train, ego, layers):
-    """Two negatives of an edge are two edges with one each; nodes that a batch reads twice are penalised twice."""
+@pytest.mark.parametrize(("layers", "at_once"), [(0, 4), (1, 3), (3, 1)])
+def test_a_step_has_the_loss_and_the_gradient_of_pyg(train, ego, layers, at_once, monkeypatch):
+    """In parts or not. Two negatives of an edge are two edges with one each; nodes read twice are penalised twice."""
+    monkeypatch.setattr(lightgcn, "AT_ONCE", at_once)
     users, items = torch.tensor([3, 3, 7, 9]), torch.tensor([1, 2, 2, 5]) + USERS
     negatives = torch.tensor([[4, 4], [0, 7], [8, 2], [1, 6]]) + USERS
     pyg, edges = pyg_of(train, ego, layers)
