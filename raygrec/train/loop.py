@@ -14,7 +14,7 @@ from raygrec.errors import InputError
 from raygrec.model.backbone import passes
 from raygrec.model.prompts import PromptBatch
 from raygrec.ranks import from_rank_0, sum_over_ranks, world
-from raygrec.train.engine import Engine, NonFiniteError, peak_memory_mib
+from raygrec.train.engine import Engine, NonFiniteError, give_back_memory, peak_memory_mib
 from raygrec.train.folder import LoopState, RunFolder
 from raygrec.train.settings import StageConfig
 from raygrec.train.writer import CheckpointWriter
@@ -236,6 +236,7 @@ def _updates(
         writer.check()
         if ends_epoch or wanted or state.step % config.checkpoint_every == 0:
             writer.wait()  # before there is another copy of the state in memory
+            give_back_memory()
             tensors = engine.state(keep=rank == 0)
             if rank == 0:
                 writer.save(state, tensors, _parameters(tensors) if improved else None)

@@ -2,6 +2,7 @@ import itertools
 import json
 import math
 import os
+import platform
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from raygrec.train.engine import (
     LocalEngine,
     NonFiniteError,
     _deepspeed_settings,
+    give_back_memory,
     make_engine,
 )
 from raygrec.train.folder import LoopState, RunFolder
@@ -28,6 +30,7 @@ from raygrec.train.settings import RunConfig, StageConfig
 from tests.ranks import run_ranks
 from tests.train.workers import Silent, tiny_config
 
+MIB = 2**20
 LR, DECAY, BETAS, CLIP = 0.1, 0.04, (0.8, 0.9), 2.0
 
 
@@ -70,6 +73,20 @@ def adamw_by_hand(steps: int) -> tuple[np.ndarray, list[float]]:
         moved = first / (1 - BETAS[0] ** t) / (np.sqrt(second / (1 - BETAS[1] ** t)) + 1e-8)
         weight = weight - LR * DECAY * weight - LR * moved
     return weight, norms
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep no such holes")
+def test_memory_in_holes_goes_back_to_the_system():
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    blocks = [torch.ones(25_000) for _ in range(2000)]  # 191 MiB, each too small for a mapping of its own
+    last = blocks.pop()
+    full = resident()
+    del blocks
+    give_back_memory()
+    assert full - resident() > 150 * MIB
+    assert float(last.sum()) == 25_000
 
 
 def test_updates_are_adamw_with_clipping():
