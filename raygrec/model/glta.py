@@ -34,7 +34,7 @@ from raygrec.model.prompts import (
 )
 
 # What a draw is for: the last counter of every `Draws.uniform` here.
-SHUFFLE, HOLDOUT, USER_DROPOUT, DROPOUT = 1, 2, 3, 4
+SHUFFLE, HOLDOUT, USER_DROPOUT, DROPOUT, EMPTY = 1, 2, 3, 4, 5
 
 
 class ProfileConfig(StrictConfig):
@@ -94,6 +94,9 @@ class GLTAConfig(StrictConfig):
     paper's); `all` takes the expectation over the shuffles."""
     holdout: float = Field(0.5, gt=0, lt=1)
     """Unordered histories: up to this share of a user's training items becomes the targets of one prompt."""
+    empty_histories: float = Field(0.0, ge=0, lt=1)
+    """[ours] Share of stage 3's whole prompts that show no item, so that those of users without a history are no
+    news. Items that a text was generated from are shown all the same."""
     alignment_items: int = Field(8, ge=2)
     """Items per prompt of stage 2."""
     alignment_tokens: int = Field(24, ge=1)
@@ -182,6 +185,9 @@ class PromptBuilder:
         if not self.ordered:
             items = _shuffled_rows(items, users, draws, first=self._fixed_first(users))
         shown = self._shown(users, items.lengths, draws)
+        if whole and self.config.empty_histories:
+            empty = draws.uniform(users, EMPTY) < self.config.empty_histories
+            shown = np.where(empty, 0 if self.shown_at_least is None else self.shown_at_least[users], shown)
         place = np.arange(len(items.indices)) - items.indptr[items.rows]
         seen = place < shown[items.rows]
         history = CSR.from_pairs(items.rows[seen], items.indices[seen], len(users))

@@ -252,6 +252,33 @@ def test_items_that_texts_or_embeddings_were_made_from_are_shown(ordered):
     assert {count for user, count in drawn if user == 11} == ({7, 8, 9, 10} if ordered else set(range(6, 11)))
 
 
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_share_of_whole_prompts_shows_no_item(ordered):
+    """Its slots name the user's first items, of an unordered history all; what texts were made from is shown still."""
+    train = CSR.from_lists([[3, 5, 7], [2, 4, 6, 8, 1], [9, 10]] * 200)
+    users = np.arange(600)
+    plain, prompter = (builder(train, ordered, slots=2, empty_histories=share) for share in (0.0, 0.3))
+    batch = prompter.training(users, Draws(1))
+    empty = [user for user, shown in enumerate(histories(batch)) if not shown]
+    assert 140 < len(empty) < 220  # within four standard deviations
+    for user in empty:
+        first, second = columns(batch)[user].tolist()
+        items = train[user].tolist()
+        all_of_them = {item: pytest.approx(1 / len(items)) for item in items}
+        expected = (
+            {first: {items[0]: 1.0}, second: {items[1]: 1.0}}
+            if ordered
+            else dict.fromkeys((first, second), all_of_them)
+        )
+        assert answers(batch)[user] == expected
+    others = np.setdiff1d(users, empty)
+    kept = zip(histories(batch), histories(plain.training(users, Draws(1))), strict=True)
+    assert all(found == same for user, (found, same) in enumerate(kept) if user in set(others.tolist()))
+    assert all(histories(prompter.training(users, Draws(1), whole=False)))
+    prompter.shown_at_least = np.ones(600, dtype=np.int64)
+    assert min(map(len, histories(prompter.training(users, Draws(1))))) == 1
+
+
 def test_repeated_items_are_no_targets():
     prompter = builder([[3, 5, 3, 3, 7]], slots=1, texts=NO_TEXTS)
     batch = prompter.training(np.array([0]), Draws(0))
