@@ -58,7 +58,7 @@ def _suite(suite: Any, found: list[dict[str, Any]]) -> str:
         return Row(name, [result["metrics"]["test"] for result in by_name[name]])
 
     # A seed's graph baselines are the same whichever cell read them.
-    read = [(result["seed"], result["metrics"]["baselines"]) for result in [*found, *method]]
+    read = [(result["seed"], result["metrics"].get("baselines", {})) for result in [*found, *method]]
     by_seed = {seed: baselines for seed, baselines in read if "LightGCN" in baselines}
     rows = [Row(name, [one[name]["test"] for one in by_seed.values()]) for name in ("Popularity", "LightGCN")]
     rows = [*(one for one in rows if one.seeds), *map(row, done("baseline")), *map(row, done("method"))]
