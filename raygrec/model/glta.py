@@ -338,12 +338,12 @@ class PromptBuilder:
     ) -> tuple[np.ndarray, Targets]:
         """Answer positions that have a target, ascending by kind, and the targets."""
         place = np.arange(len(future.indices)) - future.indptr[future.rows]
-        # In a prompt of order, slot j names the item that comes j-th next; one that shows nothing has no next.
-        sampled = np.full(len(place), self.config.targets == "sampled")
-        placed = shown.lengths[future.rows] > 0 if self.ordered else sampled
-        used, spread = placed & (place < slots.shape[1]), ~placed
-        positions = np.concatenate([slots[future.rows[used], place[used]], slots[future.rows[spread]].ravel()])
-        items = np.concatenate([future.indices[used], np.repeat(future.indices[spread], slots.shape[1])])
+        if self.ordered or self.config.targets == "sampled":
+            used = place < slots.shape[1]
+            positions, items = slots[future.rows[used], place[used]], future.indices[used]
+        else:
+            positions = slots[future.rows].ravel()
+            items = np.repeat(future.indices, slots.shape[1])
         if self.causal:
             whole = join_rows([shown, truncated(future, 1, keep="first")])
             offset = np.arange(len(whole.indices)) - whole.indptr[whole.rows]
