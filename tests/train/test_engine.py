@@ -474,7 +474,8 @@ def test_live_figures_by_hand(tmp_path, every):
         assert values["terms/second"] == pytest.approx(0.5 * 40 / 2)
         assert values["loss"] == pytest.approx(values["terms/first"] + values["terms/second"])
         assert values["lr"] == learning_rate(step - 1, 4, stage.config)
-        assert values["padding"] == pytest.approx(1 - (things % 4 + 1).sum() / 16)
+        lengths = things.reshape(2, 2) % 4 + 1  # of two micro-batches, each as wide as its longest
+        assert values["padding"] == pytest.approx(1 - lengths.sum() / (2 * lengths.max(1).sum()))
         assert values["gradient_norm"] == pytest.approx(np.hypot(2 / 4, 2 * 0.5 / 2))  # of two micro-batches
         assert values["tokens_per_second"] > 0 < values["peak_memory_mib"]
         assert values.get("valid/ndcg_at_3") == {2: 0.5, 4: 0.25}.get(step)
