@@ -81,12 +81,17 @@ def _suite(suite: Any, found: list[dict[str, Any]]) -> str:
     ]
     if method and done("ablation"):
         lines += ["### What each part adds\n", _signs(method, {name: by_name[name] for name in done("ablation")})]
-    if method and done("trap"):
+    if done("trap"):
         lines += [
             "### Node embeddings that know the training targets\n",
             "The loss of the last training epoch, and N@10 on validation and test. A model that looks the answer up "
             "has a low training loss and ranks badly.\n",
-            _traps({f"{suite.method} ({suite.spared})": method, **{name: by_name[name] for name in done("trap")}}),
+            _traps(
+                {
+                    **({f"{suite.method} ({suite.spared})": method} if method else {}),
+                    **{name: by_name[name] for name in done("trap")},
+                }
+            ),
         ]
     return "\n".join(lines)
 
