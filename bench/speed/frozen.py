@@ -16,7 +16,8 @@ from raygrec.train import loop
 from raygrec.train.engine import LocalEngine
 
 ROUNDS, STEPS = 5, 2  # steps of a round
-OURS, WHOLE, NAIVE = "raygrec", "whole prompts", "naive"  # the second has no gradients of weights, but no cache
+# The second has no gradients of weights, but no cache and all of the last layer; so has the third, with gradients.
+OURS, WHOLE, NAIVE = "raygrec", "whole prompts", "naive"
 READS = {form: f"{form}, without head and update" for form in (OURS, WHOLE, NAIVE)}
 LONG = "Here are the items that a user has liked, the oldest first. Find what this user will like next:"
 TARGET = 1.5
@@ -61,6 +62,7 @@ class Steps:
         self.stage = stage_of(one.config, one.prompts, whole)
         self.engine = LocalEngine(one.model, one.config.engine)
         self.backbone = one.model.backbone
+        self.last = self.backbone._last
         self.order = np.zeros((0, 0), dtype=np.int64)
         self.batches: list[PromptBatch] = []
         self.rounds: list[list[PromptBatch]] = []
@@ -87,17 +89,21 @@ class Steps:
 
     def steps(self, form: str, number: int) -> None:
         stage = replace(self.stage, build=lambda *given: self.given(form, self.stage.build(*given)))
-        self.backbone.requires_grad_(form == NAIVE)
+        self.take(form)
         for place, users in enumerate(self.order):
             loop._step(stage, self.engine, users, draws(number, place), 1e-4, False)
             self.backbone.zero_grad()
 
     def reads(self, form: str, _: int) -> None:
         """Hidden states, forward and backward: what the forms differ in."""
-        self.backbone.requires_grad_(form == NAIVE)
+        self.take(form)
         for batch in self.batches:
-            self.one.model.hidden(self.given(form, batch)).rows_ND.sum().backward()
+            self.one.model.hidden(self.given(form, batch), batch.answers).rows_ND.sum().backward()
             self.one.model.zero_grad()
+
+    def take(self, form: str) -> None:
+        self.backbone.requires_grad_(form == NAIVE)
+        self.backbone._last = self.last if form == OURS else None
 
     def given(self, form: str, batch: PromptBatch) -> PromptBatch:
         return batch if form == OURS else replace(batch, prefix=0)
@@ -108,9 +114,10 @@ class Steps:
     def flops(self, batch: PromptBatch) -> float:
         """Of the language model's weights forward and for the gradient of what it is given, and of the head."""
         weights = sum(p.numel() for name, p in self.backbone.named_parameters() if "embed" not in name)
-        tokens = int((batch.lengths - self.shared(batch)).sum())
+        tokens, answers = int((batch.lengths - self.shared(batch)).sum()), len(batch.answers)
         rows = self.one.model.symbols.items * self.one.model.nodes.width
-        return 2 * weights * (2 * tokens + self.shared(batch)) + 6 * len(batch.answers) * rows
+        read = 2 * weights * (2 * tokens + self.shared(batch))
+        return read - 4 * self.backbone.asked_alone * (tokens - answers) + 6 * answers * rows
 
 
 def draws(number: int, place: int) -> Draws:
@@ -123,7 +130,7 @@ def parts(seconds: Seconds) -> dict[str, dict[str, float]]:
     found = {}
     for what, sides in (("a step", {form: form for form in READS}), ("hidden states alone", READS)):
         ours, whole, naive = (np.array(seconds[sides[form]]) for form in (OURS, WHOLE, NAIVE))
-        found[f"{what}: cache"] = spread(whole / ours)
+        found[f"{what}: cache and last layer"] = spread(whole / ours)
         found[f"{what}: no gradients of weights"] = spread(naive / whole)
         found[f"{what}: both"] = spread(naive / ours)
     return found
@@ -132,6 +139,6 @@ def parts(seconds: Seconds) -> dict[str, dict[str, float]]:
 def note(shared: int, share: float, gains: dict[str, dict[str, float]]) -> str:
     read = f"{shared} tokens that begin all prompts, {share:.0%} of all tokens, are read once"
     if not shared:
-        read = "an encoder reads prompts whole: what the cache gains is the difference of equal sides"
+        read = "an encoder reads prompts whole: no cache, but the last layer of answers alone"
     told = [f"{name} ×{one['median']:.2f} ({one['low']:.2f}–{one['high']:.2f})" for name, one in gains.items()]
     return "; ".join([read, *told])

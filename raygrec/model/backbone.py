@@ -1,7 +1,7 @@
 """Language-model backbones: loading by name or path, token embeddings, hidden states, generation."""
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,8 @@ from torch import nn
 from raygrec.config import StrictConfig
 from raygrec.data.tokens import transformers_library
 from raygrec.errors import InputError
-from raygrec.model.dropout import prompt_dropout
+from raygrec.model.dropout import keyed_dropout, prompt_dropout
+from raygrec.model.last_layer import Asked, LastLayer, asked_alone, last_layer
 from raygrec.model.prompts import Placed
 from raygrec.progress import track
 from raygrec.remote import fetch, is_address
@@ -127,7 +128,19 @@ class Backbone(nn.Module):
         self.vocabulary: int = settings.vocab_size
         self.positions = positions(config.name)
         self._keys_B: torch.Tensor | None = None
+        self._asked: Asked | None = None
+        self._narrowed = False  # while the last layer computes the asked positions alone
         self._checkpointed = False
+        known = last_layer(self.model, settings.model_type)
+        self._last: LastLayer | None = None
+        if known is not None:
+            layer, self._last = known
+            layer.forward = partial(self._last_layer, layer, layer.forward)
+
+    @property
+    def asked_alone(self) -> int:
+        """Parameters that read no position but those asked for."""
+        return 0 if self._last is None else asked_alone(last_layer(self.model, self.model.config.model_type)[0])
 
     def freeze(self) -> "Backbone":
         """No gradients from here on."""
@@ -178,35 +191,43 @@ class Backbone(nn.Module):
         lengths_B: torch.Tensor,
         keys_B: torch.Tensor | None = None,
         prefix: int = 0,
+        asked: torch.Tensor | None = None,
     ) -> Placed:
         """`forward` of prompts of the given lengths, in `passes`.
 
+        asked: flat positions (row · T + column) whose hidden states are wanted; others then have some. None: all.
         prefix: how many first columns are the same text in all of them. A frozen decoder computes those once, without
         gradient, and the rest of every prompt reads their keys and values.
         """
         first = min(prefix, embeds.where_BT.shape[1] - 1) if self._shares_prefix(keys_B) else 0
         where, device = torch.zeros_like(embeds.where_BT), embeds.where_BT.device
-        hidden_nD, past = [], None
+        wanted_BT = torch.arange(where.shape[1], device=device) < lengths_B[:, None]
+        if asked is not None:
+            wanted_BT = torch.zeros_like(wanted_BT)
+            wanted_BT.view(-1)[asked] = True
+        hidden_nD, past, count = [], None, 0
         if first:
-            past = transformers_library().DynamicCache()
+            past, own = transformers_library().DynamicCache(), Asked.of(wanted_BT[:1, :first])
             with torch.no_grad():
                 shared_1PD = embeds.rows_ND[embeds.where_BT[:1, :first]]
-                hidden_nD.append(self(shared_1PD, attention_BTT[:1, :first, :first], past=past)[0])
-            where[:, :first] = torch.arange(first, device=device)
+                hidden_nD.append(self(shared_1PD, attention_BTT[:1, :first, :first], past=past, asked=own))
+            count = len(own.columns_n)
+            where[:, own.columns_n] = torch.arange(count, device=device)
         given = [
             (mine, torch.tensor(mine or [0], device=device), slice(first, first + width))
             for mine, width in passes(lengths_B - first, self)
         ]
         taken = [embeds.where_BT[rows, columns] for _, rows, columns in given]
         parts_nD = embeds.rows_ND.index_select(0, torch.cat([part.flatten() for part in taken]))
-        parts_nD, count = parts_nD.split([part.numel() for part in taken]), first
+        parts_nD = parts_nD.split([part.numel() for part in taken])
         for (mine, rows, columns), places_BT, part_nD in zip(given, taken, parts_nD, strict=True):
             read = (part_nD.view(*places_BT.shape, -1), attention_BTT[rows, columns, : columns.stop])
-            keys = None if keys_B is None else keys_B[rows]
-            hidden_nD.append(self(*read, keys, _repeated(past, len(rows))).flatten(0, 1))
+            keys, own = None if keys_B is None else keys_B[rows], Asked.of(wanted_BT[rows, columns])
+            hidden_nD.append(self(*read, keys, _repeated(past, len(rows)), own))
+            end = count + len(hidden_nD[-1])
             if mine:  # a pass on no prompt of its own takes part, and is not looked at
-                where[rows, columns] = torch.arange(count, count + len(part_nD), device=device).view_as(places_BT)
-            count += len(part_nD)
+                where[rows[own.rows_n], first + own.columns_n] = torch.arange(count, end, device=device)
+            count = end
         return Placed(torch.cat(hidden_nD), where)
 
     def _shares_prefix(self, keys_B: torch.Tensor | None) -> bool:
@@ -218,23 +239,39 @@ class Backbone(nn.Module):
         """A forward hook; not of attention weights, which are of four dimensions."""
         if self._keys_B is None or output.dim() != 3:
             return output
+        if self._narrowed:
+            keys_n = self._keys_B[self._asked.rows_n]
+            return keyed_dropout(output[0], rate, keys_n, self._asked.columns_n, use)[None]
         return prompt_dropout(output, rate, self._keys_B, use)
+
+    def _last_layer(
+        self, layer: nn.Module, whole: Callable, hidden_BTD: torch.Tensor, *rest: object, **given: object
+    ) -> torch.Tensor:
+        """What the last layer does instead of `whole`, its forward: that, where no positions are asked for."""
+        if self._asked is None:
+            return whole(hidden_BTD, *rest, **given)
+        mask_B1TS = rest[0] if rest else given.pop("attention_mask")
+        self._narrowed = True
+        try:
+            return self._last(layer, hidden_BTD, self._asked, mask_B1TS, **given)
+        finally:
+            self._narrowed = False
 
     def checkpoint(self) -> None:
         """Computes a layer's inner values again where the backward pass needs them, with the keys of its call."""
         self.model.gradient_checkpointing_enable(
-            {"use_reentrant": False, "context_fn": lambda: (nullcontext(), self._with_keys(self._keys_B))}
+            {"use_reentrant": False, "context_fn": lambda: (nullcontext(), self._with(self._keys_B, self._asked))}
         )
         self.model.train()  # `transformers` does it in training mode only
         self._checkpointed = True
 
     @contextmanager
-    def _with_keys(self, keys_B: torch.Tensor | None) -> Iterator[None]:
-        before, self._keys_B = self._keys_B, keys_B
+    def _with(self, keys_B: torch.Tensor | None, asked: Asked | None) -> Iterator[None]:
+        before, (self._keys_B, self._asked) = (self._keys_B, self._asked), (keys_B, asked)
         try:
             yield
         finally:
-            self._keys_B = before
+            self._keys_B, self._asked = before
 
     def save(self, folder: Path) -> None:
         """Writes the language model as `save_pretrained` does, with its adapters merged into the weights for good."""
@@ -254,8 +291,9 @@ class Backbone(nn.Module):
         attention_BTS: torch.Tensor,
         keys_B: torch.Tensor | None = None,
         past: "DynamicCache | None" = None,
+        asked: Asked | None = None,
     ) -> torch.Tensor:
-        """Last hidden states [B, T, D] of embeddings [B, T, D].
+        """Last hidden states [B, T, D] of embeddings [B, T, D]; [n, D] of the positions asked for.
 
         attention_BTS is True where a query (row) may look at a key (column); each looks at one at least.
         A decoder's own causal pattern is laid over the given one. keys_B: int64, see `drop`. past: a decoder's keys
@@ -276,8 +314,11 @@ class Backbone(nn.Module):
             lowest = torch.finfo(embeds_BTD.dtype).min
             mask_B1TS = torch.zeros_like(mask_B1TS, dtype=embeds_BTD.dtype).masked_fill(~mask_B1TS, lowest)
         cache = {} if past is None else {"past_key_values": past}
-        with self._with_keys(keys_B):
-            return self.model(inputs_embeds=embeds_BTD, attention_mask=mask_B1TS, **cache).last_hidden_state
+        with self._with(keys_B, asked if self._last is not None else None):
+            read = self.model(inputs_embeds=embeds_BTD, attention_mask=mask_B1TS, **cache).last_hidden_state
+        if asked is None:
+            return read
+        return asked.among(read) if self._last is None else read[0]
 
 
 def _repeated(past: "DynamicCache | None", rows: int) -> "DynamicCache | None":

@@ -429,7 +429,8 @@ class GALRec(GraphReader):
         The contrastive sums are this rank's share of the global ones (`contrast_terms`). Divide by `batch.counts`,
         summed over all ranks.
         """
-        hidden = self.hidden(batch, self.hops_read)
+        hops = batch.hops[:, : self.hops_read]
+        hidden = self.hidden(batch, self.hops_read, torch.cat([batch.answers, hops[hops >= 0]]))
         recommended = self.recommending_loss(hidden, batch)
         return torch.stack([recommended, *self._contrast(hidden, batch)])
 
@@ -463,10 +464,11 @@ class GALRec(GraphReader):
     def contrasted(self, batch: HopBatch, rows_N: torch.Tensor) -> torch.Tensor:
         """[N, 3, width] hops of these prompts as the contrast compares them, by a pass that reads no other prompt."""
         keys = None if batch.dropout_keys is None else batch.dropout_keys[rows_N]
-        hidden = self.backbone.read(self.embed(batch, rows_N), batch.attention[rows_N], batch.lengths[rows_N], keys)
         width = batch.symbols.shape[1]
         starts_N = torch.arange(len(rows_N), device=rows_N.device) * width
-        return self._projected(hidden.at(starts_N[:, None] + batch.hops[rows_N] % width))
+        hops_N3 = starts_N[:, None] + batch.hops[rows_N] % width
+        given = self.embed(batch, rows_N), batch.attention[rows_N], batch.lengths[rows_N], keys
+        return self._projected(self.backbone.read(*given, asked=hops_N3.flatten()).at(hops_N3))
 
     def _projected(self, rows: torch.Tensor) -> torch.Tensor:
         return rows if self.projection is None else self.projection(rows)
@@ -509,12 +511,14 @@ class GALRec(GraphReader):
 
     def slot_logits(self, batch: HopBatch, slots: int | None = None) -> torch.Tensor:
         """Logits [B, 1, I] at the read-out position."""
-        hidden = self.hidden(batch).at(batch.slots[:, 0])
+        hidden = self.hidden(batch, asked=batch.slots[:, 0]).at(batch.slots[:, 0])
         return self.matched(hidden, batch.tables[: len(hidden)])[:, None]
 
-    def hidden(self, batch: HopBatch, hops: int = HOPS) -> Placed:
-        """Last hidden states; of each prompt up to the task token of its first `hops` hops, where it has that."""
-        return self.backbone.read(self.embed(batch), batch.attention, batch.lengths_to(hops), batch.dropout_keys)
+    def hidden(self, batch: HopBatch, hops: int = HOPS, asked: torch.Tensor | None = None) -> Placed:
+        """Last hidden states, of these flat positions or of all; of each prompt up to the task token of its first
+        `hops` hops, where it has that."""
+        given = self.embed(batch), batch.attention, batch.lengths_to(hops), batch.dropout_keys
+        return self.backbone.read(*given, asked=asked)
 
     def lengths_read(self, batch: HopBatch) -> torch.Tensor:
         """[R] symbols that `forward` reads of each prompt; the momentum copy may read more."""
@@ -522,7 +526,7 @@ class GALRec(GraphReader):
 
     def representations(self, batch: HopBatch) -> torch.Tensor:
         """Hidden states [R, 3, D] of the task tokens; every hop must be in the prompts."""
-        return self.hidden(batch).at(batch.hops)
+        return self.hidden(batch, asked=batch.hops.flatten()).at(batch.hops)
 
     def embed(self, batch: HopBatch, rows_N: torch.Tensor | None = None) -> Placed:
         """Embeddings of the symbols, of these prompts or of all."""

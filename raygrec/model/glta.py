@@ -378,18 +378,20 @@ class GLTA(GraphReader):
 
     def forward(self, batch: PromptBatch) -> torch.Tensor:
         """Cross-entropy summed over the batch's answer positions; divide by their global count."""
-        return self.recommending_loss(self.hidden(batch), batch)
+        return self.recommending_loss(self.hidden(batch, batch.answers), batch)
 
     def slot_logits(self, batch: PromptBatch, slots: int | None = None) -> torch.Tensor:
         """Logits [B, s, I] of the first s answer slots (default: all k)."""
         positions = batch.slots[:, :slots]
-        hidden = self.hidden(batch).at(positions.flatten())
+        asked = positions.flatten()
+        hidden = self.hidden(batch, asked).at(asked)
         tables = batch.tables.repeat_interleave(positions.shape[1])
         return self.matched(hidden, tables).view(*positions.shape, -1)
 
-    def hidden(self, batch: PromptBatch) -> Placed:
-        """Last hidden states."""
-        return self.backbone.read(self.embed(batch), batch.attention, batch.lengths, prefix=batch.prefix)
+    def hidden(self, batch: PromptBatch, asked: torch.Tensor | None = None) -> Placed:
+        """Last hidden states, of these flat positions or of all."""
+        given = self.embed(batch), batch.attention, batch.lengths
+        return self.backbone.read(*given, prefix=batch.prefix, asked=asked)
 
     def embed(self, batch: PromptBatch) -> Placed:
         """Embeddings of the symbols: tokens, and in between projected nodes and answer slots."""

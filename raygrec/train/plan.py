@@ -21,6 +21,7 @@ from raygrec.model.backbone import Backbone, load_tokenizer, positions
 from raygrec.model.galrec import HOPS, GALRec
 from raygrec.model.glta import GLTA, Phrases
 from raygrec.model.head import positions_at_once
+from raygrec.model.last_layer import Asked
 from raygrec.model.prompts import Symbols
 from raygrec.train.accelerators import HOST_ADAM, HOST_LINK, NETWORK, Accelerator
 from raygrec.train.engine import BUCKET, FEW
@@ -281,7 +282,7 @@ def work_of(config: RunConfig, sizes: Sizes, device: str) -> Work:
     longest, most, mean, answers, mean_answers = _prompts(config, sizes)
     with torch.device("meta"):
         model = _model(config, sizes)
-    kept = kept_bytes(model.backbone, config, longest)
+    kept = kept_bytes(model.backbone, config, longest, answers)
     table = model.backbone.model.get_input_embeddings().weight
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -303,6 +304,7 @@ def work_of(config: RunConfig, sizes: Sizes, device: str) -> Work:
     # Besides, a token keeps what its projector reads, an answer what the head does and its gradient; masks of dropout.
     prompt = most * (kept / longest + 4 * text + width) + answers * (5 * width + 4 * model.nodes.width)
     forward = mean * (2 * language_model + 4 * layers * width * mean)
+    forward -= max(mean - mean_answers, 0) * 2 * model.backbone.asked_alone
     forward += mean_answers * 2 * rows + 2 * rows * (text + (tables - 1) * model.nodes.width) / config.train.micro_batch
     frozen = isinstance(config, GLTARun) or config.model.tuning != "full"
     return Work(
@@ -378,8 +380,9 @@ def _model(config: GLTARun | GALRecRun, sizes: Sizes) -> GLTA | GALRec:
     return model
 
 
-def kept_bytes(backbone: Backbone, config: RunConfig, length: int) -> int:
-    """Bytes that autograd keeps of the language model's forward pass over one prompt of `length` tokens.
+def kept_bytes(backbone: Backbone, config: RunConfig, length: int, answers: int) -> int:
+    """Bytes that autograd keeps of the language model's forward pass over one prompt of `length` tokens, of which so
+    many are asked for.
 
     With activation checkpointing these are each layer's input, and all of one layer.
     """
@@ -405,7 +408,8 @@ def kept_bytes(backbone: Backbone, config: RunConfig, length: int) -> int:
         buffers = {name: torch.empty(buffer.shape, dtype=buffer.dtype) for name, buffer in backbone.named_buffers()}
         own = {tensor.untyped_storage()._cdata for tensor in (*weights.values(), *buffers.values())}
         embeds = torch.zeros(1, length, backbone.width, dtype=kind, requires_grad=True)
-        functional_call(backbone, weights | buffers, (embeds, torch.ones(1, length, length, dtype=torch.bool)))
+        given = embeds, torch.ones(1, length, length, dtype=torch.bool)
+        functional_call(backbone, weights | buffers, given, {"asked": Asked.first(min(answers, length))})
     total = sum(storage.nbytes() for storage in kept.values())
     if config.engine.activation_checkpointing:
         layers = backbone.model.config.num_hidden_layers

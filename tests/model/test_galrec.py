@@ -908,4 +908,4 @@ def test_representations_are_the_hidden_states_of_the_task_tokens(backbone):
     with torch.no_grad():
         found, hidden = model.representations(batch), model.hidden(batch).padded()
     for row, columns in enumerate(in_row(batch, batch.hops)):
-        assert torch.equal(found[row], hidden[row, columns])
+        torch.testing.assert_close(found[row], hidden[row, columns])

@@ -10,6 +10,7 @@ from raygrec.cli import main
 from raygrec.errors import InputError
 from raygrec.model.backbone import Backbone
 from raygrec.model.galrec import tuned
+from raygrec.model.last_layer import Asked
 from raygrec.train.accelerators import ACCELERATORS, Accelerator, accelerator
 from raygrec.train.assembly import build_model, build_prompts, prepare_run
 from raygrec.train.engine import LocalEngine
@@ -135,8 +136,9 @@ def test_tokens_of_a_user_are_those_of_its_prompts(contrasted, lending, tiny_sto
     assert int(batch.lengths.sum()) / len(users) == pytest.approx(found.most + drawn * 6 + lent * 11, rel=0.05)
 
 
+@pytest.mark.parametrize("answers", [3, 9])
 @pytest.mark.parametrize("tuning", ["full", "lora", "frozen"])
-def test_what_is_kept_is_what_autograd_keeps(tuning, tiny_store, tiny_backbone, tmp_path):
+def test_what_is_kept_is_what_autograd_keeps(tuning, answers, tiny_store, tiny_backbone, tmp_path):
     """Adapters keep what stands between their two factors, and no copy of what they read."""
     config = config_of("galrec", tiny_store, tiny_backbone, tmp_path, model={"tuning": tuning})
     backbone = tuned(Backbone(config.backbone), config.model)
@@ -151,8 +153,8 @@ def test_what_is_kept_is_what_autograd_keeps(tuning, tiny_store, tiny_backbone, 
 
     with torch.autograd.graph.saved_tensors_hooks(pack, torch.nn.Identity()):
         embeds = torch.zeros(1, 9, backbone.width, requires_grad=True)
-        backbone(embeds, torch.ones(1, 9, 9, dtype=torch.bool))
-    assert kept_bytes(backbone, config, 9) == sum(storage.nbytes() for storage in kept.values())
+        backbone(embeds, torch.ones(1, 9, 9, dtype=torch.bool), asked=Asked.first(answers))
+    assert kept_bytes(backbone, config, 9, answers) == sum(storage.nbytes() for storage in kept.values())
 
 
 def test_state_by_hand():
