@@ -30,7 +30,7 @@ class CSR:
     @property
     def lengths(self) -> np.ndarray:
         """[rows] int64."""
-        return np.diff(self.indptr)
+        return self.indptr[1:] - self.indptr[:-1]
 
     @property
     def rows(self) -> np.ndarray:
@@ -56,9 +56,10 @@ class CSR:
 
     def take(self, rows: np.ndarray) -> "CSR":
         """The given rows, in the given order."""
-        lengths = self.lengths[rows]
+        starts = self.indptr[rows]
+        lengths = self.indptr[rows + 1] - starts  # never those of all rows: there may be millions
         indptr = _starts(lengths)
-        offsets = np.repeat(self.indptr[rows] - indptr[:-1], lengths)
+        offsets = np.repeat(starts - indptr[:-1], lengths)
         return CSR(indptr, self.indices[np.arange(indptr[-1]) + offsets])
 
 

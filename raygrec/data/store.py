@@ -134,7 +134,7 @@ class Store:
     def _array(self, name: str) -> np.ndarray:
         file = self.path / f"{name}.npy"
         try:
-            array = np.load(file, mmap_mode="r", allow_pickle=False)
+            array = np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
         except (OSError, ValueError) as error:
             raise InputError(f"{file}: not a readable array ({error}); prepare the store again") from None
         if array.dtype != _DTYPES[name] or array.ndim != 1:

@@ -98,8 +98,8 @@ def _tokenize(tokenizer, strings: Strings, max_length: int, description: str) ->
 
 def _read(place: Path, name: str) -> CSR:
     try:
-        indptr = np.load(place / f"{name}.indptr.npy", mmap_mode="r", allow_pickle=False)
-        indices = np.load(place / f"{name}.indices.npy", mmap_mode="r", allow_pickle=False)
+        indptr = np.asarray(np.load(place / f"{name}.indptr.npy", mmap_mode="r", allow_pickle=False))
+        indices = np.asarray(np.load(place / f"{name}.indices.npy", mmap_mode="r", allow_pickle=False))
     except (OSError, ValueError) as error:
         raise InputError(f"{place}: token ids of {name} cannot be read ({error}); remove this folder") from None
     if indptr[-1] != len(indices):

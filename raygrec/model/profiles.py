@@ -44,8 +44,16 @@ def telling_terms(
 
 
 def _best_per_row(rows: np.ndarray, scores: np.ndarray, count: int) -> np.ndarray:
-    """Indices of each row's `count` largest positive scores, best first; equal ones keep the given order."""
-    order = np.lexsort((-scores, rows))
-    starts = np.searchsorted(rows[order], rows[order])
-    place = np.arange(len(order)) - starts
-    return order[(place < count) & (scores[order] > 0)]
+    """Indices of each row's `count` largest positive scores, all best ones first; equal ones keep the given order.
+
+    rows: ascending.
+    """
+    sizes = np.bincount(rows)
+    starts, sizes = (np.cumsum(sizes) - sizes)[sizes > 0], sizes[sizes > 0]
+    scores, found = scores.copy(), [np.zeros(0, dtype=np.int64)]
+    for _ in range(count if len(rows) else 0):  # a few passes are a fraction of sorting all
+        best = np.repeat(np.maximum.reduceat(scores, starts), sizes)
+        equal = np.flatnonzero((scores == best) & (best > 0))
+        found.append(equal[np.diff(rows[equal], prepend=-1) > 0])
+        scores[found[-1]] = 0
+    return np.concatenate(found)

@@ -132,12 +132,14 @@ def embed_symbols(
 
 def join_rows(parts: list[CSR]) -> CSR:
     """Row r of the result is row r of every part, one after the other."""
-    rows = np.concatenate([part.rows for part in parts])
-    values = np.concatenate([np.asarray(part.indices, dtype=np.int64) for part in parts])
-    order = np.argsort(rows, kind="stable")
     indptr = np.zeros(len(parts[0]) + 1, dtype=np.int64)
     np.cumsum(sum(part.lengths for part in parts), out=indptr[1:])
-    return CSR(indptr, values[order])
+    values, starts = np.empty(indptr[-1], dtype=np.int64), indptr[:-1]
+    for part in parts:
+        lengths = part.lengths
+        values[np.repeat(starts - part.indptr[:-1], lengths) + np.arange(len(part.indices))] = part.indices
+        starts = starts + lengths
+    return CSR(indptr, values)
 
 
 def repeated(values: np.ndarray | list[int], rows: int) -> CSR:
@@ -155,9 +157,10 @@ def expand(rows: CSR, pieces: CSR) -> CSR:
 
 def truncated(rows: CSR, length: int, keep: str = "last") -> CSR:
     """At most `length` entries of each row, its last or its first ones."""
-    place = np.arange(len(rows.indices)) - rows.indptr[rows.rows]
-    kept = place < length if keep == "first" else place >= rows.lengths[rows.rows] - length
-    return CSR.from_pairs(rows.rows[kept], np.asarray(rows.indices)[kept], len(rows))
+    kept = np.minimum(rows.lengths, length)
+    indptr = np.concatenate([[0], np.cumsum(kept)])
+    starts = rows.indptr[:-1] if keep == "first" else rows.indptr[1:] - kept
+    return CSR(indptr, rows.indices[np.repeat(starts - indptr[:-1], kept) + np.arange(indptr[-1])])
 
 
 def padded(rows: CSR, multiple: int = 1) -> np.ndarray:
