@@ -1,5 +1,7 @@
 """The GLLM head: hidden states to logits over the whole catalogue, and their cross-entropy a part at a time."""
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -28,15 +30,30 @@ class ItemRows(nn.Module):
         self.free = nn.Parameter(start * torch.randn(num_items, node_width)) if free else None
 
     def forward(
-        self, nodes_nd: torch.Tensor, texts_nt: torch.Tensor | None, items_n: torch.Tensor | None = None
+        self, nodes_nd: torch.Tensor | None, texts_nt: torch.Tensor | None, items_n: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """[n, r] of the items with these numbers, nodes and text vectors; None: of all."""
-        rows_nr = self.from_node(nodes_nd)
+        """[n, r] of the items with these numbers, nodes and text vectors; None: of all.
+
+        nodes_nd: None leaves A E_i out; what is left must be something.
+        """
+        parts = [] if nodes_nd is None else [self.from_node(nodes_nd)]
         if self.from_text is not None:
-            rows_nr = rows_nr + self.from_text(texts_nt)
-        if self.free is None:
-            return rows_nr
-        return rows_nr + (self.free if items_n is None else functional.embedding(items_n, self.free))
+            parts.append(self.from_text(texts_nt))
+        if self.free is not None:
+            parts.append(self.free if items_n is None else functional.embedding(items_n, self.free))
+        return sum(parts[1:], parts[0])
+
+
+class OwnNodes(NamedTuple):
+    """Rows whose node part A E_i is of another fit of the graph for each position: E `nodes_KId` [K, I, d], each
+    position's fit `tables_P` [P], and Aᵀ `map_dr` [d, r].
+
+    (A E_i)ᵀ q is read as E_iᵀ (Aᵀ q): nothing of the size of all fits' rows is made, nor its gradient.
+    """
+
+    nodes_KId: torch.Tensor
+    tables_P: torch.Tensor
+    map_dr: torch.Tensor
 
 
 class CatalogueHead(nn.Module):
@@ -57,12 +74,12 @@ class CatalogueHead(nn.Module):
     def forward(
         self,
         hidden_PD: torch.Tensor,
-        rows: torch.Tensor,
+        rows_Ir: torch.Tensor,
         targets: "Targets | None" = None,
-        tables_P: torch.Tensor | None = None,
+        own: OwnNodes | None = None,
     ) -> torch.Tensor:
         """See `matched`."""
-        return matched(self.query(hidden_PD), rows, self.bias, targets, tables_P)
+        return matched(self.query(hidden_PD), rows_Ir, self.bias, targets, own)
 
 
 class TiedHead(nn.Module):
@@ -75,12 +92,12 @@ class TiedHead(nn.Module):
     def forward(
         self,
         queries_Pr: torch.Tensor,
-        rows: torch.Tensor,
+        rows_Ir: torch.Tensor,
         targets: "Targets | None" = None,
-        tables_P: torch.Tensor | None = None,
+        own: OwnNodes | None = None,
     ) -> torch.Tensor:
         """See `matched`."""
-        return matched(queries_Pr, rows, self.bias, targets, tables_P)
+        return matched(queries_Pr, rows_Ir, self.bias, targets, own)
 
 
 def _row_map(source: int, width: int) -> nn.Linear:
@@ -91,27 +108,24 @@ def _row_map(source: int, width: int) -> nn.Linear:
 
 def matched(
     queries_Pr: torch.Tensor,
-    rows: torch.Tensor,
+    rows_Ir: torch.Tensor,
     bias_I: torch.Tensor,
     targets: "Targets | None",
-    tables_P: torch.Tensor | None = None,
+    own: OwnNodes | None = None,
 ) -> torch.Tensor:
     """What a head returns: logits Z = q Rᵀ + b [P, I], or with targets their cross-entropy (`catalogue_cross_entropy`).
 
-    rows: R [I, r], or with `tables_P` [K, I, r], of which each position has its own.
+    own: a part of R that `rows_Ir` leaves out.
     """
-    if tables_P is not None:
-        parts = [(tables_P == table).nonzero()[:, 0] for table in range(len(rows))]
-        if targets is not None:
-            read = zip(parts, rows.unbind(0), strict=True)
-            return sum(matched(queries_Pr[mine], rows_Ir, bias_I, targets.take(mine)) for mine, rows_Ir in read)
-        logits_PI = queries_Pr.new_empty(len(queries_Pr), rows.shape[1])
-        for mine, rows_Ir in zip(parts, rows.unbind(0), strict=True):
-            logits_PI[mine] = matched(queries_Pr[mine], rows_Ir, bias_I, None)
-        return logits_PI
     if targets is not None:
-        return catalogue_cross_entropy(queries_Pr, rows, bias_I, targets)
-    return torch.addmm(bias_I.to(queries_Pr.dtype), queries_Pr, rows.T.to(queries_Pr.dtype))
+        return catalogue_cross_entropy(queries_Pr, rows_Ir, bias_I, targets, own=own)
+    logits_PI = torch.addmm(bias_I.to(queries_Pr.dtype), queries_Pr, rows_Ir.T.to(queries_Pr.dtype))
+    if own is not None:
+        queries_Pd = queries_Pr @ own.map_dr.T.to(queries_Pr.dtype)
+        for table in own.tables_P.unique():
+            mine = (own.tables_P == table).nonzero()[:, 0]
+            logits_PI[mine] += queries_Pd[mine] @ own.nodes_KId[table].T.to(queries_Pd.dtype)
+    return logits_PI
 
 
 def catalogue_cross_entropy(
@@ -120,15 +134,29 @@ def catalogue_cross_entropy(
     bias_I: torch.Tensor,
     targets: "Targets",
     at_once: int | None = None,
+    own: OwnNodes | None = None,
 ) -> torch.Tensor:
     """Sum over positions of −Σ_i w_i log softmax(Z)_i, over the full catalogue; Z = q Rᵀ + b.
 
     The logits of `at_once` positions stand in memory (default: `positions_at_once`): each part of the positions leaves
     its gradient behind in the forward pass (softmax(Z) − w, times R and q), and its logits are gone. None is computed
-    twice. Returns fp32 [].
+    twice. own: a part of R that `rows_Ir` leaves out. Returns fp32 [].
     """
     at_once = positions_at_once(len(rows_Ir), rows_Ir.device.type) if at_once is None else at_once
-    return _CrossEntropy.apply(queries_Pr, rows_Ir, bias_I, targets, at_once, torch.is_grad_enabled())
+    made = torch.is_grad_enabled()
+    if own is None:
+        parts = [(start, start + at_once, None) for start in range(0, len(queries_Pr), at_once)]
+        return _CrossEntropy.apply(queries_Pr, None, rows_Ir, bias_I, targets, parts, made)
+    order = own.tables_P.argsort(stable=True)
+    ends = own.tables_P.bincount(minlength=len(own.nodes_KId)).cumsum(0).tolist()
+    parts = [
+        (start, min(start + at_once, end), nodes_Id)
+        for first, end, nodes_Id in zip([0, *ends[:-1]], ends, own.nodes_KId, strict=True)
+        for start in range(first, end, at_once)
+    ]
+    queries_Pr = queries_Pr.index_select(0, order)
+    queries_Pd = queries_Pr @ own.map_dr.T.to(queries_Pr.dtype)
+    return _CrossEntropy.apply(queries_Pr, queries_Pd, rows_Ir, bias_I, targets.take(order), parts, made)
 
 
 def positions_at_once(num_items: int, device: str) -> int:
@@ -137,10 +165,13 @@ def positions_at_once(num_items: int, device: str) -> int:
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """The gradients of a sum are known up to a factor before its backward pass begins."""
+    """The gradients of a sum are known up to a factor before its backward pass begins.
+
+    parts: positions from and to, and where there are queries_Pd, the nodes [I, d] that these are matched with.
+    """
 
     @staticmethod
-    def forward(ctx, queries_Pr, rows_Ir, bias_I, targets, at_once, with_gradients):  # noqa: ANN001
+    def forward(ctx, queries_Pr, queries_Pd, rows_Ir, bias_I, targets, parts, with_gradients):  # noqa: ANN001
         kind = queries_Pr.dtype
         # The bias as one more column of R, against ones.
         rows_Is = torch.cat([rows_Ir, bias_I[:, None]], dim=1).to(kind)
@@ -148,31 +179,40 @@ class _CrossEntropy(torch.autograd.Function):
         total = queries_Pr.new_zeros((), dtype=torch.float32)
         if with_gradients:
             by_queries_Pr = torch.empty_like(queries_Pr)
+            by_queries_Pd = None if queries_Pd is None else torch.empty_like(queries_Pd)
             by_rows_Is = torch.zeros_like(rows_Is, dtype=torch.float32)
         with torch.autocast(queries_Pr.device.type, enabled=False):
-            for start in range(0, len(queries_Ps), at_once):
-                part_ps = queries_Ps[start : start + at_once]
+            for start, stop, nodes_Id in parts:
+                part_ps = queries_Ps[start:stop]
                 part = targets.slice(start, start + len(part_ps))
                 places = (part.rows, part.items)
-                log_shares_pI = (part_ps @ rows_Is.T).float().log_softmax(dim=1)
+                logits_pI = part_ps @ rows_Is.T
+                if nodes_Id is not None:
+                    nodes_Id = nodes_Id.to(kind)
+                    torch.addmm(logits_pI, queries_Pd[start:stop], nodes_Id.T, out=logits_pI)
+                log_shares_pI = logits_pI.float().log_softmax(dim=1)
                 total -= (log_shares_pI[places] * part.weights).sum()
                 if not with_gradients:
                     continue
                 excess_pI = log_shares_pI.exp_().index_put_(places, -part.weights, accumulate=True).to(kind)
-                by_queries_Pr[start : start + at_once] = excess_pI @ rows_Is[:, :-1]
+                by_queries_Pr[start:stop] = excess_pI @ rows_Is[:, :-1]
+                if nodes_Id is not None:
+                    by_queries_Pd[start:stop] = excess_pI @ nodes_Id
                 if kind == torch.float32:
                     by_rows_Is.addmm_(excess_pI.T, part_ps)
                 else:
                     by_rows_Is += excess_pI.T @ part_ps
         if with_gradients:
             by_rows_Ir, by_bias_I = by_rows_Is[:, :-1].to(rows_Ir.dtype), by_rows_Is[:, -1].to(bias_I.dtype)
-            ctx.save_for_backward(by_queries_Pr, by_rows_Ir.contiguous(), by_bias_I.contiguous())
+            own = [] if by_queries_Pd is None else [by_queries_Pd]
+            ctx.save_for_backward(by_queries_Pr, by_rows_Ir.contiguous(), by_bias_I.contiguous(), *own)
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, scale):  # noqa: ANN001
-        return *(gradient * scale for gradient in ctx.saved_tensors), None, None, None
+        by_queries_Pr, by_rows_Ir, by_bias_I, *own = (gradient * scale for gradient in ctx.saved_tensors)
+        return by_queries_Pr, own[0] if own else None, by_rows_Ir, by_bias_I, None, None, None
 
 
 class Targets:

@@ -7,7 +7,7 @@ from raygrec.data.arrays import CSR
 from raygrec.graph.lightgcn import NodeEmbeddings, propagate_users
 from raygrec.model.backbone import Backbone
 from raygrec.model.dropout import keyed_dropout
-from raygrec.model.head import ROW_SCALE, CatalogueHead, ItemRows, Targets, TiedHead
+from raygrec.model.head import ROW_SCALE, CatalogueHead, ItemRows, OwnNodes, Targets, TiedHead
 from raygrec.model.prompts import Placed, PromptBatch, Symbols
 
 # Standard deviations of what a projector reads. Adam moves an item's trained offset as fast whatever stands beside it:
@@ -205,7 +205,9 @@ class GraphReader(nn.Module):
         tied = isinstance(self.head, TiedHead)
         rows = self.item_projector.rows if tied else self.head.rows
         read = self.item_projector.queries(hidden_PD) if tied else hidden_PD
-        if len(self.nodes.items_KId) == 1:
-            return self.head(read, rows(self.nodes.items_Id, self.item_texts), targets)
-        used, tables_P = tables_P.unique(return_inverse=True) if len(tables_P) else (tables_P.new_zeros(1), tables_P)
-        return self.head(read, rows(self.nodes.items_KId[used], self.item_texts), targets, tables_P)
+        nodes = self.nodes
+        if len(nodes.items_KId) == 1:
+            return self.head(read, rows(nodes.items_Id, self.item_texts), targets)
+        # Asked of the module, and not read off its weight, which ZeRO-3 has only while it is called.
+        map_dr = rows.from_node(torch.eye(nodes.width, dtype=nodes.items_KId.dtype, device=nodes.items_KId.device))
+        return self.head(read, rows(None, self.item_texts), targets, OwnNodes(nodes.items_KId, tables_P, map_dr))

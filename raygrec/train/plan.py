@@ -291,7 +291,7 @@ def work_of(config: RunConfig, sizes: Sizes, device: str) -> Work:
     width, rows, tables = model.backbone.width, sizes.items * model.nodes.width, len(model.nodes.items_KId)
     layers = model.backbone.model.config.num_hidden_layers
     text = (model.item_texts.shape[1] if model.item_texts is not None else 0) + model.nodes.width
-    fixed = sum(b.nbytes for b in model.buffers()) + 4 * 4 * rows * tables  # R, and its gradient as the head makes it
+    fixed = sum(b.nbytes for b in model.buffers()) + 4 * 4 * rows  # R, and its gradient as the head makes it
     if isinstance(model, GALRec):
         contrast = config.model.contrast
         fixed += 2 * contrast.queue * (4 * (contrast.projection or width) + 8)
@@ -305,7 +305,8 @@ def work_of(config: RunConfig, sizes: Sizes, device: str) -> Work:
     prompt = most * (kept / longest + 4 * text + width) + answers * (5 * width + 4 * model.nodes.width)
     forward = mean * (2 * language_model + 4 * layers * width * mean)
     forward -= max(mean - mean_answers, 0) * 2 * model.backbone.asked_alone
-    forward += mean_answers * 2 * rows + 2 * rows * (text + (tables - 1) * model.nodes.width) / config.train.micro_batch
+    made = text if tables == 1 else text - model.nodes.width  # what R is made of; own nodes are asked by every answer
+    forward += mean_answers * 2 * rows * (1 if tables == 1 else 2) + 2 * rows * made / config.train.micro_batch
     frozen = isinstance(config, GLTARun) or config.model.tuning != "full"
     return Work(
         total,

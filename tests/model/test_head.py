@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from raygrec.model.head import CatalogueHead, ItemRows, Targets, TiedHead, catalogue_cross_entropy, matched
+from raygrec.model.head import CatalogueHead, ItemRows, OwnNodes, Targets, TiedHead, catalogue_cross_entropy, matched
 
 POSITIONS, WIDTH, ITEMS, NODE_WIDTH, TEXT_WIDTH = 7, 5, 11, 3, 4
 
@@ -135,25 +135,28 @@ def test_no_positions_give_zero_that_still_reaches_the_head():
 
 
 @pytest.mark.parametrize("tables", [[0, 2, 2, 0, 2, 0, 0], [1] * POSITIONS])
-def test_each_position_is_matched_with_the_rows_of_its_own_table(tables):
+@pytest.mark.parametrize("at_once", [2, 100])
+def test_each_position_is_matched_with_the_rows_of_its_own_table(tables, at_once):
     """No position of a table, and positions of all; values and gradients are those of one position at a time."""
     hidden, nodes, texts = example()
+    hidden.requires_grad_()
     head, tables = head_of(), torch.tensor(tables)
     nodes_KId = torch.stack([nodes, nodes.flip(0), torch.randn_like(nodes)])
     indptr = torch.tensor([0, 2, 3, 4, 5, 6, 7, 8])
     targets = Targets(indptr, torch.tensor([2, 9, 5, 0, 1, 3, 10, 4]), torch.tensor([0.4, 0.6, *[1.0] * 6]))
     alone = [head(hidden[p : p + 1], head.rows(nodes_KId[table], texts)) for p, table in enumerate(tables)]
-    rows = head.rows(nodes_KId, texts)
-    torch.testing.assert_close(head(hidden, rows, None, tables), torch.cat(alone))
+    rows, own = head.rows(None, texts), OwnNodes(nodes_KId, tables, head.rows.from_node(torch.eye(NODE_WIDTH)))
+    torch.testing.assert_close(head(hidden, rows, None, own), torch.cat(alone))
     dense = torch.zeros(POSITIONS, ITEMS).index_put((targets.rows, targets.items), targets.weights)
     expected = -(torch.cat(alone).log_softmax(1) * dense).sum()
-    loss = head(hidden, rows, targets, tables)
+    loss = catalogue_cross_entropy(head.query(hidden), rows, head.bias, targets, at_once, own)
     torch.testing.assert_close(loss, expected)
-    for found, gradient in zip(
-        *(torch.autograd.grad(one, list(head.parameters())) for one in (loss, expected)), strict=True
-    ):
+    leaves = [hidden, *head.parameters()]
+    for found, gradient in zip(*(torch.autograd.grad(one, leaves) for one in (loss, expected)), strict=True):
         torch.testing.assert_close(found, gradient)
-    nothing = head(hidden[:0], rows, targets.take(torch.arange(0)), tables[:0])
+        assert gradient.abs().max() > 1e-3
+    rows, own = head.rows(None, texts), own._replace(tables_P=tables[:0])
+    nothing = head(hidden[:0], rows, targets.take(torch.arange(0)), own)
     assert nothing == 0 and nothing.requires_grad
 
 
