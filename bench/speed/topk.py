@@ -68,11 +68,13 @@ def main() -> None:
 
 
 def flops_of(run: FinishedRun, users: np.ndarray) -> float:
-    """Two for each parameter and token of the prompts, and the products with all items."""
+    """Two for each parameter and token of the prompts that it reads, and the products with all items."""
     batch = run.builder.recommending(users, run.shown.take(users), "test", 1)
     parameters = sum(p.numel() for name, p in run.model.backbone.named_parameters() if "embed" not in name)
+    tokens = int((batch.symbols >= 0).sum())
+    spared = run.model.backbone.asked_parameters * (tokens - len(users))
     products = len(users) * run.store.num_items * run.model.nodes.width
-    return 2 * (parameters * int((batch.symbols >= 0).sum()) + products)
+    return 2 * (parameters * tokens - spared + products)
 
 
 def finished(job: str) -> Path:

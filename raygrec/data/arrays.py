@@ -55,7 +55,7 @@ class CSR:
         return CSR(_starts(np.bincount(columns, minlength=num_columns)), rows)
 
     def take(self, rows: np.ndarray) -> "CSR":
-        """The given rows, in the given order."""
+        """The given rows [n], in the given order."""
         starts = self.indptr[rows]
         lengths = self.indptr[rows + 1] - starts  # never those of all rows: there may be millions
         indptr = _starts(lengths)

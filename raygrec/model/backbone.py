@@ -19,7 +19,7 @@ from raygrec.config import StrictConfig
 from raygrec.data.tokens import transformers_library
 from raygrec.errors import InputError
 from raygrec.model.dropout import keyed_dropout, prompt_dropout
-from raygrec.model.last_layer import Asked, LastLayer, asked_alone, last_layer
+from raygrec.model.last_layer import Asked, LastLayer, asked_parameters, last_layer
 from raygrec.model.prompts import Placed
 from raygrec.progress import track
 from raygrec.remote import fetch, is_address
@@ -129,18 +129,18 @@ class Backbone(nn.Module):
         self.positions = positions(config.name)
         self._keys_B: torch.Tensor | None = None
         self._asked: Asked | None = None
-        self._narrowed = False  # while the last layer computes the asked positions alone
+        self._narrowing = False  # while the last layer computes the asked positions alone
         self._checkpointed = False
         known = last_layer(self.model, settings.model_type)
-        self._last: LastLayer | None = None
+        self._narrow: LastLayer | None = None
         if known is not None:
-            layer, self._last = known
+            layer, self._narrow = known
             layer.forward = partial(self._last_layer, layer, layer.forward)
 
     @property
-    def asked_alone(self) -> int:
+    def asked_parameters(self) -> int:
         """Parameters that read no position but those asked for."""
-        return 0 if self._last is None else asked_alone(last_layer(self.model, self.model.config.model_type)[0])
+        return 0 if self._narrow is None else asked_parameters(last_layer(self.model, self.model.config.model_type)[0])
 
     def freeze(self) -> "Backbone":
         """No gradients from here on."""
@@ -195,7 +195,8 @@ class Backbone(nn.Module):
     ) -> Placed:
         """`forward` of prompts of the given lengths, in `passes`.
 
-        asked: flat positions (row · T + column) whose hidden states are wanted; others then have some. None: all.
+        asked: flat positions (row · T + column) whose hidden states are wanted; what stands for the others means
+        nothing. None: all.
         prefix: how many first columns are the same text in all of them. A frozen decoder computes those once, without
         gradient, and the rest of every prompt reads their keys and values.
         """
@@ -207,7 +208,7 @@ class Backbone(nn.Module):
             wanted_BT.view(-1)[asked] = True
         hidden_nD, past, count = [], None, 0
         if first:
-            past, own = transformers_library().DynamicCache(), Asked.of(wanted_BT[:1, :first])
+            past, own = transformers_library().DynamicCache(), Asked.of(wanted_BT[:, :first].any(0, keepdim=True))
             with torch.no_grad():
                 shared_1PD = embeds.rows_ND[embeds.where_BT[:1, :first]]
                 hidden_nD.append(self(shared_1PD, attention_BTT[:1, :first, :first], past=past, asked=own))
@@ -217,12 +218,14 @@ class Backbone(nn.Module):
             (mine, torch.tensor(mine or [0], device=device), slice(first, first + width))
             for mine, width in passes(lengths_B - first, self)
         ]
+        # All before the first pass: a GPU is waited for here.
+        asked_of = [Asked.of(wanted_BT[rows, columns]) for _, rows, columns in given]
         taken = [embeds.where_BT[rows, columns] for _, rows, columns in given]
         parts_nD = embeds.rows_ND.index_select(0, torch.cat([part.flatten() for part in taken]))
         parts_nD = parts_nD.split([part.numel() for part in taken])
-        for (mine, rows, columns), places_BT, part_nD in zip(given, taken, parts_nD, strict=True):
+        for (mine, rows, columns), own, places_BT, part_nD in zip(given, asked_of, taken, parts_nD, strict=True):
             read = (part_nD.view(*places_BT.shape, -1), attention_BTT[rows, columns, : columns.stop])
-            keys, own = None if keys_B is None else keys_B[rows], Asked.of(wanted_BT[rows, columns])
+            keys = None if keys_B is None else keys_B[rows]
             hidden_nD.append(self(*read, keys, _repeated(past, len(rows)), own))
             end = count + len(hidden_nD[-1])
             if mine:  # a pass on no prompt of its own takes part, and is not looked at
@@ -239,7 +242,7 @@ class Backbone(nn.Module):
         """A forward hook; not of attention weights, which are of four dimensions."""
         if self._keys_B is None or output.dim() != 3:
             return output
-        if self._narrowed:
+        if self._narrowing:
             keys_n = self._keys_B[self._asked.rows_n]
             return keyed_dropout(output[0], rate, keys_n, self._asked.columns_n, use)[None]
         return prompt_dropout(output, rate, self._keys_B, use)
@@ -251,14 +254,17 @@ class Backbone(nn.Module):
         if self._asked is None:
             return whole(hidden_BTD, *rest, **given)
         mask_B1TS = rest[0] if rest else given.pop("attention_mask")
-        self._narrowed = True
+        self._narrowing = True
         try:
-            return self._last(layer, hidden_BTD, self._asked, mask_B1TS, **given)
+            return self._narrow(layer, hidden_BTD, self._asked, mask_B1TS, **given)
         finally:
-            self._narrowed = False
+            self._narrowing = False
 
     def checkpoint(self) -> None:
-        """Computes a layer's inner values again where the backward pass needs them, with the keys of its call."""
+        """Computes a layer's inner values again where the backward pass needs them, with the keys of its call.
+
+        Those of a last layer that computes asked positions alone may be kept: they are the first that are needed.
+        """
         self.model.gradient_checkpointing_enable(
             {"use_reentrant": False, "context_fn": lambda: (nullcontext(), self._with(self._keys_B, self._asked))}
         )
@@ -314,11 +320,11 @@ class Backbone(nn.Module):
             lowest = torch.finfo(embeds_BTD.dtype).min
             mask_B1TS = torch.zeros_like(mask_B1TS, dtype=embeds_BTD.dtype).masked_fill(~mask_B1TS, lowest)
         cache = {} if past is None else {"past_key_values": past}
-        with self._with(keys_B, asked if self._last is not None else None):
+        with self._with(keys_B, asked if self._narrow is not None else None):
             read = self.model(inputs_embeds=embeds_BTD, attention_mask=mask_B1TS, **cache).last_hidden_state
         if asked is None:
             return read
-        return asked.among(read) if self._last is None else read[0]
+        return asked.among(read) if self._narrow is None else read[0]
 
 
 def _repeated(past: "DynamicCache | None", rows: int) -> "DynamicCache | None":

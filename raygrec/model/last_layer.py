@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-KEYS_AND_VALUES = ("key", "value", "k_proj", "v_proj")  # modules of attention that read every position
+READ_EVERYWHERE = ("key", "value", "k_proj", "v_proj", "k_norm", "input_layernorm")  # modules, at every position
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ class Asked:
 LastLayer = Callable[..., torch.Tensor]
 
 
-def asked_alone(layer: nn.Module) -> int:
+def asked_parameters(layer: nn.Module) -> int:
     """Parameters of a last layer that read the asked positions alone."""
     named = layer.named_parameters()
-    return sum(p.numel() for name, p in named if not set(name.split(".")) & set(KEYS_AND_VALUES))
+    return sum(p.numel() for name, p in named if not set(name.split(".")) & set(READ_EVERYWHERE))
 
 
 def last_layer(model: nn.Module, model_type: str) -> tuple[nn.Module, LastLayer] | None:

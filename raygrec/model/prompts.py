@@ -89,8 +89,10 @@ Embed = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Placed(NamedTuple):
-    """Vectors of the positions of B prompts of at most T symbols, without those of padding: rows_ND, and where_BT,
-    the row of each position. Positions that are the same may share a row. Padding has some row."""
+    """Vectors of positions of B prompts of at most T symbols: rows_ND, and where_BT, the row of each position.
+
+    Positions that are the same may share a row. Padding, and what was not asked for, has some row that means nothing.
+    """
 
     rows_ND: torch.Tensor
     where_BT: torch.Tensor

@@ -1,5 +1,6 @@
 """One vector per item from the frozen language model's reading of its text, made once per store and backbone."""
 
+import gc
 import hashlib
 from pathlib import Path
 
@@ -29,6 +30,7 @@ def load_or_read_texts(config: BackboneConfig, tokens: CSR, folder: Path) -> tor
 
     def make() -> None:
         vectors = _read_texts(config, tokens)
+        gc.collect()  # the language model, whose parts know one another, before training builds its own
         with replaced(file) as draft:
             save_file({"items": vectors}, draft, {"backbone": config.name})
 

@@ -304,7 +304,7 @@ def work_of(config: RunConfig, sizes: Sizes, device: str) -> Work:
     # Besides, a token keeps what its projector reads, an answer what the head does and its gradient; masks of dropout.
     prompt = most * (kept / longest + 4 * text + width) + answers * (5 * width + 4 * model.nodes.width)
     forward = mean * (2 * language_model + 4 * layers * width * mean)
-    forward -= max(mean - mean_answers, 0) * 2 * model.backbone.asked_alone
+    forward -= max(mean - mean_answers, 0) * 2 * model.backbone.asked_parameters
     made = text if tables == 1 else text - model.nodes.width  # what R is made of; own nodes are asked by every answer
     forward += mean_answers * 2 * rows * (1 if tables == 1 else 2) + 2 * rows * made / config.train.micro_batch
     frozen = isinstance(config, GLTARun) or config.model.tuning != "full"
@@ -387,6 +387,16 @@ def kept_bytes(backbone: Backbone, config: RunConfig, length: int, answers: int)
 
     With activation checkpointing these are each layer's input, and all of one layer.
     """
+    asked = _kept_bytes(backbone, config, length, min(answers, length))
+    if not config.engine.activation_checkpointing:
+        return asked
+    layers = backbone.model.config.num_hidden_layers
+    one = _kept_bytes(backbone, config, length, None) // layers
+    inputs = layers * length * backbone.width * (2 if config.engine.precision == "bf16" else 4)
+    return inputs + max(asked - (layers - 1) * one, one if layers > 1 else 0)  # the last is kept as it is read
+
+
+def _kept_bytes(backbone: Backbone, config: RunConfig, length: int, answers: int | None) -> int:
     bf16 = config.engine.precision == "bf16"
     kind = torch.bfloat16 if bf16 else torch.float32
     kept: dict[int, torch.UntypedStorage] = {}
@@ -410,12 +420,9 @@ def kept_bytes(backbone: Backbone, config: RunConfig, length: int, answers: int)
         own = {tensor.untyped_storage()._cdata for tensor in (*weights.values(), *buffers.values())}
         embeds = torch.zeros(1, length, backbone.width, dtype=kind, requires_grad=True)
         given = embeds, torch.ones(1, length, length, dtype=torch.bool)
-        functional_call(backbone, weights | buffers, given, {"asked": Asked.first(min(answers, length))})
-    total = sum(storage.nbytes() for storage in kept.values())
-    if config.engine.activation_checkpointing:
-        layers = backbone.model.config.num_hidden_layers
-        return layers * embeds.nbytes + total // layers
-    return total
+        asked = None if answers is None else Asked.first(answers)
+        functional_call(backbone, weights | buffers, given, {"asked": asked})
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def table(found: dict[str, Any]) -> list[str]:

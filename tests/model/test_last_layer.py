@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModel
 
 from raygrec.model.backbone import FAMILIES, Backbone, BackboneConfig, LoRAConfig
 from raygrec.model.last_layer import Asked
+from raygrec.model.prompts import Placed
 
 LAYERS, T = 2, 7
 KEYS = torch.tensor([11, 22, 33])
@@ -26,7 +27,7 @@ CASES = [
 
 def some_model(kind: str, folder: Path, attention: str = "sdpa") -> Backbone:
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": LAYERS, "head_dim": 4, "vocab_size": 60}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     named = {"d_model": 16, "d_ff": 24, "d_kv": 4, "num_layers": LAYERS, "num_heads": 4, "dim": 16, "hidden_dim": 24}
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     if kind in ("t5", "mt5", "distilbert"):
@@ -68,13 +69,43 @@ def test_positions_that_are_asked_for_are_as_among_all(kind, attention, tmp_path
 
 @pytest.mark.parametrize("kind", NARROWED)
 def test_the_last_layer_computes_nothing_else(kind, tmp_path):
-    backbone, rows = some_model(kind, tmp_path), []
-    layers = backbone.model.encoder.layer if hasattr(backbone.model, "encoder") else backbone.model.layers
-    for layer in layers:
-        wide = layer.intermediate if hasattr(layer, "intermediate") else layer.mlp
-        wide.register_forward_hook(lambda _, read, __: rows.append(read[0].shape[:-1].numel()))
+    """Queries, what attention puts out, feed-forward network: of the first layer at every position."""
+    backbone, rows = some_model(kind, tmp_path), {}
+    parts = {
+        "encoder": ("attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense"),
+        "decoder": ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"),
+    }[backbone.family]
+    layers = backbone.model.encoder.layer if backbone.family == "encoder" else backbone.model.layers
+    for number, layer in enumerate(layers):
+        for part in parts:
+            layer.get_submodule(part).register_forward_hook(
+                lambda _, read, __, place=(number, part): rows.update({place: read[0].shape[:-1].numel()})
+            )
     backbone(*given(), asked=ASKED)
-    assert rows == [3 * T, len(ASKED.rows_n)]
+    assert rows == {(number, part): n for number, n in ((0, 3 * T), (1, len(ASKED.rows_n))) for part in parts}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", NARROWED)
+def test_one_position_of_each_prompt(kind, attention, tmp_path):
+    """As in serving; attention of single queries has ways of its own."""
+    backbone, (embeds, mask) = some_model(kind, tmp_path, attention), given()
+    one = Asked.of(torch.eye(T, dtype=torch.bool)[[2, 6, 0]])
+    whole = backbone(embeds, mask)
+    torch.testing.assert_close(backbone(embeds, mask, asked=one), one.among(whole), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_some_positions_of_prompts_that_begin_alike(kind, tmp_path):
+    """Also such that a prompt but the first asks of the beginning they share."""
+    backbone, (embeds, mask) = some_model(kind, tmp_path).freeze(), given()
+    embeds = embeds.detach()
+    embeds[:, :3] = embeds[0, :3].clone()
+    asked, lengths = torch.tensor([T + 2, T + 6, 2 * T + 5]), torch.tensor([T, T, T])
+    placed = Placed(embeds.flatten(0, 1), torch.arange(3 * T).view(3, T))
+    expected = backbone.read(placed, mask.index_fill(2, torch.arange(3), True), lengths).at(asked)
+    found = backbone.read(placed, mask.index_fill(2, torch.arange(3), True), lengths, prefix=3, asked=asked).at(asked)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("how", ["checkpointed", "adapted"])
@@ -127,6 +158,6 @@ def test_positions_by_hand():
 @pytest.mark.parametrize("kind", ["bert", "llama", "distilbert"])
 def test_parameters_that_read_asked_positions_alone(kind, tmp_path):
     """Norm and bias included. BERT: 16² + 16 twice, 2 · 16 · 24 + 24 + 16, two norms of 2 · 16. Llama: 16² twice, three
-    maps of 16 · 24, two norms of 16."""
-    by_hand = {"bert": 2 * 272 + 768 + 24 + 16 + 64, "llama": 2 * 256 + 3 * 384 + 32, "distilbert": 0}
-    assert some_model(kind, tmp_path).asked_alone == by_hand[kind]
+    maps of 16 · 24, a norm of 16."""
+    by_hand = {"bert": 2 * 272 + 768 + 24 + 16 + 64, "llama": 2 * 256 + 3 * 384 + 16, "distilbert": 0}
+    assert some_model(kind, tmp_path).asked_parameters == by_hand[kind]
