@@ -22,6 +22,9 @@ def write_report(results: Path, out: Path, suites: dict[str, Any]) -> None:
     contrast = results / "speed" / "contrast.json"
     if contrast.exists():
         sections.append(_contrast(json.loads(contrast.read_text())))
+    for name, section in (("galrec_hops", _hops), ("galrec_sweep", _effects)):
+        if (file := results / f"{name}.json").exists():
+            sections.append(section(json.loads(file.read_text())))
     sweeps = {file.stem: json.loads(file.read_text()) for file in (results / "sweep").glob("*.json")}
     if sweeps:
         sections.append(_sweep(sweeps))
@@ -127,6 +130,37 @@ def _contrast(found: dict[str, Any]) -> str:
         f"same users, taken in turns, {ratio['rounds']} times: ×{ratio['median']:.2f} (×{ratio['low']:.2f} to "
         f"×{ratio['high']:.2f}). `{found['command']}`.\n"
     )
+
+
+def _hops(found: dict[str, Any]) -> str:
+    """Where a finished run puts its users' hops."""
+    pairs = ", ".join(
+        f"{name.removeprefix('alignment ').replace(' ', ' to ')} {value:.2f}"
+        for name, value in found.items()
+        if name.startswith("alignment")
+    )
+    uniform = ", ".join(f"{hop} {found[f'uniformity {hop}']:.2f}" for hop in ("0-hop", "1-hop", "2-hop"))
+    return (
+        "## Where GAL-Rec puts a user's hops\n\n"
+        f"Hidden states at the three task tokens of {found['users']:,} users (Wang and Isola 2020; lower is more "
+        f"uniform, more aligned). Uniformity: {uniform}. Alignment: {pairs}. `{found['command']}`.\n\n"
+        "![Users' hop representations](figures/galrec_hops.png)\n"
+    )
+
+
+def _effects(found: dict[str, Any]) -> str:
+    """What single settings of GAL-Rec do."""
+    lines = [
+        "## What GAL-Rec's settings do\n",
+        f"The demo's store, {len(found['seeds'])} seeds: `{found['command']}`.\n",
+        "| key | value | validation N@10 | test N@10 |",
+        "|---|---:|---:|---:|",
+    ]
+    for key, points in found["effects"].items():
+        for point in points:
+            means = " | ".join(f"{statistics.fmean(point[split]):.4f}" for split in ("valid", "test"))
+            lines.append(f"| `{key}` | {point['value']:g} | {means} |")
+    return "\n".join(lines) + "\n\n![Effect of each setting](figures/galrec_sweep.png)\n"
 
 
 def _sweep(found: dict[str, dict[str, Any]]) -> str:

@@ -71,9 +71,7 @@ class Steps:
         self.calls: list[tuple[bool, tuple[Any, ...]]] = []  # with gradient or not, and what the backbone was given
         self.given = self.calls
         self.backbone: Backbone = one.model.backbone
-        self.backbone.register_forward_pre_hook(
-            lambda _, given: self.calls.append((torch.is_grad_enabled(), given[:3]))
-        )
+        self.backbone.register_forward_pre_hook(lambda _, given: self.calls.append((torch.is_grad_enabled(), given)))
         self.tokens: dict[str, list[float]] = {OURS: [], TRAINER: []}
         self.places: dict[str, list[float]] = {OURS: [], TRAINER: []}
 
