@@ -1,6 +1,7 @@
 """GAL-Rec's figures: what its hops look like, what its settings do.
 
     python -m bench.galrec hops RUN          2-D distribution, uniformity and alignment of a finished run's hops
+    python -m bench.galrec degrees RUN …     N@10 of finished runs of one store by how well known the target is
     python -m bench.galrec sweep             effect of τ, queue length and neighbour counts, on the demo's store
 
 Figures go to docs/figures/, numbers to docs/results/. Needs the extra `figures`.
@@ -20,6 +21,7 @@ from bench.quality import RESULTS, ROOT, WORK, raygrec
 FIGURES = ROOT / "docs" / "figures"
 COLOURS = ("#0072b2", "#e69f00", "#009e73")
 NAMES = ("0-hop: the user's own node", "1-hop: its items", "2-hop: users who share items")
+DEGREES = (0, 3, 6, 12, 25, 50)  # users that a test target has in training, from so many on
 SWEEP: dict[str, tuple[str, list[float]]] = {
     "model.contrast.temperature": ("temperature τ", [0.02, 0.05, 0.1, 0.2, 0.5, 1.0]),
     "model.contrast.queue": ("queue length K", [0, 256, 1024, 4096]),
@@ -33,12 +35,16 @@ def main() -> None:
     seen = commands.add_parser("hops")
     seen.add_argument("run", type=Path)
     seen.add_argument("--users", type=int, default=3000)
+    known = commands.add_parser("degrees")
+    known.add_argument("runs", type=Path, nargs="+")
     swept = commands.add_parser("sweep")
     swept.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args()
     FIGURES.mkdir(exist_ok=True)
     if arguments.command == "hops":
         hops(arguments.run, arguments.users)
+    elif arguments.command == "degrees":
+        degrees(arguments.runs)
     else:
         sweep(arguments.seeds)
 
@@ -89,6 +95,31 @@ def draw_hops(plane: np.ndarray, figures: dict[str, float]) -> None:
     figure.suptitle(f"Users' hop representations, first two principal directions. Alignment: {pairs}", fontsize=11)
     figure.savefig(FIGURES / "galrec_hops.png", dpi=130)
     print(FIGURES / "galrec_hops.png")
+
+
+def degrees(runs: list[Path]) -> None:
+    """Test N@10 of users whose target has so many users in training, for each run.
+
+    A user's test target is one item, so its N@10 is 1 / log2(1 + rank) within the first ten.
+    """
+    from raygrec.serve.topk import FinishedRun
+
+    found: dict[str, list[float]] = {}
+    counts = [0] * len(DEGREES)
+    for run in runs:
+        finished = FinishedRun(run)
+        targets = finished.store.interactions("test")
+        users = np.flatnonzero(targets.lengths)
+        wanted = np.asarray(targets.indices)[targets.indptr[users]]
+        top, _ = finished.top(users, 10)
+        hits = top.numpy() == wanted[:, None]
+        gains = (hits / np.log2(2 + np.arange(10))).sum(1)
+        known = finished.store.interactions("train", by="item").lengths[wanted]
+        group = np.searchsorted(DEGREES, known, side="right") - 1
+        counts = np.bincount(group, minlength=len(DEGREES)).tolist()
+        found[run.name] = [float(gains[group == number].mean()) for number in range(len(DEGREES))]
+    command = f"python -m bench.galrec degrees {' '.join(map(str, runs))}"
+    write("galrec_degrees.json", {"command": command, "from": list(DEGREES), "users": counts, "ndcg@10": found})
 
 
 def sweep(seeds: list[int]) -> None:

@@ -22,7 +22,7 @@ def write_report(results: Path, out: Path, suites: dict[str, Any]) -> None:
     contrast = results / "speed" / "contrast.json"
     if contrast.exists():
         sections.append(_contrast(json.loads(contrast.read_text())))
-    for name, section in (("galrec_hops", _hops), ("galrec_sweep", _effects)):
+    for name, section in (("galrec_hops", _hops), ("galrec_degrees", _degrees), ("galrec_sweep", _effects)):
         if (file := results / f"{name}.json").exists():
             sections.append(section(json.loads(file.read_text())))
     sweeps = {file.stem: json.loads(file.read_text()) for file in (results / "sweep").glob("*.json")}
@@ -146,6 +146,22 @@ def _hops(found: dict[str, Any]) -> str:
         f"uniform, more aligned). Uniformity: {uniform}. Alignment: {pairs}. `{found['command']}`.\n\n"
         "![Users' hop representations](figures/galrec_hops.png)\n"
     )
+
+
+def _degrees(found: dict[str, Any]) -> str:
+    """Which targets runs find: those that the graph knows well, and those that it does not."""
+    names, firsts = list(found["ndcg@10"]), found["from"]
+    groups = [f"{first}–{after - 1}" for first, after in zip(firsts, firsts[1:], strict=False)] + [f"{firsts[-1]}–"]
+    lines = [
+        "## Which targets node vectors help to find\n",
+        f"Test N@10 by how many users the target has in training: `{found['command']}`.\n",
+        f"| users of the target | test users | {' | '.join(names)} |",
+        f"|---:|---:|{'---:|' * len(names)}",
+    ]
+    for number, (group, users) in enumerate(zip(groups, found["users"], strict=True)):
+        cells = " | ".join(f"{found['ndcg@10'][name][number]:.4f}" for name in names)
+        lines.append(f"| {group} | {users:,} | {cells} |")
+    return "\n".join(lines) + "\n"
 
 
 def _effects(found: dict[str, Any]) -> str:
