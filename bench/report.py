@@ -1,5 +1,6 @@
 """docs/RESULTS.md from the result files: nothing in it is typed by hand."""
 
+import itertools
 import json
 import statistics
 from pathlib import Path
@@ -151,7 +152,7 @@ def _hops(found: dict[str, Any]) -> str:
 def _degrees(found: dict[str, Any]) -> str:
     """Which targets runs find: those that the graph knows well, and those that it does not."""
     names, firsts = list(found["ndcg@10"]), found["from"]
-    groups = [f"{first}–{after - 1}" for first, after in zip(firsts, firsts[1:], strict=False)] + [f"{firsts[-1]}–"]
+    groups = [f"{first}–{after - 1}" for first, after in itertools.pairwise(firsts)] + [f"{firsts[-1]}–"]
     lines = [
         "## Which targets node vectors help to find\n",
         f"Test N@10 by how many users the target has in training: `{found['command']}`.\n",
