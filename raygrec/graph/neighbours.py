@@ -125,7 +125,7 @@ class NeighbourSampler:
         reached = reached.where(np.lexsort((drawn, reached.ages, reached.rows)))
         paths = np.minimum(adjacency.degrees(reached.ends), limit)
         before = np.cumsum(paths) - paths
-        before -= before[np.searchsorted(reached.rows, reached.rows)]
+        before -= before[_firsts(reached.rows)]
         reached = reached.where(before < limit)
         # A node of more edges than the bound ends its row, so one key per row is enough.
         further = adjacency.reached(reached.ends, limit, draws, _SECOND, keys[reached.rows])
@@ -144,11 +144,12 @@ class NeighbourSampler:
             by_age = np.argsort(reached.ages, kind="stable")
             cells, youngest = np.unique(cells[by_age], return_index=True)
             ranks = reached.ages[by_age][youngest]
-        rows, ends = np.divmod(cells, width)
-        order = np.lexsort((draws.uniform(use, keys[rows], ends), ranks, rows))
-        rows, ends = rows[order], ends[order]
-        kept = np.arange(len(rows)) - np.searchsorted(rows, rows) < limit
-        return CSR.from_pairs(rows[kept], ends[kept], len(keys))
+        rows, ends = np.divmod(cells, width)  # rows ascend, and do so in every order within them
+        lowest = ranks.min(initial=0)
+        grouped = rows * (ranks.max(initial=0) - lowest + 1) + (ranks - lowest)
+        order = np.lexsort((draws.uniform(use, keys[rows], ends), grouped))
+        kept = np.arange(len(rows)) - _firsts(rows) < limit
+        return CSR.from_pairs(rows[kept], ends[order[kept]], len(keys))
 
 
 @dataclass(frozen=True)
@@ -219,9 +220,18 @@ def _latest(rows: CSR, num_values: int) -> CSR:
     return CSR.from_pairs(row[kept], rows.indices[kept], len(rows))
 
 
+def _firsts(ascending: np.ndarray) -> np.ndarray:
+    """The place of the first entry that is equal to each."""
+    counts = np.bincount(ascending)
+    return np.repeat(np.cumsum(counts) - counts, counts)
+
+
 def _contains(ascending: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Whether each value is among the ascending ones."""
-    return np.searchsorted(ascending, values, side="right") > np.searchsorted(ascending, values)
+    if not len(ascending):
+        return np.zeros(len(values), dtype=bool)
+    place = np.minimum(np.searchsorted(ascending, values), len(ascending) - 1)
+    return ascending[place] == values
 
 
 def _numbers(values: np.ndarray, count: int, kind: str) -> np.ndarray:
