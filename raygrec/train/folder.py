@@ -79,6 +79,14 @@ class RunFolder:
         self.saved: Callable[[str], None] | None = None
         """Hears the name of each checkpoint that is complete."""
 
+    @property
+    def title(self) -> str:
+        """What trackers list the run as: its folder's name, and within a sweep SWEEP/TRIAL/seed-N."""
+        trial, among = self.path.parent, self.path.parent.parent
+        if among.name not in ("trials", "final"):
+            return self.path.name
+        return f"{among.parent.name}/{trial.name}/{self.path.name}"
+
     @contextmanager
     def held(self, lock: str = LOCK, wait: float = 0.0) -> Iterator[None]:
         """The folder belongs to this process while the block runs; `InputError` where it is another's.

@@ -155,7 +155,7 @@ class MLflow:
         from mlflow import MlflowClient
 
         self._client = MlflowClient(uri)
-        self._run = folder.kept("mlflow", lambda: self._new_run(config, folder.path.name))
+        self._run = folder.kept("mlflow", lambda: self._new_run(config, folder.title))
         self._client.update_run(self._run, status="RUNNING")
         self._last: dict[str, int] = {}
 
@@ -193,7 +193,7 @@ class WeightsAndBiases:
 
         self._run = wandb.init(
             project=project,
-            name=folder.path.name,
+            name=folder.title,
             id=folder.kept("wandb", lambda: secrets.token_hex(8)),
             resume="allow",
             dir=str(folder.path),

@@ -338,3 +338,16 @@ def test_links_are_not_written_through(folder, config, tmp_path):
         "train.safetensors",
     ]
     assert not folder.parts_file("train").is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("path", "title"),
+    [
+        ("runs/beauty", "beauty"),
+        ("runs/search/trials/t3/seed-0", "search/t3/seed-0"),
+        ("runs/search/final/t3/seed-2", "search/t3/seed-2"),
+        ("runs/search/seed-2", "seed-2"),
+    ],
+)
+def test_what_trackers_list_a_run_as(path, title):
+    assert RunFolder(Path(path)).title == title
