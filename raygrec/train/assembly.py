@@ -143,7 +143,8 @@ def build_prompts(config: RunConfig, store: Store, folder: RunFolder) -> Prompts
     """The prompt builder of a run, from the store's arrays and the users' folds."""
     builder = _builder(config, store, folder)
     if config.reads_graph and config.graph.folds:
-        builder.tables = NodeEmbeddings.load(folder.nodes_file).fold_of.numpy()
+        # A copy: tensors of one file share its pages, which stay while one of them does.
+        builder.tables = NodeEmbeddings.load(folder.nodes_file).fold_of.numpy().copy()
     return builder
 
 

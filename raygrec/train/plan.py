@@ -282,7 +282,7 @@ def work_of(config: RunConfig, sizes: Sizes, device: str) -> Work:
     longest, most, mean, answers, mean_answers = _prompts(config, sizes)
     with torch.device("meta"):
         model = _model(config, sizes)
-    kept = kept_bytes(model.backbone, config, longest, answers)
+    kept = kept_bytes(model.backbone, config, longest, min(longest, round(longest * answers / most)))
     table = model.backbone.model.get_input_embeddings().weight
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -387,7 +387,7 @@ def kept_bytes(backbone: Backbone, config: RunConfig, length: int, answers: int)
 
     With activation checkpointing these are each layer's input, and all of one layer.
     """
-    asked = _kept_bytes(backbone, config, length, min(answers, length))
+    asked = _kept_bytes(backbone, config, length, answers)
     if not config.engine.activation_checkpointing:
         return asked
     layers = backbone.model.config.num_hidden_layers
