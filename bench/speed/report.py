@@ -24,22 +24,26 @@ NEXT = {
     2: "of 10 M interactions two fifths is numbering the ids (Arrow's hash table of strings outgrows the cache: by "
     "parts of the ids), a quarter Python's share per item (title, template, terms: on Arrow columns); of 1 M a fifth "
     "is imports (pydantic, Arrow, rich).",
-    3: "a batch is some dozens of NumPy calls on a few thousand numbers: calls are paid, not tokens. Assemble the "
-    "batches of a pool together, and draw GAL-Rec's neighbours, which raygrec's side alone does here, for a pool at "
-    "once. What a step waits is little, and a thread that assembles ahead would hide it.",
+    3: "a batch is some hundred NumPy calls on a few thousand numbers: calls are paid, not tokens. Assemble the "
+    "batches of a pool together, and draw GAL-Rec's neighbours, which raygrec's side alone does here and which are "
+    "half of its time, for a pool at once; its draws then follow from epoch and node instead of step and node. A "
+    "thread that assembles ahead would share Python's lock with the step: a process of its own.",
     4: "of a step, what the language model alone does not do is the catalogue: logits of every answer over all items "
-    "and their two gradients, which weigh most beside one or two small layers and least beside all of MiniLM.",
+    "and their two gradients, then the map of all items' text vectors, which weigh most beside one or two small layers "
+    "and least beside all of MiniLM. All are matrix products; with fewer items (sampled softmax) it is another loss.",
     5: "what both sides pay alike, the catalogue and, in a Llama as small, attention, hides what weights without "
-    "gradients save: measure at 1 B on a GPU. The opening is worth reading once where it is a large part of a prompt; "
-    "the job's own is not, in prompts with texts and slots. Then only the answers' positions through the last layer, "
-    "and the opening of encoders, which in ordered prompts sees itself alone: `transformers` promises them no cache.",
+    "gradients and the last layer of answers alone save: measure at 1 B on a GPU. The opening is worth reading once "
+    "where it is a large part of a prompt; the job's own is not, in prompts with texts and slots. Then the opening of "
+    "encoders, which in ordered prompts sees itself alone: `transformers` promises them no cache.",
     7: "GAL-Rec's prompts are a history's nodes and nothing else; GLTA's have texts besides, and its language model's "
-    "pass over them is nearly all of the time, attention most of it: only the answer slot through the last layer, and "
-    "the block mask as segments instead of a matrix. On a CPU and at 260 k parameters generation is bound by "
-    "arithmetic as prompts are; at 1 B on a GPU it is bound by reading the weights at every token: measure there.",
+    "pass over them is nearly all of the time, attention under a mask of its own for each prompt most of it: the block "
+    "mask as segments instead of a matrix, and profile and prediction texts of users who share their terms read once. "
+    "On a CPU and at 260 k parameters generation is bound by arithmetic as prompts are; at 1 B on a GPU it is bound by "
+    "reading the weights at every token: measure there.",
     9: "at K = 0 it is the prompts of contrasted users and of items, read by the model and again by its momentum copy: "
-    "of the copy's pass only the last position is asked for, and the last layer computes them all. The rest are the "
-    "products of anchors with 65,536 rows, near a matrix product's floor; a projection to 128 entries shortens them.",
+    "a fixed cost of small passes (a tenth of the users, a tenth as many items); contrasting more of them in every "
+    "fourth update would share it. The rest are the products of anchors with 65,536 rows, near a matrix product's "
+    "floor; a projection to 128 entries shortens them.",
     12: "measure the ZeRO stages on GPUs, where the allocator tells its peak.",
 }
 STATED = "stated"  # the target of what is to be known, however it turns out
