@@ -29,10 +29,12 @@ def main() -> None:
         cases.append(
             compared(f"{items:,} items × {positions:,} positions", seconds, "in parts", "materialised", flops, **more)
         )
-    # Of one part, three copies at the most; the rest of the memory is R, its gradient and the parameters'.
+    # What may grow: a part's logits, three copies at the most, and what each position has for itself, such as its
+    # hidden state, query and their gradients. The rest of the memory is R, its gradient and the parameters'.
+    own = {items: positions * (2 * WIDTH + 4 * NODE_WIDTH) for items, (positions, _) in SIZES.items()}
     flat = all(
         max(case["peak_mib"]["in parts"].values()) - min(case["peak_mib"]["in parts"].values())
-        < 3 * 4 * positions_at_once(items, "cpu") * items / 2**20
+        < 4 * (3 * positions_at_once(items, "cpu") * items + own[items]) / 2**20
         for case, items in zip(cases, SIZES, strict=True)
     )
     write(

@@ -205,7 +205,7 @@ class _CrossEntropy(torch.autograd.Function):
         if with_gradients:
             by_rows_Ir, by_bias_I = by_rows_Is[:, :-1].to(rows_Ir.dtype), by_rows_Is[:, -1].to(bias_I.dtype)
             own = [] if by_queries_Pd is None else [by_queries_Pd]
-            ctx.save_for_backward(by_queries_Pr, by_rows_Ir.contiguous(), by_bias_I.contiguous(), *own)
+            ctx.save_for_backward(by_queries_Pr, by_rows_Ir, by_bias_I, *own)
         return total
 
     @staticmethod
