@@ -63,7 +63,8 @@ def hops(run: Path, count: int) -> None:
     train = finished.store.interactions("train")
     found = hop_representations(finished.model, finished.builder, users, train)
     figures = hop_figures(found)
-    write("galrec_hops.json", {"command": f"python -m bench.galrec hops {run}", "users": len(users), **figures})
+    told = {"command": f"python -m bench.galrec hops {run}", "store": finished.store.path.name, "users": len(users)}
+    write("galrec_hops.json", told | figures)
     units = torch.nn.functional.normalize(found, dim=2)
     flat = units.flatten(0, 1)
     _, _, directions = torch.pca_lowrank(flat, q=2, niter=8)
@@ -104,22 +105,25 @@ def degrees(runs: list[Path]) -> None:
     """
     from raygrec.serve.topk import FinishedRun
 
-    found: dict[str, list[float]] = {}
-    counts = [0] * len(DEGREES)
-    for run in runs:
-        finished = FinishedRun(run)
-        targets = finished.store.interactions("test")
-        users = np.flatnonzero(targets.lengths)
-        wanted = np.asarray(targets.indices)[targets.indptr[users]]
-        top, _ = finished.top(users, 10)
-        hits = top.numpy() == wanted[:, None]
+    finished = [FinishedRun(run) for run in runs]
+    stores = {one.store.fingerprint for one in finished}
+    if len(stores) > 1 or len({run.name for run in runs}) < len(runs):
+        raise SystemExit("degrees compares runs of one store that have names of their own")
+    store = finished[0].store
+    targets = store.interactions("test")
+    users = np.flatnonzero(targets.lengths)
+    wanted = np.asarray(targets.indices)[targets.indptr[users]]
+    known = store.interactions("train", by="item").lengths[wanted]
+    group = np.searchsorted(DEGREES, known, side="right") - 1
+    found: dict[str, list[float | None]] = {}
+    for run, one in zip(runs, finished, strict=True):
+        hits = one.top(users, 10)[0].numpy() == wanted[:, None]
         gains = (hits / np.log2(2 + np.arange(10))).sum(1)
-        known = finished.store.interactions("train", by="item").lengths[wanted]
-        group = np.searchsorted(DEGREES, known, side="right") - 1
-        counts = np.bincount(group, minlength=len(DEGREES)).tolist()
-        found[run.name] = [float(gains[group == number].mean()) for number in range(len(DEGREES))]
-    command = f"python -m bench.galrec degrees {' '.join(map(str, runs))}"
-    write("galrec_degrees.json", {"command": command, "from": list(DEGREES), "users": counts, "ndcg@10": found})
+        of = [gains[group == number] for number in range(len(DEGREES))]
+        found[run.name] = [float(some.mean()) if len(some) else None for some in of]
+    told = {"command": f"python -m bench.galrec degrees {' '.join(map(str, runs))}", "store": store.path.name}
+    counts = np.bincount(group, minlength=len(DEGREES)).tolist()
+    write("galrec_degrees.json", {**told, "from": list(DEGREES), "users": counts, "ndcg@10": found})
 
 
 def sweep(seeds: list[int]) -> None:

@@ -143,8 +143,8 @@ def _hops(found: dict[str, Any]) -> str:
     uniform = ", ".join(f"{hop} {found[f'uniformity {hop}']:.2f}" for hop in ("0-hop", "1-hop", "2-hop"))
     return (
         "## Where GAL-Rec puts a user's hops\n\n"
-        f"Hidden states at the three task tokens of {found['users']:,} users (Wang and Isola 2020; lower is more "
-        f"uniform, more aligned). Uniformity: {uniform}. Alignment: {pairs}. `{found['command']}`.\n\n"
+        f"Hidden states at the three task tokens of {found['users']:,} users of {found['store']} (Wang and Isola 2020; "
+        f"lower is more uniform, more aligned). Uniformity: {uniform}. Alignment: {pairs}. `{found['command']}`.\n\n"
         "![Users' hop representations](figures/galrec_hops.png)\n"
     )
 
@@ -155,12 +155,13 @@ def _degrees(found: dict[str, Any]) -> str:
     groups = [f"{first}–{after - 1}" for first, after in itertools.pairwise(firsts)] + [f"{firsts[-1]}–"]
     lines = [
         "## Which targets node vectors help to find\n",
-        f"Test N@10 by how many users the target has in training, one seed each: `{found['command']}`.\n",
+        f"Test N@10 on {found['store']} by how many users the target has in training: `{found['command']}`.\n",
         f"| users of the target | test users | {' | '.join(names)} |",
         f"|---:|---:|{'---:|' * len(names)}",
     ]
     for number, (group, users) in enumerate(zip(groups, found["users"], strict=True)):
-        cells = " | ".join(f"{found['ndcg@10'][name][number]:.4f}" for name in names)
+        means = (found["ndcg@10"][name][number] for name in names)
+        cells = " | ".join("–" if mean is None else f"{mean:.4f}" for mean in means)
         lines.append(f"| {group} | {users:,} | {cells} |")
     return "\n".join(lines) + "\n"
 

@@ -39,7 +39,8 @@ def main() -> None:
         one = Steps(ready(job, store, job.removesuffix(".yaml"), FEW, *settings))
         cases += one.cases(name, others)
         where[name] = shares(lambda one=one: one.ours(0))
-    floor = min(case["ratio"]["median"] for case in cases if case["against"] == BARE)
+    shares_of_step = [case["alike"] for case in cases if "alike" in case]
+    floor = min([*shares_of_step, *(case["ratio"]["median"] for case in cases if case["against"] == BARE)])
     faster = min(case["ratio"]["median"] for case in cases if case["against"] == TRAINER)
     padding = max(case["padding"][OURS] for case in cases)
     write(

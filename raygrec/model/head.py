@@ -40,7 +40,8 @@ class ItemRows(nn.Module):
         if self.from_text is not None:
             parts.append(self.from_text(texts_nt))
         if self.free is not None:
-            parts.append(self.free if items_n is None else functional.embedding(items_n, self.free))
+            # A view: ZeRO-3 would keep a parameter whole that a module returns as it is.
+            parts.append(self.free.view_as(self.free) if items_n is None else functional.embedding(items_n, self.free))
         return sum(parts[1:], parts[0])
 
 
@@ -143,16 +144,24 @@ def catalogue_cross_entropy(
     twice. own: a part of R that `rows_Ir` leaves out. Returns fp32 [].
     """
     at_once = positions_at_once(len(rows_Ir), rows_Ir.device.type) if at_once is None else at_once
-    made = torch.is_grad_enabled()
+    made, starts = torch.is_grad_enabled(), range(0, len(queries_Pr), at_once)
     if own is None:
-        parts = [(start, start + at_once, None) for start in range(0, len(queries_Pr), at_once)]
+        parts = [(start, start + at_once, []) for start in starts]
         return _CrossEntropy.apply(queries_Pr, None, rows_Ir, bias_I, targets, parts, made)
     order = own.tables_P.argsort(stable=True)
     ends = own.tables_P.bincount(minlength=len(own.nodes_KId)).cumsum(0).tolist()
+    tables = list(zip([0, *ends[:-1]], ends, own.nodes_KId.to(queries_Pr.dtype), strict=True))
     parts = [
-        (start, min(start + at_once, end), nodes_Id)
-        for first, end, nodes_Id in zip([0, *ends[:-1]], ends, own.nodes_KId, strict=True)
-        for start in range(first, end, at_once)
+        (
+            start,
+            start + at_once,
+            [
+                (max(start, first), min(start + at_once, end), nodes_Id)
+                for first, end, nodes_Id in tables
+                if max(start, first) < min(start + at_once, end)
+            ],
+        )
+        for start in starts
     ]
     queries_Pr = queries_Pr.index_select(0, order)
     queries_Pd = queries_Pr @ own.map_dr.T.to(queries_Pr.dtype)
@@ -167,7 +176,7 @@ def positions_at_once(num_items: int, device: str) -> int:
 class _CrossEntropy(torch.autograd.Function):
     """The gradients of a sum are known up to a factor before its backward pass begins.
 
-    parts: positions from and to, and where there are queries_Pd, the nodes [I, d] that these are matched with.
+    parts: positions from and to; where there are queries_Pd, also which of them are matched with which nodes [I, d].
     """
 
     @staticmethod
@@ -182,30 +191,29 @@ class _CrossEntropy(torch.autograd.Function):
             by_queries_Pd = None if queries_Pd is None else torch.empty_like(queries_Pd)
             by_rows_Is = torch.zeros_like(rows_Is, dtype=torch.float32)
         with torch.autocast(queries_Pr.device.type, enabled=False):
-            for start, stop, nodes_Id in parts:
+            for start, stop, own in parts:
                 part_ps = queries_Ps[start:stop]
                 part = targets.slice(start, start + len(part_ps))
                 places = (part.rows, part.items)
                 logits_pI = part_ps @ rows_Is.T
-                if nodes_Id is not None:
-                    nodes_Id = nodes_Id.to(kind)
-                    torch.addmm(logits_pI, queries_Pd[start:stop], nodes_Id.T, out=logits_pI)
+                for first, end, nodes_Id in own:
+                    logits_pI[first - start : end - start].addmm_(queries_Pd[first:end], nodes_Id.T)
                 log_shares_pI = logits_pI.float().log_softmax(dim=1)
                 total -= (log_shares_pI[places] * part.weights).sum()
                 if not with_gradients:
                     continue
                 excess_pI = log_shares_pI.exp_().index_put_(places, -part.weights, accumulate=True).to(kind)
                 by_queries_Pr[start:stop] = excess_pI @ rows_Is[:, :-1]
-                if nodes_Id is not None:
-                    by_queries_Pd[start:stop] = excess_pI @ nodes_Id
+                for first, end, nodes_Id in own:
+                    by_queries_Pd[first:end] = excess_pI[first - start : end - start] @ nodes_Id
                 if kind == torch.float32:
                     by_rows_Is.addmm_(excess_pI.T, part_ps)
                 else:
                     by_rows_Is += excess_pI.T @ part_ps
         if with_gradients:
             by_rows_Ir, by_bias_I = by_rows_Is[:, :-1].to(rows_Ir.dtype), by_rows_Is[:, -1].to(bias_I.dtype)
-            own = [] if by_queries_Pd is None else [by_queries_Pd]
-            ctx.save_for_backward(by_queries_Pr, by_rows_Ir, by_bias_I, *own)
+            saved = by_queries_Pr, by_rows_Ir, by_bias_I
+            ctx.save_for_backward(*saved, *([] if by_queries_Pd is None else [by_queries_Pd]))
         return total
 
     @staticmethod

@@ -292,6 +292,7 @@ def work_of(config: RunConfig, sizes: Sizes, device: str) -> Work:
     layers = model.backbone.model.config.num_hidden_layers
     text = (model.item_texts.shape[1] if model.item_texts is not None else 0) + model.nodes.width
     fixed = sum(b.nbytes for b in model.buffers()) + 4 * 4 * rows  # R, and its gradient as the head makes it
+    fixed += 2 * rows * tables if tables > 1 and config.engine.precision == "bf16" else 0  # the fits' nodes in bf16
     if isinstance(model, GALRec):
         contrast = config.model.contrast
         fixed += 2 * contrast.queue * (4 * (contrast.projection or width) + 8)

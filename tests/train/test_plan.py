@@ -274,6 +274,18 @@ def test_checkpointing_keeps_less_and_computes_more(tiny_store, tiny_backbone, t
     assert less.passes == plain.passes + 1
 
 
+def test_checkpointing_keeps_inputs_and_one_layer(tiny_store, tiny_backbone, tmp_path):
+    """A single layer is the last, kept as it is read; of two, the first is whole while it is computed again."""
+    plain = config_of("galrec", tiny_store, tiny_backbone, tmp_path)
+    again = plain.model_copy(update={"engine": plain.engine.model_copy(update={"activation_checkpointing": True})})
+    one, two = (Backbone(plain.backbone.model_copy(update={"layers": layers})).tune() for layers in (1, 2))
+    of_input = 4 * 9 * one.width
+    assert kept_bytes(one, again, 9, 2) == of_input + kept_bytes(one, plain, 9, 2)
+    of_first = kept_bytes(two, plain, 9, 2) - kept_bytes(one, plain, 9, 2)
+    assert kept_bytes(two, again, 9, 2) == pytest.approx(2 * of_input + of_first, rel=0.1)
+    assert kept_bytes(two, again, 9, 2) < kept_bytes(two, plain, 9, 2)
+
+
 def test_the_table_fits_80_columns(tiny_store, tiny_backbone, tmp_path):
     config = config_of("galrec", tiny_store, tiny_backbone, tmp_path)
     lines = table(plan(config, sizes_of(config, None, None, None), 512, H100, 3.5))
