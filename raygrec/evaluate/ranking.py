@@ -11,6 +11,7 @@ from raygrec.evaluate.metrics import MetricSums
 from raygrec.progress import track
 
 Score = Callable[[np.ndarray], torch.Tensor]  # user ids [B] -> scores [B, I]
+STRIP = 8  # columns of which the greatest stands for all
 
 
 def evaluate_scores(
@@ -50,23 +51,52 @@ def top_k(
     users: [B] ids, by default the row numbers. Equal scores are ordered at random, by a hash of
     (seed, user, item).
     """
-    if not torch.isfinite(scores).all():
-        row, item = (~torch.isfinite(scores)).nonzero()[0].tolist()
-        raise InputError(f"scores: row {row}, item {item} is {float(scores[row, item])}; expected finite values")
     users = np.arange(len(scores)) if users is None else users
-    scores = scores.to(torch.float32, copy=True)
-    for mask in masks:
-        places = np.stack([mask.rows, np.asarray(mask.indices, dtype=np.int64)])
-        scores[tuple(torch.from_numpy(places).to(scores.device))] = -torch.inf
+    given, scores = scores, scores.detach().float()
+    if scores.numel() and not torch.stack(scores.aminmax()).isfinite().all():
+        row, item = (~torch.isfinite(scores)).nonzero()[0].tolist()
+        raise InputError(f"scores: row {row}, item {item} is {float(given[row, item])}; expected finite values")
+    if 0 in scores.stride():
+        scores = scores.contiguous()  # rows that share their memory cannot be masked
+    rows = np.concatenate([mask.rows for mask in masks] or [[]])
+    items = np.concatenate([mask.indices for mask in masks] or [[]])
+    masked = tuple(torch.from_numpy(places.astype(np.int64)).to(scores.device) for places in (rows, items))
+    before = scores[masked]
+    scores[masked] = -torch.inf
+    best = _best_left(scores, k, users, seed)
+    scores[masked] = before  # they may be the caller's own; a copy would cost as much as the ranking
+    return best
+
+
+def _best_left(scores: torch.Tensor, k: int, users: np.ndarray, seed: int) -> torch.Tensor:
+    """`top_k` of float32 scores, -inf where an item is left out."""
     # One place more than asked for, to see a tie across the cut.
-    values, items = scores.topk(min(k + 1, scores.shape[1]))
+    values, items = _greatest(scores, min(k + 1, scores.shape[1]))
     tied = ((values[:, 1:] == values[:, :-1]) & values[:, 1:].isfinite()).any(1).nonzero()[:, 0]
     if len(tied):
         keys = _tie_free(scores[tied], users[tied.cpu().numpy()], seed)
-        items[tied] = keys.topk(items.shape[1]).indices
+        items[tied] = _greatest(keys, items.shape[1])[1]
         values[tied] = scores[tied].gather(1, items[tied])
     items = items.masked_fill(values == -torch.inf, -1)[:, :k]
     return torch.nn.functional.pad(items, (0, k - items.shape[1]), value=-1)
+
+
+def _greatest(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k greatest of each row of [B, I] in descending order, and their columns, as `torch.topk`.
+
+    They lie in the k strips of `STRIP` columns whose own greatest are greatest: one pass that only compares, where
+    `topk` would arrange each row.
+    """
+    strips = scores.shape[1] // STRIP
+    if strips < 32 * k:
+        return torch.topk(scores, k)
+    among, rest = STRIP * strips, scores.shape[1] - STRIP * strips
+    _, chosen = _greatest(scores[:, :among].unflatten(1, (STRIP, strips)).amax(1), k)
+    starts = torch.arange(0, among, strips, device=scores.device)
+    left_over = torch.arange(among, among + rest, device=scores.device).expand(len(scores), -1)
+    columns = torch.cat([(chosen[:, :, None] + starts).flatten(1), left_over], 1)
+    values, places = scores.gather(1, columns).topk(k)
+    return values, columns.gather(1, places)
 
 
 def _tie_free(scores: torch.Tensor, users: np.ndarray, seed: int) -> torch.Tensor:

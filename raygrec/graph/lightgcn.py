@@ -21,7 +21,7 @@ from raygrec.progress import progress_bar
 from raygrec.tensors import load_tensors, save_tensors
 
 _FOLDS = 1  # what a draw is for
-AT_ONCE = 2**14  # edges whose rows a step holds at a time
+AT_ONCE, ON_A_CPU = 2**20, 2**9  # edges whose rows a step holds at a time; on a CPU few enough to stay in its cache
 INITIAL_SCALE = 0.1  # standard deviation of the ego embeddings at the start, as in the authors' code
 
 
@@ -256,8 +256,9 @@ class _Step:
         share, layers = 1 / (self.config.layers + 1), self.config.layers
         sums_Nd = _layer_sum(self.adjacency, self.ego_Nd, layers, self.buffers)
         by_sums_Nd, loss = self.by_sums_Nd.zero_(), sums_Nd.new_zeros(())
+        at_once = ON_A_CPU if sums_Nd.device.type == "cpu" else AT_ONCE
         for users_b, items_b, negatives_bn in zip(
-            *(nodes.split(AT_ONCE) for nodes in (users_B, items_B, negatives_Bn)), strict=True
+            *(nodes.split(at_once) for nodes in (users_B, items_B, negatives_Bn)), strict=True
         ):
             users_bd, items_bd = sums_Nd.index_select(0, users_b), sums_Nd.index_select(0, items_b)
             others_bnd = sums_Nd.index_select(0, negatives_bn.flatten()).view(*negatives_bn.shape, -1)
@@ -266,9 +267,9 @@ class _Step:
             loss += functional.softplus(losing_bn).sum() / negatives_Bn.numel()
             slopes_bn1 = losing_bn.sigmoid()[..., None] * (share**2 / negatives_Bn.numel())
             by_negatives_bnd = slopes_bn1 * users_bd[:, None]
-            by_sums_Nd.index_put_((users_b,), (slopes_bn1 * apart_bnd).sum(1), accumulate=True)
-            by_sums_Nd.index_put_((items_b,), -by_negatives_bnd.sum(1), accumulate=True)
-            by_sums_Nd.index_put_((negatives_bn.flatten(),), by_negatives_bnd.flatten(0, 1), accumulate=True)
+            by_sums_Nd.index_add_(0, users_b, (slopes_bn1 * apart_bnd).sum(1))
+            by_sums_Nd.index_add_(0, items_b, by_negatives_bnd.sum(1), alpha=-1)
+            by_sums_Nd.index_add_(0, negatives_bn.flatten(), by_negatives_bnd.flatten(0, 1))
         if contrast:
             final_Nd = (sums_Nd * share).requires_grad_()
             with torch.enable_grad():

@@ -87,3 +87,29 @@ def test_a_masked_target_is_a_miss_and_users_without_targets_are_not_scored():
 def test_scores_that_are_not_finite_are_refused(value):
     with pytest.raises(InputError, match="row 1, item 2"):
         top_k(torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, value]]), 1)
+
+
+@pytest.mark.parametrize("items", [5_003, 40_000])  # strips, and strips of strips
+def test_long_rows_are_ranked_as_a_sort_does(items):
+    """The greatest of strips choose where to look: whole ranks, ties across the cut and masks as in a full sort."""
+    drawn = torch.Generator().manual_seed(0)
+    scores = torch.randn(6, items, generator=drawn)
+    scores[1] = scores[1].round(decimals=1)  # ties everywhere
+    scores[2] = -torch.arange(items)  # all of the best in other strips
+    scores[3, ::700] = 9 + torch.arange(len(scores[3, ::700]))  # far apart
+    scores[4, -10:] = 50.0 + torch.arange(10)  # in what is left over
+    mask = CSR.from_lists([[], [0], [0, 1], [0], [items - 1], range(items - 3)])
+    wanted = scores.clone()
+    wanted[torch.from_numpy(mask.rows), torch.from_numpy(np.asarray(mask.indices)).long()] = -torch.inf
+    order = wanted.sort(descending=True, stable=True)
+    before, found = scores.clone(), top_k(scores, 10, [mask])
+    assert torch.equal(wanted.gather(1, found.clamp(min=0))[:5], order.values[:5, :10])
+    for row in (0, 2, 3, 4):
+        assert found[row].tolist() == order.indices[row, :10].tolist()
+    assert sorted(found[5].tolist()) == [-1] * 7 + [items - 3, items - 2, items - 1]
+    assert torch.equal(scores, before)
+
+
+def test_rows_that_share_their_memory_have_masks_of_their_own():
+    scores = torch.tensor([[3.0, 2.0, 1.0]]).expand(2, 3)
+    assert top_k(scores, 1, [CSR.from_lists([[0], []])]).tolist() == [[1], [0]]
