@@ -11,6 +11,7 @@
     python -m bench.speed prepare      a store from a table, against a pandas script and RecBole
     python -m bench.speed checkpoint   writing and reading one, against the bare disk
     python -m bench.speed scaling      updates on 1, 2 and 4 workers under ZeRO 0 to 3, with the bytes that they send
+    python -m bench.speed gpu          training steps around Llamas of 1 B and 7 B, on a GPU (else a rehearsal)
     python -m bench.speed plan         what `raygrec plan` foresees, against what processes measure
     python -m bench.speed report       docs/BENCHMARKS.md
 
@@ -23,7 +24,7 @@ import os
 
 ROWS = (
     *("head", "metrics", "topk", "assembly", "step", "frozen"),
-    *("contrast", "lightgcn", "prepare", "checkpoint", "scaling", "plan"),
+    *("contrast", "lightgcn", "prepare", "checkpoint", "scaling", "plan", "gpu"),
 )
 
 

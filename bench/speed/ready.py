@@ -51,11 +51,11 @@ def job_config(job: str, store: Path, name: str, *settings: str) -> RunConfig:
     return run_config(apply_overrides(read_yaml(ROOT / "jobs" / job), given), job)
 
 
-def ready(job: str, store: Path, name: str, *settings: str) -> Ready:
+def ready(job: str, store: Path, name: str, *settings: str, distributed: bool = False) -> Ready:
     """The model and the prompts of a job; what it has pretrained is kept under `name`."""
     config = job_config(job, store, name, *settings)
     prompts = prompts_of(config)
-    model = build_model(config, Store.open(store), prompts, RunFolder(config.out), distributed=False)
+    model = build_model(config, Store.open(store), prompts, RunFolder(config.out), distributed)
     return Ready(config, model, prompts)
 
 

@@ -2,6 +2,7 @@
 
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from raygrec.draws import Draws
 from raygrec.model.backbone import Backbone
 from raygrec.model.prompts import PAD, PromptBatch
 from raygrec.train import loop
-from raygrec.train.engine import LocalEngine
+from raygrec.train.engine import Engine, LocalEngine
 
 ROUNDS, STEPS = 5, 4  # steps of a round
 OURS, BARE, TRAINER = "raygrec", "backbone alone", "Trainer"
@@ -64,10 +65,12 @@ def main() -> None:
 class Steps:
     """The same users' prompts through the loop's own step, the bare language model and the Trainer."""
 
-    def __init__(self, one: Ready) -> None:
-        self.one = one
+    def __init__(
+        self, one: Ready, engine: Engine | None = None, clock: Callable[[], float] = time.process_time
+    ) -> None:
+        self.one, self.clock = one, clock
         self.stage = stage_of(one.config, one.prompts)
-        self.engine = LocalEngine(one.model, one.config.engine)
+        self.engine = engine or LocalEngine(one.model, one.config.engine)
         self.order = np.zeros((0, 0), dtype=np.int64)
         self.calls: list[tuple[bool, tuple[Any, ...]]] = []  # with gradient or not, and what the backbone was given
         self.given = self.calls
@@ -112,7 +115,7 @@ class Steps:
     def bare(self, _: int, whole: bool = True) -> None:
         """whole: the last layer too is computed at every position."""
         for gradient, (embeds, mask, keys, past, asked) in self.given:
-            with torch.set_grad_enabled(gradient):
+            with torch.set_grad_enabled(gradient), self.engine.autocast():
                 given = embeds.detach().requires_grad_(gradient), mask, keys, past, None if whole else asked
                 hidden = self.backbone(*given)
             if gradient:
@@ -127,7 +130,13 @@ class Glued(nn.Module):
         super().__init__()
         self.measured = steps
         symbols = steps.one.prompts.symbols
-        self.language_model = Backbone(steps.one.config.backbone).tune().model
+        config = steps.one.config
+        backbone = Backbone(config.backbone)
+        adapted = getattr(config.model, "tuning", "") == "lora"
+        self.language_model = (backbone.adapt(config.model.lora) if adapted else backbone.tune()).model
+        if adapted and config.engine.precision == "bf16":  # as one loads them, and as raygrec keeps them
+            for parameter in self.language_model.parameters():
+                parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else torch.bfloat16)
         words = symbols.first_slot + symbols.slots
         self.language_model.resize_token_embeddings(words, mean_resizing=False)
         self.head = nn.Linear(self.language_model.config.hidden_size, symbols.items)
@@ -149,7 +158,7 @@ class Glued(nn.Module):
         return {"input_ids": batch.symbols.clamp(min=0), "attention_mask": mask.long(), "labels": labels}
 
     def steps(self, number: int) -> float:
-        """CPU seconds of the Trainer's own steps; its set-up does not count."""
+        """Seconds of the Trainer's own steps; its set-up does not count."""
         from transformers import Trainer, TrainerCallback, TrainingArguments
 
         measured = self.measured
@@ -161,10 +170,10 @@ class Glued(nn.Module):
 
         class Clock(TrainerCallback):
             def on_train_begin(self, *_: object, **__: object) -> None:
-                seconds.append(time.process_time())
+                seconds.append(measured.clock())
 
             def on_train_end(self, *_: object, **__: object) -> None:
-                seconds.append(time.process_time())
+                seconds.append(measured.clock())
 
         with tempfile.TemporaryDirectory() as folder:
             arguments = TrainingArguments(
@@ -173,7 +182,8 @@ class Glued(nn.Module):
                 gradient_accumulation_steps=-(-config.batch // config.micro_batch),
                 max_steps=STEPS,
                 learning_rate=1e-4,
-                use_cpu=True,
+                use_cpu=not torch.cuda.is_available(),
+                bf16=measured.one.config.engine.precision == "bf16",
                 report_to=[],
                 save_strategy="no",
                 logging_strategy="no",

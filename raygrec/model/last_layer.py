@@ -51,8 +51,8 @@ LastLayer = Callable[..., torch.Tensor]
 
 def asked_parameters(layer: nn.Module) -> int:
     """Parameters of a last layer that read the asked positions alone."""
-    named = layer.named_parameters()
-    return sum(p.numel() for name, p in named if not set(name.split(".")) & set(READ_EVERYWHERE))
+    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in layer.named_parameters()}  # partitioned or not
+    return sum(size for name, size in sizes.items() if not set(name.split(".")) & set(READ_EVERYWHERE))
 
 
 def last_layer(model: nn.Module, model_type: str) -> tuple[nn.Module, LastLayer] | None:

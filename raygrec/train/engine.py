@@ -127,6 +127,15 @@ def full_tensor(parameter: nn.Parameter) -> torch.Tensor:
         return parameter.detach().clone()
 
 
+def _frozen_in_bf16(model: nn.Module) -> None:
+    """The language model's weights that stay as they are: autocast would keep them twice as large, and cast them anew
+    at every use. Others stay in fp32: a later stage may train them."""
+    backbones = (module for module in model.modules() if isinstance(module, Backbone))
+    for parameter in (parameter for backbone in backbones for parameter in backbone.parameters()):
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+
+
 def make_engine(model: nn.Module, config: EngineConfig, accumulation: int, distributed: bool) -> Engine:
     """The engine for `model`'s trainable parameters; `accumulation` micro-batches make one update."""
     if config.activation_checkpointing:
@@ -162,6 +171,8 @@ class LocalEngine:
         self.device = device()
         self.model = model.to(self.device)
         self.config = config
+        if config.precision == "bf16":
+            _frozen_in_bf16(model)
         self.optimizer = _adamw(model, config)
 
     def autocast(self) -> Any:

@@ -645,6 +645,13 @@ def test_bf16_trains_fp32_weights(prepared, tiny_store, tmp_path, plain):
         assert float(other.loss(prompts)) == pytest.approx(float(plain.loss(prompts)), rel=0.02)
 
 
+def test_in_bf16_only_what_the_language_model_never_trains_is_kept_in_bf16(prepared, tiny_store, tmp_path):
+    other = train(prepared, tiny_store, tmp_path, precision="bf16").model  # GLTA: frozen, its projectors by stages
+    inside = {parameter.dtype for parameter in other.backbone.parameters()}
+    outside = {p.dtype for name, p in other.named_parameters() if not name.startswith("backbone.")}
+    assert inside == {torch.bfloat16} and outside == {torch.float32}
+
+
 def test_a_loss_that_is_not_finite_updates_nothing(prepared, tiny_store, tmp_path, plain):
     builder = build_prompts(prepared, tiny_store, RunFolder(prepared.out))
     model = build_model(prepared, tiny_store, builder, RunFolder(prepared.out), distributed=False)
