@@ -38,20 +38,19 @@ SHAPES = {  # width, inner width, layers, heads, of keys
     "7 B": (4096, 11008, 32, 32, 32),
     "rehearsal": (64, 128, 2, 4, 2),
 }
-IN_HOST = ("engine.zero_stage=2", "engine.offload_optimizer=true")
 OFFLOADED = ("engine.zero_stage=3", "engine.offload_optimizer=true", "engine.offload_parameters=true")
 CHECKPOINTED = "engine.activation_checkpointing=true"
 CASES: dict[str, tuple[str, int, list[str]]] = {  # shape, users an update, settings
     "1 B, all weights": ("1 B", 128, []),
     "1 B, LoRA": ("1 B", 128, ["model.tuning=lora"]),
     "7 B, LoRA": ("7 B", 32, ["model.tuning=lora", CHECKPOINTED]),
-    "1 B, all weights, ZeRO-2 with optimizer offloaded": ("1 B", 128, [*IN_HOST]),
+    "1 B, all weights, ZeRO-3 with all offloaded": ("1 B", 128, [*OFFLOADED]),
     "7 B, LoRA, ZeRO-3 with all offloaded": ("7 B", 32, ["model.tuning=lora", *OFFLOADED, CHECKPOINTED]),
 }
 REHEARSED = {
     "all weights": ("rehearsal", 16, []),
     "LoRA": ("rehearsal", 16, ["model.tuning=lora", CHECKPOINTED]),
-    "all weights, ZeRO-2 with optimizer offloaded": ("rehearsal", 16, [*IN_HOST]),
+    "all weights, ZeRO-3 with all offloaded": ("rehearsal", 16, [*OFFLOADED]),
     "LoRA, ZeRO-3 with all offloaded": ("rehearsal", 16, ["model.tuning=lora", *OFFLOADED, CHECKPOINTED]),
 }
 SETTINGS = [

@@ -227,6 +227,11 @@ class DeepSpeedEngine:
         self.world_size = world()[1]
         self.device = device()
         self._deepspeed = deepspeed
+        if config.precision == "bf16" and config.zero_stage == 3:
+            # As DeepSpeed does in the other stages; here it would keep in fp32 what it has not loaded itself.
+            for parameter in model.parameters():
+                if not hasattr(parameter, "ds_id"):
+                    parameter.data = parameter.data.bfloat16()
         optimizer = _adamw(model, config)
         trained = sum(getattr(p, "ds_numel", p.numel()) for p in _trainable(model).values())
         self.engine, self.optimizer, _, _ = deepspeed.initialize(

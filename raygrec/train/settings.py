@@ -243,11 +243,6 @@ class GALRecRun(OnePositionRun):
 
     @model_validator(mode="after")
     def _deepspeed_can(self) -> Self:
-        if self.engine.zero_stage == 3 and self.engine.precision == "bf16" and self.model.tuning == "full":
-            raise ValueError(
-                "engine.zero_stage=3 with precision=bf16 cannot train all of the language model (DeepSpeed refuses "
-                "parameters of two types); use zero_stage=2, precision=fp32, model.tuning=lora or frozen"
-            )
         contrast = self.model.contrast
         if self.engine.zero_stage == 3 and contrast.momentum is not None and contrast.compared:
             raise ValueError(

@@ -104,14 +104,6 @@ def test_glta_needs_a_slot_for_each_item_of_a_list():
     run_config({**PLACES, **content, "model": {"slots": 10}}, "x")
 
 
-def test_galrec_under_zero_3_in_bf16_does_not_train_all_of_the_language_model():
-    engine = {"zero_stage": 3, "precision": "bf16"}
-    assert "engine.zero_stage=3 with precision=bf16" in refused({"recipe": "galrec", "engine": engine})
-    for tuning in ("lora", "frozen"):
-        content = {**PLACES, "recipe": "galrec", "engine": engine, "model": {"tuning": tuning}}
-        assert run_config(content, "x").engine.zero_stage == 3
-
-
 def test_galrec_under_zero_3_has_no_momentum_encoder():
     model = {"contrast": {"momentum": 0.999}}
     message = refused({"recipe": "galrec", "engine": {"zero_stage": 3}, "model": model})
