@@ -74,9 +74,12 @@ def _best_left(scores: torch.Tensor, k: int, users: np.ndarray, seed: int) -> to
     values, items = _greatest(scores, min(k + 1, scores.shape[1]))
     tied = ((values[:, 1:] == values[:, :-1]) & values[:, 1:].isfinite()).any(1).nonzero()[:, 0]
     if len(tied):
-        keys = _tie_free(scores[tied], users[tied.cpu().numpy()], seed)
-        items[tied] = _greatest(keys, items.shape[1])[1]
-        values[tied] = scores[tied].gather(1, items[tied])
+        among = scores[tied]
+        # What may have a place scores at least as high as the last; of short lists that is little more than they hold.
+        few = int((among >= values[tied, -1:]).sum(1).max())
+        scored, columns = _greatest(among, few)
+        places = _tie_free(scored, columns, users[tied.cpu().numpy()], seed).topk(items.shape[1]).indices
+        items[tied], values[tied] = columns.gather(1, places), scored.gather(1, places)
     items = items.masked_fill(values == -torch.inf, -1)[:, :k]
     return torch.nn.functional.pad(items, (0, k - items.shape[1]), value=-1)
 
@@ -99,19 +102,17 @@ def _greatest(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]
     return values, columns.gather(1, places)
 
 
-def _tie_free(scores: torch.Tensor, users: np.ndarray, seed: int) -> torch.Tensor:
-    """[B, I] int64 that orders as (score, hash) does: the float's ordered bits above, the hash below."""
+def _tie_free(scores: torch.Tensor, items: torch.Tensor, users: np.ndarray, seed: int) -> torch.Tensor:
+    """[B, C] int64 that orders as (score, hash of the item) does: the float's ordered bits above, the hash below.
+
+    Inside a row no two hashes are equal, as murmur3's finaliser is a bijection.
+    """
     bits = (scores + 0.0).view(torch.int32)  # adding zero makes -0.0 equal to 0.0
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (ordered.long() << 32) | (_hash(scores, users, seed).long() & 0xFFFFFFFF)
-
-
-def _hash(scores: torch.Tensor, users: np.ndarray, seed: int) -> torch.Tensor:
-    """[B, I] int32; inside a row no two are equal, as murmur3's finaliser is a bijection."""
     users_B = torch.from_numpy(np.asarray(users).astype(np.int32)).to(scores.device)
-    items_I = torch.arange(scores.shape[1], dtype=torch.int32, device=scores.device)
     seeded = torch.tensor(seed, device=scores.device).to(torch.int32)
-    return _mix(_mix(users_B + _mix(seeded))[:, None] ^ _mix(items_I))
+    hashes = _mix(_mix(users_B + _mix(seeded))[:, None] ^ _mix(items.int()))
+    return (ordered.long() << 32) | (hashes.long() & 0xFFFFFFFF)
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
