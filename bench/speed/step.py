@@ -137,6 +137,8 @@ class Glued(nn.Module):
         if adapted and config.engine.precision == "bf16":  # as one loads them, and as raygrec keeps them
             for parameter in self.language_model.parameters():
                 parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else torch.bfloat16)
+        if config.engine.activation_checkpointing:
+            self.language_model.gradient_checkpointing_enable({"use_reentrant": False})
         words = symbols.first_slot + symbols.slots
         self.language_model.resize_token_embeddings(words, mean_resizing=False)
         self.head = nn.Linear(self.language_model.config.hidden_size, symbols.items)

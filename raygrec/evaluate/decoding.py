@@ -29,7 +29,8 @@ def ranked_lists(
     history's newest and the first slot answers again. Raises `InputError` where `slots` has fewer slots than k.
     """
     if decoding == "first":
-        return top_k(_logits(model, builder, users, histories, stage, 1, device)[:, 0], k, [histories], users)
+        scores = _logits(model, builder, users, histories, stage, 1, device)[:, 0]
+        return top_k(scores, k, [histories], users, overwrite=True)
     if decoding == "slots":
         if k > model.symbols.slots:
             raise InputError(f"decoding slots: a list of {k} needs as many slots, model.slots is {model.symbols.slots}")

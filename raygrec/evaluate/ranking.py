@@ -12,6 +12,7 @@ from raygrec.progress import track
 
 Score = Callable[[np.ndarray], torch.Tensor]  # user ids [B] -> scores [B, I]
 STRIP = 8  # columns of which the greatest stands for all
+FEW = 64  # columns of a row that are as good as sorted at once
 
 
 def evaluate_scores(
@@ -27,61 +28,70 @@ def evaluate_scores(
 ) -> MetricSums:
     """Ranks the whole catalogue for each of `users` and sums the metrics.
 
-    score: user ids [B] -> scores [B, I]. targets and masks: CSR with one row per user id; masked items are
-    not ranked, so a target among them is a miss. Users without targets are left out, unscored. How users are
-    cut into chunks or spread over workers does not change how ties are broken. Raises `InputError` for scores
-    that are not finite.
+    score: user ids [B] -> scores [B, I], which are written over. targets and masks: CSR with one row per user id;
+    masked items are not ranked, so a target among them is a miss. Users without targets are left out, unscored.
+    How users are cut into chunks or spread over workers does not change how ties are broken. Raises `InputError`
+    for scores that are not finite.
     """
     users = np.asarray(users)[targets.lengths[users] > 0]
     sums = MetricSums(tuple(ks), num_items)
     starts = range(0, len(users), chunk)
     for start in track(starts, "ranking") if progress else starts:
         rows = users[start : start + chunk]
-        lists = top_k(score(rows), max(ks), [mask.take(rows) for mask in masks], rows, seed)
+        lists = top_k(score(rows), max(ks), [mask.take(rows) for mask in masks], rows, seed, overwrite=True)
         sums.add(lists, targets.take(rows))
     return sums
 
 
 def top_k(
-    scores: torch.Tensor, k: int, masks: Sequence[CSR] = (), users: np.ndarray | None = None, seed: int = 0
+    scores: torch.Tensor,
+    k: int,
+    masks: Sequence[CSR] = (),
+    users: np.ndarray | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
 ) -> torch.Tensor:
     """The k best items of each row, best first: [B, k] int64, padded with -1 where fewer are left.
 
-    scores: [B, I], finite, compared as float32. masks: CSRs with B rows of items to leave out.
+    scores: [B, I], compared as float32 and finite as such. masks: CSRs with B rows of items to leave out.
     users: [B] ids, by default the row numbers. Equal scores are ordered at random, by a hash of
-    (seed, user, item).
+    (seed, user, item). overwrite: nobody reads these scores afterwards; masks are written into them where a copy would
+    cost as much as the ranking.
     """
-    users = np.arange(len(scores)) if users is None else users
-    given, scores = scores, scores.detach().float()
+    users = np.arange(len(scores)) if users is None else np.asarray(users)
+    own = overwrite and scores.is_contiguous()  # rows that share memory are not
+    scores = scores.detach().to(torch.float32, copy=bool(masks) and not own)
     if scores.numel() and not torch.stack(scores.aminmax()).isfinite().all():
         row, item = (~torch.isfinite(scores)).nonzero()[0].tolist()
-        raise InputError(f"scores: row {row}, item {item} is {float(given[row, item])}; expected finite values")
-    if 0 in scores.stride():
-        scores = scores.contiguous()  # rows that share their memory cannot be masked
-    rows = np.concatenate([mask.rows for mask in masks] or [[]])
-    items = np.concatenate([mask.indices for mask in masks] or [[]])
-    masked = tuple(torch.from_numpy(places.astype(np.int64)).to(scores.device) for places in (rows, items))
-    before = scores[masked]
-    scores[masked] = -torch.inf
-    best = _best_left(scores, k, users, seed)
-    scores[masked] = before  # they may be the caller's own; a copy would cost as much as the ranking
-    return best
-
-
-def _best_left(scores: torch.Tensor, k: int, users: np.ndarray, seed: int) -> torch.Tensor:
-    """`top_k` of float32 scores, -inf where an item is left out."""
+        raise InputError(f"scores: row {row}, item {item} is {float(scores[row, item])}; expected finite values")
+    for mask in masks:
+        places = np.stack([mask.rows, np.asarray(mask.indices, dtype=np.int64)])
+        scores[tuple(torch.from_numpy(places).to(scores.device))] = -torch.inf
     # One place more than asked for, to see a tie across the cut.
     values, items = _greatest(scores, min(k + 1, scores.shape[1]))
     tied = ((values[:, 1:] == values[:, :-1]) & values[:, 1:].isfinite()).any(1).nonzero()[:, 0]
     if len(tied):
-        among = scores[tied]
-        # What may have a place scores at least as high as the last; of short lists that is little more than they hold.
-        few = int((among >= values[tied, -1:]).sum(1).max())
-        scored, columns = _greatest(among, few)
-        places = _tie_free(scored, columns, users[tied.cpu().numpy()], seed).topk(items.shape[1]).indices
-        items[tied], values[tied] = columns.gather(1, places), scored.gather(1, places)
+        _break_ties(scores, values, items, tied, users, seed)
     items = items.masked_fill(values == -torch.inf, -1)[:, :k]
     return torch.nn.functional.pad(items, (0, k - items.shape[1]), value=-1)
+
+
+def _break_ties(
+    scores: torch.Tensor, values: torch.Tensor, items: torch.Tensor, tied: torch.Tensor, users: np.ndarray, seed: int
+) -> None:
+    """Writes the rows `tied` of values and items [B, places] anew, equal scores by their hash."""
+    among = scores[tied]
+    # What may have a place scores at least as high as the last one does: mostly little more than there are places.
+    wanted = (among >= values[tied, -1:]).sum(1)
+    for mine, count in ((wanted <= FEW, FEW), (wanted > FEW, among.shape[1])):
+        rows, scored = tied[mine], among[mine]
+        if count < among.shape[1]:
+            scored, columns = _greatest(scored, count)
+        else:
+            columns = torch.arange(among.shape[1], device=scores.device).expand(len(rows), -1)
+        keys = _tie_free(scored, columns, users[rows.cpu().numpy()], seed)
+        places = _greatest(keys, items.shape[1])[1]
+        items[rows], values[rows] = columns.gather(1, places), scored.gather(1, places)
 
 
 def _greatest(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,7 +101,7 @@ def _greatest(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]
     `topk` would arrange each row.
     """
     strips = scores.shape[1] // STRIP
-    if strips < 32 * k:
+    if strips < 32 * max(k, 1):
         return torch.topk(scores, k)
     among, rest = STRIP * strips, scores.shape[1] - STRIP * strips
     _, chosen = _greatest(scores[:, :among].unflatten(1, (STRIP, strips)).amax(1), k)

@@ -21,7 +21,7 @@ from raygrec.progress import progress_bar
 from raygrec.tensors import load_tensors, save_tensors
 
 _FOLDS = 1  # what a draw is for
-AT_ONCE, ON_A_CPU = 2**20, 2**9  # edges whose rows a step holds at a time; on a CPU few enough to stay in its cache
+AT_ONCE, ON_A_CPU = 2**20, 2**9  # negatives whose rows a step holds at a time; on a CPU few enough for its cache
 INITIAL_SCALE = 0.1  # standard deviation of the ego embeddings at the start, as in the authors' code
 
 
@@ -256,7 +256,7 @@ class _Step:
         share, layers = 1 / (self.config.layers + 1), self.config.layers
         sums_Nd = _layer_sum(self.adjacency, self.ego_Nd, layers, self.buffers)
         by_sums_Nd, loss = self.by_sums_Nd.zero_(), sums_Nd.new_zeros(())
-        at_once = ON_A_CPU if sums_Nd.device.type == "cpu" else AT_ONCE
+        at_once = max((ON_A_CPU if sums_Nd.device.type == "cpu" else AT_ONCE) // negatives_Bn.shape[1], 1)
         for users_b, items_b, negatives_bn in zip(
             *(nodes.split(at_once) for nodes in (users_B, items_B, negatives_Bn)), strict=True
         ):
@@ -267,9 +267,9 @@ class _Step:
             loss += functional.softplus(losing_bn).sum() / negatives_Bn.numel()
             slopes_bn1 = losing_bn.sigmoid()[..., None] * (share**2 / negatives_Bn.numel())
             by_negatives_bnd = slopes_bn1 * users_bd[:, None]
-            by_sums_Nd.index_add_(0, users_b, (slopes_bn1 * apart_bnd).sum(1))
-            by_sums_Nd.index_add_(0, items_b, by_negatives_bnd.sum(1), alpha=-1)
-            by_sums_Nd.index_add_(0, negatives_bn.flatten(), by_negatives_bnd.flatten(0, 1))
+            _add_rows(by_sums_Nd, users_b, (slopes_bn1 * apart_bnd).sum(1))
+            _add_rows(by_sums_Nd, items_b, -by_negatives_bnd.sum(1))
+            _add_rows(by_sums_Nd, negatives_bn.flatten(), by_negatives_bnd.flatten(0, 1))
         if contrast:
             final_Nd = (sums_Nd * share).requires_grad_()
             with torch.enable_grad():
@@ -280,6 +280,14 @@ class _Step:
         penalty = self.config.l2 / len(users_B)
         self.ego_Nd.grad = gradient_Nd.addcmul_(self.ego_Nd, read_N[:, None].to(gradient_Nd.dtype), value=penalty)
         return loss
+
+
+def _add_rows(total_Nd: torch.Tensor, nodes_n: torch.Tensor, rows_nd: torch.Tensor) -> None:
+    """Adds rows to those of their nodes, in an order that is the same in every run."""
+    if total_Nd.device.type == "cpu":
+        total_Nd.index_add_(0, nodes_n, rows_nd)
+    else:  # where `index_add_` adds in any order
+        total_Nd.index_put_((nodes_n,), rows_nd, accumulate=True)
 
 
 def pretrain(

@@ -128,12 +128,14 @@ def full_tensor(parameter: nn.Parameter) -> torch.Tensor:
 
 
 def _frozen_in_bf16(model: nn.Module) -> None:
-    """The language model's weights that stay as they are: autocast would keep them twice as large, and cast them anew
-    at every use. Others stay in fp32: a later stage may train them."""
-    backbones = (module for module in model.modules() if isinstance(module, Backbone))
-    for parameter in (parameter for backbone in backbones for parameter in backbone.parameters()):
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.bfloat16()
+    """Matrices of the language model that stay as they are: autocast would keep them twice as large, and cast them anew
+    at every use, to the same values. What it reads in fp32 (norms, token table) stays so, and so does what a later
+    stage may train."""
+    for backbone in (module for module in model.modules() if isinstance(module, Backbone)):
+        for layer in (module for module in backbone.modules() if isinstance(module, nn.Linear)):
+            for parameter in layer.parameters(recurse=False):
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.bfloat16()
 
 
 def make_engine(model: nn.Module, config: EngineConfig, accumulation: int, distributed: bool) -> Engine:
@@ -165,14 +167,14 @@ def _adamw(model: nn.Module, config: EngineConfig) -> torch.optim.AdamW:
 
 
 class LocalEngine:
-    """Plain torch in one process: fp32, or bf16 autocast over fp32 weights."""
+    """Plain torch in one process: fp32, or bf16 autocast over weights that are fp32 where they are trained."""
 
     def __init__(self, model: nn.Module, config: EngineConfig) -> None:
         self.device = device()
-        self.model = model.to(self.device)
-        self.config = config
         if config.precision == "bf16":
             _frozen_in_bf16(model)
+        self.model = model.to(self.device)
+        self.config = config
         self.optimizer = _adamw(model, config)
 
     def autocast(self) -> Any:

@@ -285,7 +285,7 @@ def model_ranker(config: RunConfig, engine: Engine, builder: Prompts, decoding: 
 
 
 def _score_ranker(score: Callable[[np.ndarray], torch.Tensor], config: RunConfig) -> Ranker:
-    return lambda users, shown: top_k(score(users), max(config.evaluate.ks), [shown], users)
+    return lambda users, shown: top_k(score(users), max(config.evaluate.ks), [shown], users, overwrite=True)
 
 
 def _engine(config: RunConfig, model: Model, stage: Stage, distributed: bool) -> Engine:

@@ -4,6 +4,7 @@ import torch
 
 from raygrec.data.arrays import CSR
 from raygrec.errors import InputError
+from raygrec.evaluate import ranking
 from raygrec.evaluate.ranking import evaluate_scores, top_k
 
 
@@ -89,27 +90,53 @@ def test_scores_that_are_not_finite_are_refused(value):
         top_k(torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, value]]), 1)
 
 
-@pytest.mark.parametrize("items", [5_003, 40_000])  # strips, and strips of strips
-def test_long_rows_are_ranked_as_a_sort_does(items):
-    """The greatest of strips choose where to look: whole ranks, ties across the cut and masks as in a full sort."""
-    drawn = torch.Generator().manual_seed(0)
-    scores = torch.randn(6, items, generator=drawn)
-    scores[1] = scores[1].round(decimals=1)  # ties everywhere
-    scores[2] = -torch.arange(items)  # all of the best in other strips
-    scores[3, ::700] = 9 + torch.arange(len(scores[3, ::700]))  # far apart
-    scores[4, -10:] = 50.0 + torch.arange(10)  # in what is left over
-    mask = CSR.from_lists([[], [0], [0, 1], [0], [items - 1], range(items - 3)])
-    wanted = scores.clone()
-    wanted[torch.from_numpy(mask.rows), torch.from_numpy(np.asarray(mask.indices)).long()] = -torch.inf
-    order = wanted.sort(descending=True, stable=True)
-    before, found = scores.clone(), top_k(scores, 10, [mask])
-    assert torch.equal(wanted.gather(1, found.clamp(min=0))[:5], order.values[:5, :10])
-    for row in (0, 2, 3, 4):
-        assert found[row].tolist() == order.indices[row, :10].tolist()
-    assert sorted(found[5].tolist()) == [-1] * 7 + [items - 3, items - 2, items - 1]
-    assert torch.equal(scores, before)
+def by_sorting(scores: torch.Tensor, k: int, masks: list[CSR], seed: int = 0) -> torch.Tensor:
+    """`top_k` by a sort of all items of each row, equal scores by the hash that the module says."""
+    scores = scores.float().clone()
+    for mask in masks:
+        scores[torch.from_numpy(mask.rows), torch.from_numpy(np.asarray(mask.indices)).long()] = -torch.inf
+    items = torch.arange(scores.shape[1]).expand_as(scores)
+    order = ranking._tie_free(scores, items, np.arange(len(scores)), seed).argsort(descending=True)[:, :k]
+    return order.masked_fill(scores.gather(1, order) == -torch.inf, -1)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("items", [30, 5_003, 40_000])  # a row at once, strips, and strips of strips
+def test_rows_are_ranked_as_a_sort_does(items, dtype, overwrite):
+    """Also where more items than places score the same, where nearly all do, and where few are left."""
+    scores = torch.randn(7, items, generator=torch.Generator().manual_seed(0))
+    scores[1] = scores[1].round(decimals=1)
+    scores[2] = -torch.arange(items)  # the best are far apart
+    scores[3] = 0.5
+    scores[4, 3:] = -9.0
+    scores[5, -10:] = 50.0 + torch.arange(10) // 2  # in what the strips leave over
+    scores = scores.to(dtype)
+    masks = [CSR.from_lists([[], [0], [0, 1], [5, 5], [1], [items - 1], range(items - 3)]), CSR.from_lists([[2]] * 7)]
+    before = scores.clone()
+    assert torch.equal(top_k(scores, 10, masks, seed=3, overwrite=overwrite), by_sorting(before, 10, masks, seed=3))
+    assert overwrite or torch.equal(scores, before)
 
 
 def test_rows_that_share_their_memory_have_masks_of_their_own():
     scores = torch.tensor([[3.0, 2.0, 1.0]]).expand(2, 3)
-    assert top_k(scores, 1, [CSR.from_lists([[0], []])]).tolist() == [[1], [0]]
+    mask = CSR.from_lists([[0], []])
+    assert top_k(scores, 1, [mask], overwrite=True).tolist() == [[1], [0]]
+    overlapping = torch.tensor([3.0, 2.0, 1.0, 0.0]).unfold(0, 3, 1)
+    assert top_k(overlapping, 1, [CSR.from_lists([[1], []])], overwrite=True).tolist() == [[0], [0]]
+
+
+def test_scores_may_be_of_a_graph_or_of_inference_mode():
+    mask = CSR.from_lists([[0], [1]])
+    leaf = torch.tensor([[3.0, 2.0, 1.0]] * 2, requires_grad=True)
+    scores = leaf.softmax(-1)
+    assert top_k(scores, 1, [mask]).tolist() == [[1], [0]]
+    scores[0, 0].backward()
+    with torch.inference_mode():
+        scores = torch.tensor([[3.0, 2.0, 1.0]] * 2)
+    assert top_k(scores, 1, [mask]).tolist() == [[1], [0]]
+
+
+def test_no_rows_and_no_items():
+    assert top_k(torch.zeros(0, 5), 2).shape == (0, 2)
+    assert top_k(torch.zeros(2, 0), 2).tolist() == [[-1, -1]] * 2

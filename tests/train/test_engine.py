@@ -645,11 +645,24 @@ def test_bf16_trains_fp32_weights(prepared, tiny_store, tmp_path, plain):
         assert float(other.loss(prompts)) == pytest.approx(float(plain.loss(prompts)), rel=0.02)
 
 
-def test_in_bf16_only_what_the_language_model_never_trains_is_kept_in_bf16(prepared, tiny_store, tmp_path):
-    other = train(prepared, tiny_store, tmp_path, precision="bf16").model  # GLTA: frozen, its projectors by stages
-    inside = {parameter.dtype for parameter in other.backbone.parameters()}
-    outside = {p.dtype for name, p in other.named_parameters() if not name.startswith("backbone.")}
-    assert inside == {torch.bfloat16} and outside == {torch.float32}
+def test_in_bf16_matrices_that_are_never_trained_are_kept_in_bf16_and_nothing_else_changes(
+    prepared, tiny_store, tmp_path, monkeypatch
+):
+    """GLTA's language model is frozen. Autocast reads the same values as it would of fp32, to the bit."""
+    builder = build_prompts(prepared, tiny_store, RunFolder(prepared.out))
+    prompts = builder.training(np.arange(8), Draws(5))
+
+    def made() -> LocalEngine:
+        model = build_model(prepared, tiny_store, builder, RunFolder(prepared.out), distributed=False)
+        return LocalEngine(model, EngineConfig(precision="bf16"))
+
+    kept = made()
+    modules = dict(kept.model.named_modules())
+    halved = {name.rpartition(".")[0] for name, p in kept.model.named_parameters() if p.dtype == torch.bfloat16}
+    inside = {name for name, module in modules.items() if isinstance(module, nn.Linear) and "backbone." in name}
+    assert halved == inside and inside
+    monkeypatch.setattr("raygrec.train.engine._frozen_in_bf16", lambda model: None)
+    assert torch.equal(kept.loss(prompts), made().loss(prompts))
 
 
 def test_a_loss_that_is_not_finite_updates_nothing(prepared, tiny_store, tmp_path, plain):
