@@ -99,9 +99,10 @@ def draw_hops(plane: np.ndarray, figures: dict[str, float]) -> None:
 
 
 def degrees(runs: list[Path]) -> None:
-    """Test N@10 of users whose target has so many users in training, for each run.
+    """Test N@10 of users whose target has so many users in training, for each run; all users' difference to the first.
 
-    A user's test target is one item, so its N@10 is 1 / log2(1 + rank) within the first ten.
+    A user's test target is one item, so its N@10 is 1 / log2(1 + rank) within the first ten. The standard error of a
+    difference is that over users, who are the same in both runs: seeds do not show it.
     """
     from raygrec.serve.topk import FinishedRun
 
@@ -116,14 +117,18 @@ def degrees(runs: list[Path]) -> None:
     known = store.interactions("train", by="item").lengths[wanted]
     group = np.searchsorted(DEGREES, known, side="right") - 1
     found: dict[str, list[float | None]] = {}
+    gains: dict[str, np.ndarray] = {}
     for run, one in zip(runs, finished, strict=True):
         hits = one.top(users, 10)[0].numpy() == wanted[:, None]
-        gains = (hits / np.log2(2 + np.arange(10))).sum(1)
-        of = [gains[group == number] for number in range(len(DEGREES))]
+        gains[run.name] = mine = (hits / np.log2(2 + np.arange(10))).sum(1)
+        of = [mine[group == number] for number in range(len(DEGREES))]
         found[run.name] = [float(some.mean()) if len(some) else None for some in of]
+    first = gains[runs[0].name]
+    apart = {name: mine - first for name, mine in gains.items() if mine is not first}
+    paired = {name: [float(by.mean()), float(by.std(ddof=1) / len(by) ** 0.5)] for name, by in apart.items()}
     told = {"command": f"python -m bench.galrec degrees {' '.join(map(str, runs))}", "store": store.path.name}
     counts = np.bincount(group, minlength=len(DEGREES)).tolist()
-    write("galrec_degrees.json", {**told, "from": list(DEGREES), "users": counts, "ndcg@10": found})
+    write("galrec_degrees.json", {**told, "from": list(DEGREES), "users": counts, "ndcg@10": found, "apart": paired})
 
 
 def sweep(seeds: list[int]) -> None:

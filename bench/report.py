@@ -163,6 +163,8 @@ def _degrees(found: dict[str, Any]) -> str:
         means = (found["ndcg@10"][name][number] for name in names)
         cells = " | ".join("–" if mean is None else f"{mean:.4f}" for mean in means)
         lines.append(f"| {group} | {users:,} | {cells} |")
+    apart = "; ".join(f"{name} {mean:+.4f} ± {error:.4f}" for name, (mean, error) in found["apart"].items())
+    lines.append(f"\nAll test users, against {names[0]} (± standard error of the difference over users): {apart}.")
     return "\n".join(lines) + "\n"
 
 
