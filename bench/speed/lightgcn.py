@@ -15,7 +15,7 @@ import torch
 from torch_geometric.nn.models import LightGCN
 
 from bench.quality import ROOT, WORK
-from bench.speed.measure import compared, in_turns, peak_mib, write
+from bench.speed.measure import compared, in_turns, peak_mib, shares, write
 from bench.speed.prepare import RECBOLE, process
 from bench.speed.ready import beauty
 from raygrec.data.arrays import CSR
@@ -100,13 +100,14 @@ def main() -> None:
         lambda: [synthetic(EDGES[1])],
         lambda: [synthetic(EDGES[2])],
     ]
+    where = {"two epochs on Amazon Beauty": shares(lambda: epoch_of(train, items, config))}
     cases: list[dict[str, Any]] = []
     for part in parts:
         cases += part()
-        told(cases, config)  # a row that is cut off has what it had
+        told(cases, where, config)  # a row that is cut off has what it had
 
 
-def told(cases: list[dict[str, Any]], config: LightGCNConfig) -> None:
+def told(cases: list[dict[str, Any]], where: dict[str, dict[str, float]], config: LightGCNConfig) -> None:
     quality = [case["ratio"]["median"] for case in cases if "best" in case]
     memory = {case["edges"]: case["peak_mib"]["raygrec"][""] * 2**20 for case in cases if "edges" in case}
     an_edge = [found / edges for edges, found in memory.items()]
@@ -121,6 +122,7 @@ def told(cases: list[dict[str, Any]], config: LightGCNConfig) -> None:
             "target": "≥ 5× to equal quality; memory linear in edges, 50 M under 16 GB",
             "reached": len(quality) > 1 and min(quality) >= 5 and linear,
             "cases": cases,
+            "where": where,
         },
         "torch-geometric",
     )

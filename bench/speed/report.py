@@ -20,7 +20,8 @@ what a process of its own grows by at most (row 2: all of its memory).
 NEXT = {
     1: "three quarters of a step are products of the sparse adjacency with all nodes, bound by the memory that its "
     "rows are gathered from; the nodes' order of first appearance is as good as one by reverse Cuthill-McKee, and "
-    "`embedding_bag` no faster. RecBole does the same products: what is left is fewer whole propagations an epoch (larger batches), and bf16 for the rows.",
+    "`embedding_bag` no faster. RecBole does the same products: what is left is fewer whole propagations an epoch "
+    "(larger batches), and bf16 for the rows.",
     2: "of 10 M interactions two fifths is numbering the ids (Arrow's hash table of strings outgrows the cache: by "
     "parts of the ids), a quarter Python's share per item (title, template, terms: on Arrow columns); of 1 M a fifth "
     "is imports (pydantic, Arrow, rich).",
