@@ -167,7 +167,7 @@ def trained(store: Path, key: str, value: float, seed: int) -> dict[str, Any]:
     if not (out / "metrics.json").exists():
         content = {"recipe": "galrec", "store": str(store), "out": str(out), "seed": seed, **GALREC}
         content |= {name: SETTINGS[name] for name in SHARED}
-        file = out.with_suffix(".yaml")
+        file = out.parent / f"{out.name}.yaml"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(apply_overrides(content, [f"{key}={value}"]), default=str))
         more = ["--resume"] if out.exists() else []
