@@ -106,6 +106,9 @@ class GALRecConfig(StrictConfig):
     graph_vectors: bool = True
     """External embeddings: the LightGCN vector in a node's token, and in the head's row of an item. Without it no
     graph is pretrained, and users are known by the texts of their items (`nodes_of_texts`)."""
+    equal_nodes: bool = False
+    """[ours] Items' node vectors all have the same length. LightGCN's are the longer the more users an item has, which
+    its bias can say alone."""
     text_vectors: bool = True
     """External embeddings: the frozen text vector in an item's token, and in the head's row."""
     tuning: Literal["full", "lora", "frozen"] = "full"
@@ -398,7 +401,7 @@ class GALRec(GraphReader):
         token_scale: float,
     ) -> None:
         read = (tuned(backbone, config), symbols, nodes, item_texts, token_scale)
-        super().__init__(*read, config.head == "tied", config.dropout)
+        super().__init__(*read, config.head == "tied", config.dropout, equal=config.equal_nodes)
         self.config = config
         contrast = config.contrast
         self.terms = {"cross_entropy": 1.0, "l1": contrast.l1, "l2": contrast.l2, "l3": contrast.l3}

@@ -60,6 +60,9 @@ class GLTAConfig(StrictConfig):
     head: Literal["linear", "tied"] = "linear"
     """`linear` is the paper's, an item's row has maps and a free part of its own; in `tied`, an item is recommended by
     the inner product of the hidden state with its own token (`ItemProjector`)."""
+    equal_nodes: bool = False
+    """[ours] Items' node vectors all have the same length. LightGCN's are the longer the more users an item has, which
+    its bias can say alone."""
     text_vectors: bool = True
     """[ours] Item tokens and the head's rows start from the items' text vectors too, not from their nodes alone."""
     item_alignment: bool = True
@@ -369,7 +372,7 @@ class GLTA(GraphReader):
         ordered: bool = True,
     ) -> None:
         read = (backbone.freeze(), symbols, nodes, item_texts, token_scale)
-        super().__init__(*read, config.head == "tied", config.dropout, free=config.tune_items)
+        super().__init__(*read, config.head == "tied", config.dropout, free=config.tune_items, equal=config.equal_nodes)
         self.config = config
         self.terms = {"cross_entropy": 1.0}
         self.slot_seed = {"auto": "newest" if ordered else "sum"}.get(config.slot_seed, config.slot_seed)

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from raygrec.data.arrays import CSR
 from raygrec.graph.lightgcn import NodeEmbeddings, propagate_users
@@ -112,14 +113,17 @@ class NodeTables(nn.Module):
 
     Items and the shares that users are rebuilt from are there once per fit of the graph: [K + 1, I, d]. Fit 0 knows
     every edge; a prompt about a user reads the one that knows none of the user's (`PromptBatch.tables`), and is matched
-    with the items of that fit.
+    with the items of that fit. equal: items' vectors all have the same length.
     """
 
-    def __init__(self, nodes: NodeEmbeddings) -> None:
+    def __init__(self, nodes: NodeEmbeddings, equal: bool = False) -> None:
         super().__init__()
         self.width = nodes.items.shape[1]
         of_items, of_users = (NODE_SCALE / known.std().clamp(min=1e-12) for known in (nodes.items, nodes.users))
-        self.register_buffer("items_KId", nodes.item_tables * of_items, persistent=False)
+        tables = nodes.item_tables * of_items
+        if equal:
+            tables = functional.normalize(tables, dim=-1) * NODE_SCALE * self.width**0.5
+        self.register_buffer("items_KId", tables, persistent=False)
         self.register_buffer("shares_KId", nodes.share_tables * of_users, persistent=False)
         self.register_buffer("users_Ud", nodes.users * of_users, persistent=False)
 
@@ -151,7 +155,8 @@ class GraphReader(nn.Module):
 
     The node vectors come from graph pretraining (or `nodes_of_texts`), item_texts [I, t] from the language model before
     it is tuned; both stay fixed. dropout: share of the hidden states' entries that the head does not see in training,
-    and half that share of the node tokens'. free: items have something of their own in their tokens.
+    and half that share of the node tokens'. free: items have something of their own in their tokens. equal: their node
+    vectors have the same length.
     """
 
     def __init__(
@@ -164,10 +169,11 @@ class GraphReader(nn.Module):
         tied: bool,
         dropout: float,
         free: bool = True,
+        equal: bool = False,
     ) -> None:
         super().__init__()
         self.symbols, self.backbone, self.dropout = symbols, backbone, dropout
-        self.nodes = NodeTables(nodes)
+        self.nodes = NodeTables(nodes, equal)
         self.register_buffer("item_texts", None if item_texts is None else scaled_texts(item_texts), persistent=False)
         shown = (symbols.items, self.nodes.width, None if item_texts is None else item_texts.shape[1])
         self.item_projector = ItemProjector(*shown, backbone.width, token_scale, tied, free)

@@ -5,6 +5,7 @@ from sklearn.decomposition import PCA
 
 from raygrec.data.arrays import CSR
 from raygrec.model.nodes import NODE_SCALE, ItemProjector, NodeTables, frame, nodes_of_texts, scaled_texts
+from tests.model.random_nodes import random_nodes
 
 ITEMS, NODE_WIDTH, TEXT_WIDTH, WIDTH = 7, 3, 4, 5
 
@@ -52,6 +53,19 @@ def test_without_a_graph_users_are_what_their_items_texts_say():
     tables = NodeTables(nodes)
     assert not tables.items_Id.any()
     assert float(tables.users_Ud.std()) == pytest.approx(NODE_SCALE)
+
+
+def test_equal_nodes_point_where_they_did_and_are_as_long_as_each_other():
+    """Those of every fit; an item without a vector has none."""
+    nodes = random_nodes(5, ITEMS, NODE_WIDTH)
+    nodes.items[3] = 0.0
+    kept, equal = NodeTables(nodes).items_KId, NodeTables(nodes, equal=True).items_KId
+    length = NODE_SCALE * NODE_WIDTH**0.5
+    expected = torch.full(equal.shape[:2], length)
+    expected[0, 3] = 0.0
+    torch.testing.assert_close(equal.norm(dim=-1), expected)
+    torch.testing.assert_close(equal * kept.norm(dim=-1, keepdim=True), kept * equal.norm(dim=-1, keepdim=True))
+    assert torch.equal(NodeTables(nodes).users_Ud, NodeTables(nodes, equal=True).users_Ud)
 
 
 def test_texts_with_fewer_columns_than_node_vectors_keep_all_of_them():
