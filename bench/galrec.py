@@ -140,7 +140,8 @@ def sweep(seeds: list[int]) -> None:
         for value in values:
             metrics = [trained(store, key, value, seed) for seed in seeds]
             found[key].append({"value": value, **{s: [m[s]["ndcg@10"] for m in metrics] for s in ("valid", "test")}})
-    write("galrec_sweep.json", {"command": "python -m bench.galrec sweep", "seeds": seeds, "effects": found})
+    command = f"python -m bench.galrec sweep --seeds {' '.join(map(str, seeds))}"
+    write("galrec_sweep.json", {"command": command, "seeds": seeds, "effects": found})
     draw_sweep(found)
 
 
@@ -190,7 +191,9 @@ def draw_sweep(found: dict[str, list[dict[str, Any]]]) -> None:
         panel.grid(axis="y", alpha=0.3)
     panels[0].set_ylabel("N@10")
     panels[0].legend(frameon=False)
-    figure.suptitle("GAL-Rec on the demo's store: mean over seeds ± standard deviation", fontsize=11)
+    seeds = len(next(iter(found.values()))[0]["valid"])
+    over = f"mean over {seeds} seeds ± standard deviation" if seeds > 1 else "one seed"
+    figure.suptitle(f"GAL-Rec on the demo's store: {over}", fontsize=11)
     figure.savefig(FIGURES / "galrec_sweep.png", dpi=130)
     print(FIGURES / "galrec_sweep.png")
 

@@ -172,7 +172,7 @@ def _effects(found: dict[str, Any]) -> str:
     """What single settings of GAL-Rec do."""
     lines = [
         "## What GAL-Rec's settings do\n",
-        f"The demo's store, {len(found['seeds'])} seeds: `{found['command']}`.\n",
+        f"The demo's store, seeds {', '.join(map(str, found['seeds']))}: `{found['command']}`.\n",
         "| key | value | validation N@10 | test N@10 |",
         "|---|---:|---:|---:|",
     ]
