@@ -155,7 +155,8 @@ def _degrees(found: dict[str, Any]) -> str:
     groups = [f"{first}–{after - 1}" for first, after in itertools.pairwise(firsts)] + [f"{firsts[-1]}–"]
     lines = [
         "## Which targets node vectors help to find\n",
-        f"Test N@10 on {found['store']} by how many users the target has in training: `{found['command']}`.\n",
+        f"Test N@10 on {found['store']} by how many users the target has in training: `{found['command']}`, in the "
+        "folder that `bench.quality` keeps its runs in (RAYGREC_WORK).\n",
         f"| users of the target | test users | {' | '.join(names)} |",
         f"|---:|---:|{'---:|' * len(names)}",
     ]

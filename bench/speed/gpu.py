@@ -19,13 +19,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from bench.galrec import demo_store
 from bench.quality import WORK
 from bench.speed.measure import FLOPS, MATMUL, compared, in_turns, spread, write
 from bench.speed.ready import FEW, ready
 from bench.speed.step import ALONE, OURS, TRAINER, Glued, Steps
-from raygrec.data.options import PrepareOptions
-from raygrec.data.prepare import prepare
-from raygrec.data.synthetic import write_demo
 from raygrec.model.backbone import load_tokenizer
 from raygrec.ranks import device
 from raygrec.train.accelerators import ACCELERATORS
@@ -105,7 +103,7 @@ def measured(name: str, shape: str, users: int, settings: list[str]) -> dict[str
     given = [*SETTINGS, f"backbone.name={llama(shape)}", f"train.batch={users}", f"train.micro_batch={users}"]
     if spread_out:
         join_a_group()
-    one = ready("galrec.yaml", bookshop(), f"gpu-{shape}".replace(" ", ""), *given, *settings, distributed=spread_out)
+    one = ready("galrec.yaml", demo_store(), f"gpu-{shape}".replace(" ", ""), *given, *settings, distributed=spread_out)
     engine = make_engine(one.model, one.config.engine, 1, spread_out)
     steps = Steps(one, engine, now)
     product, flops = a_product()
@@ -169,14 +167,6 @@ def datasheet_rate() -> float | None:
     if {"PCIe", "NVL"} & set(words):
         return None
     return next((one.rate("bf16") for known, one in ACCELERATORS.items() if known.split("-")[0] in words), None)
-
-
-def bookshop() -> Path:
-    """The store of the demo's data."""
-    store = WORK / "stores" / "bookshop"
-    if not store.exists():
-        prepare(PrepareOptions(format="table", path=write_demo(WORK / "bookshop"), out=store))
-    return store
 
 
 def llama(shape: str) -> Path:

@@ -95,10 +95,8 @@ def test_a_step_has_the_loss_and_the_gradient_of_pyg(train, ego, layers, at_once
 
 
 def test_a_step_adds_the_gradient_of_the_contrast_with_texts(train, ego):
-    adjacency, texts = (
-        normalized_adjacency(train, ITEMS),
-        torch.randn(ITEMS, 5, generator=torch.Generator().manual_seed(1)),
-    )
+    adjacency = normalized_adjacency(train, ITEMS)
+    texts = torch.randn(ITEMS, 5, generator=torch.Generator().manual_seed(1))
     contrast = TextContrast(texts, train, ego.shape[1], 0.2, torch.Generator().manual_seed(2))
     nodes = torch.tensor([3, 4]), torch.tensor([31, 32]), torch.tensor([[40], [41]])
     config = LightGCNConfig(layers=2, text_weight=0.7)
