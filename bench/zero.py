@@ -7,10 +7,8 @@ import json
 import shutil
 import subprocess
 
+from bench.galrec import demo_store
 from bench.quality import RESULTS, ROOT, WORK, raygrec
-from raygrec.data.options import PrepareOptions
-from raygrec.data.prepare import prepare
-from raygrec.data.synthetic import write_demo
 
 WORKERS = 2
 SETTINGS = [
@@ -33,8 +31,7 @@ SETTINGS = [
 def main() -> None:
     folder = WORK / "zero"
     shutil.rmtree(folder, ignore_errors=True)
-    store = folder / "store"
-    prepare(PrepareOptions(format="table", path=write_demo(folder / "source"), out=store))
+    store = demo_store()
     stages = {}
     for stage in range(4):
         run = folder / f"zero-{stage}"

@@ -63,11 +63,11 @@ class ContrastConfig(StrictConfig):
         PairConfig(side="item", anchor=1, weight="l3"),
     )
     """[ours] L1: user, 2-hop against 0-hop. L2: user, 2-hop against 1-hop. L3: item, 2-hop against both. The 2-hop
-    side gives the candidates: those of the batch and those of the queue are then of one kind for every pair."""
+    side gives the candidates, so that all pairs of a side share one queue."""
     temperature: float = Field(0.1, gt=0)
     queue: int = Field(1024, ge=0)
-    """Length of the queue of negatives, one for users and one for items; 0 leaves the batch's own. [ours] The
-    positives of a side's first pair enter it."""
+    """Length of the queues of negatives, one for users and one for items; 0 leaves the batch's own. [ours] Pairs of
+    a side with another positive hop have a queue of their own, so that all its candidates are of one kind."""
     momentum: float | None = Field(None, ge=0, lt=1)
     """MoCo's momentum encoder, such as 0.999: all positives, and with them the queue, then come from a second copy
     of what makes representations that follows it slowly and gets no gradient; anchors alone do. None: both sides
@@ -77,7 +77,8 @@ class ContrastConfig(StrictConfig):
     """[ours] MoCo v2's projection head: hops are compared after two layers with so many entries at the end, which
     nothing else reads. None: the hidden states themselves are compared."""
     users: float = Field(0.2, gt=0, le=1)
-    """[ours] Share of the user prompts that are contrasted: only these have the two-hop segment, in training."""
+    """[ours] Share of the user prompts that are contrasted. Only these have the two-hop segment in training, unless
+    it recommends."""
     items: float = Field(0.2, ge=0, le=1)
     """[ours] Item prompts per user prompt: a user lends one item of its history with this probability."""
 
@@ -135,6 +136,12 @@ class GALRecConfig(StrictConfig):
     """Share of what each layer of the language model adds to its hidden states that is dropped in training."""
 
     @property
+    def name(self) -> str:
+        """That of the method in tables; without node vectors and contrast it reads no graph."""
+        reads_graph = self.graph_vectors or self.contrast.compared or not self.text_vectors
+        return "GAL-Rec" if reads_graph else "GAL-Rec, texts alone"
+
+    @property
     def longest_prompt(self) -> int:
         """Symbols of a prompt at most, with one to open it."""
         item = 1 + self.title_tokens
@@ -147,14 +154,15 @@ class HopBatch(PromptBatch):
 
     hops: [R, 3] int64, flat positions of the task tokens; −1 where one is left out. own: [R, T] bool, the 0-hop
     segment, which sees itself and the prompt's opening only.
-    nodes: [R] int64, user or item numbers. num_users: how many of the R are users. counts: [4], answer positions
-    and the `anchors` of L1 to L3.
+    nodes: [R] int64, user or item numbers. num_users: how many of the R are users. contrasted: [R] bool, whose hops
+    are compared. counts: [4], answer positions and the `anchors` of L1 to L3.
     """
 
     hops: torch.Tensor | None = None
     own: torch.Tensor | None = None
     nodes: torch.Tensor | None = None
     num_users: int = 0
+    contrasted: torch.Tensor | None = None
     anchors: tuple[int, int, int] = (0, 0, 0)
 
     @property
@@ -174,10 +182,10 @@ class HopBatch(PromptBatch):
 
 
 class HopPrompts:
-    """Makes GAL-Rec's prompts from arrays: `[begin] neighbours | node <hop0> | <hop1> | two hops away <hop2>`.
+    """Makes GAL-Rec's prompts from arrays: `[begin] node <hop0> | neighbours <hop1> | two hops away <hop2>`.
 
-    With `history_sees_user` the node stands first. A prompt that is not contrasted and whose newest history item
-    recommends is `[begin] neighbours` alone: nothing would read the rest.
+    The node stands before its neighbours, so that its place does not tell how many there are. A prompt that is not
+    contrasted and whose newest history item recommends is `[begin] neighbours` alone: nothing would read the rest.
 
     train: CSR of each user's training items in time order; by_item: the same edges by item. `opening` holds the
     language model's own first token, where it has one. titles: the token ids of each item's text, of which the
@@ -217,9 +225,9 @@ class HopPrompts:
         history = CSR.from_pairs(rows.rows[~last], rows.indices[~last], len(users))
         target = CSR.from_pairs(rows.rows[last], rows.indices[last], len(users))
         items = self._lent_items(users, history, draws) if self._contrasts("item") else np.zeros(0, dtype=np.int64)
-        contrasted = draws.uniform(users, CONTRASTED) < self.config.contrast.users
-        two_hops = contrasted & self._contrasts("user") | (self.config.readout == "hop2")
-        batch = self._assemble(users, history, target, items, draws, two_hops)
+        contrasted = (draws.uniform(users, CONTRASTED) < self.config.contrast.users) & self._contrasts("user")
+        two_hops = contrasted | (self.config.readout == "hop2")
+        batch = self._assemble(users, history, target, items, draws, two_hops, contrasted)
         nodes = np.concatenate([users, items + len(self.train)])
         keys = (draws.uniform(nodes, np.arange(len(nodes)) >= len(users), DROPOUT) * 2**53).astype(np.int64)
         return replace(batch, dropout_keys=torch.from_numpy(keys))
@@ -231,13 +239,14 @@ class HopPrompts:
         nothing = CSR(np.zeros(len(users) + 1, dtype=np.int64), np.zeros(0, dtype=np.int32))
         none = np.zeros(0, dtype=np.int64)
         two_hops = np.full(len(users), self.config.readout == "hop2")
-        return self._assemble(users, histories, nothing, none, Draws(0), two_hops)
+        return self._assemble(users, histories, nothing, none, Draws(0), two_hops, np.zeros_like(two_hops))
 
     def describing(self, users: np.ndarray, histories: CSR, draws: Draws) -> HopBatch:
         """Prompts that show `histories` and have all hops, for `GALRec.representations`."""
         nothing = CSR(np.zeros(len(users) + 1, dtype=np.int64), np.zeros(0, dtype=np.int32))
         none = np.zeros(0, dtype=np.int64)
-        return self._assemble(users, histories, nothing, none, draws, np.ones(len(users), dtype=bool))
+        every = np.ones(len(users), dtype=bool)
+        return self._assemble(users, histories, nothing, none, draws, every, ~every)
 
     def _contrasts(self, side: str) -> bool:
         return bool(self.config.contrast.active(side))
@@ -255,6 +264,7 @@ class HopPrompts:
         items: np.ndarray,
         draws: Draws,
         two_hops: np.ndarray,
+        contrasted: np.ndarray,
     ) -> HopBatch:
         base, top, first = self.symbols, self.config.max_history + 1, len(self.opening)
         sees_user = self.config.history_sees_user
@@ -270,7 +280,7 @@ class HopPrompts:
         one_levels = [CSR(one[0].indptr, np.repeat(place + 1, symbols_of))]
         # Where the last symbol of each shown item stands in its segment.
         item_ends = np.cumsum(symbols_of) - one[0].indptr[shown.rows] - 1
-        two = [self._users_two_hops_away(users, history, draws, two_hops)]
+        two = [self._users_two_hops_away(users, shown, draws, two_hops)]
         if len(items):
             near, far = self.sampler.of_items(items, draws, self.hidden)
             one.append(CSR(near.indptr, base.first_user + near.indices.astype(np.int64)))
@@ -280,11 +290,12 @@ class HopPrompts:
         tokens = [
             _where(kept, repeated([base.first_slot + hop], count)) for hop, kept in enumerate((whole, whole, has_two))
         ]
-        own_level = 0 if sees_user else top
-        own_parts, one_parts = [(own, own_level), (tokens[0], own_level)], [(one, one_levels)]
+        own_level = 0 if sees_user else top  # neighbours, which are below, do not see it there
         parts = [
             (repeated(self.opening, count), 0),
-            *(own_parts + one_parts if sees_user else one_parts + own_parts),
+            (own, own_level),
+            (tokens[0], own_level),
+            (one, one_levels),
             (tokens[1], top),
             (two, top + 1),
             (tokens[2], top + 2),
@@ -292,14 +303,13 @@ class HopPrompts:
         symbols = padded(join_rows([part for part, _ in parts]))
         levels = padded(join_rows([_like(part, level) for part, level in parts]))
         columns, starts = np.arange(symbols.shape[1]), np.arange(count, dtype=np.int64) * symbols.shape[1]
-        before_own = first + one.lengths * (not sees_user)
-        first_of_one = starts + first + (own.lengths + 1) * sees_user
-        hop0 = starts + before_own + own.lengths
-        hop1 = starts + first + own.lengths + 1 + one.lengths
+        hop0 = starts + first + own.lengths
+        first_of_one = hop0 + whole
+        hop1 = first_of_one + one.lengths
         hop2 = hop1 + two.lengths + 1
         last_of_one = np.where(one.lengths > 0, first_of_one + one.lengths - 1, hop0)
         readout = {"history": last_of_one, "hop1": hop1, "hop2": hop2}[self.config.readout][: len(users)]
-        own_places = (columns >= before_own[:, None]) & (columns <= (before_own + own.lengths)[:, None])
+        own_places = (columns >= first) & (columns <= first + own.lengths[:, None])
         hops = np.where(np.stack([whole, whole, has_two], axis=1), np.stack([hop0, hop1, hop2], axis=1), -1)
         answers, targets = _targets(history, shown, target, first_of_one[shown.rows] + item_ends, readout)
         return HopBatch(
@@ -316,17 +326,18 @@ class HopPrompts:
             own=torch.from_numpy(own_places & whole[:, None]),
             nodes=torch.from_numpy(np.concatenate([users, items]).astype(np.int64)),
             num_users=len(users),
-            anchors=self._anchors(int(two_hops.sum()), len(items)),
+            contrasted=torch.from_numpy(np.concatenate([contrasted, np.full(len(items), True)])),
+            anchors=self._anchors(int(contrasted.sum()), len(items)),
         )
 
     def _anchors(self, users: int, items: int) -> tuple[int, int, int]:
         sides = {pair.weight: users if pair.side == "user" else items for pair in self.config.contrast.pairs}
         return tuple(sides.get(weight, 0) for weight in ("l1", "l2", "l3"))
 
-    def _users_two_hops_away(self, users: np.ndarray, history: CSR, draws: Draws, asked: np.ndarray) -> CSR:
+    def _users_two_hops_away(self, users: np.ndarray, shown: CSR, draws: Draws, asked: np.ndarray) -> CSR:
         """[B] rows of symbols, empty but for the users that are `asked` for."""
         rows = np.flatnonzero(asked)
-        near = self.sampler.of_users(users[rows], history.take(rows), draws)
+        near = self.sampler.of_users(users[rows], shown.take(rows), draws)
         return CSR.from_pairs(rows[near.rows], self.symbols.first_user + near.indices.astype(np.int64), len(users))
 
 
@@ -421,10 +432,11 @@ class GALRec(GraphReader):
             self.slow = MomentumCopy(trained, contrast.momentum)
         # With a momentum encoder the two-hop segments are its own to read: no anchor sees them.
         last = [pair.anchor if self.slow is not None else max(pair.anchor, pair.positive) for pair in contrast.compared]
-        answers = {"history": int(config.history_sees_user), "hop1": 1, "hop2": 2}[config.readout]
+        answers = 2 if config.readout == "hop2" else 1  # histories stand before `<hop1>`
         self.hops_read = 1 + max([answers, *last])
-        self.queues = {side: NegativeQueue(contrast.queue, width) for side in ("user", "item")}
-        self._fresh: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+        kinds = dict.fromkeys((pair.side, pair.positive) for pair in contrast.compared)
+        self.queues = {kind: NegativeQueue(contrast.queue, width) for kind in kinds}
+        self._fresh: list[tuple[tuple[str, int], torch.Tensor, torch.Tensor]] = []
 
     def forward(self, batch: HopBatch) -> torch.Tensor:
         """[4]: cross-entropy summed over answer positions, and L1 to L3, each summed over its anchors.
@@ -441,8 +453,7 @@ class GALRec(GraphReader):
         config = self.config.contrast
         sums = {name: hidden.rows_ND.new_zeros((), dtype=torch.float32) for name in ("l1", "l2", "l3")}
         is_user = torch.arange(len(batch.nodes), device=batch.nodes.device) < batch.num_users
-        contrasted = batch.hops[:, HOPS - 1] >= 0
-        rows_of = {"user": is_user & contrasted, "item": ~is_user}
+        rows_of = {"user": is_user & batch.contrasted, "item": ~is_user}
         rows_of = {side: rows.nonzero()[:, 0] for side, rows in rows_of.items() if config.active(side)}
         if not rows_of:
             return list(sums.values())
@@ -453,15 +464,14 @@ class GALRec(GraphReader):
         parts = zip(rows_of.items(), own_N3D.split(sizes), slow_N3D.split(sizes), strict=True)
         for (side, rows), anchors_N3D, positives_N3D in parts:
             pairs = config.active(side)
-            for number, positive in enumerate(dict.fromkeys(pair.positive for pair in pairs)):
+            for positive in dict.fromkeys(pair.positive for pair in pairs):
                 mine = [pair for pair in pairs if pair.positive == positive]
                 anchors_PND = anchors_N3D[:, [pair.anchor for pair in mine]].transpose(0, 1)
                 read = anchors_PND, positives_N3D[:, positive], batch.nodes[rows]
-                contrast = contrast_terms(*read, self.queues[side], config.temperature)
+                contrast = contrast_terms(*read, self.queues[side, positive], config.temperature)
                 for pair, share in zip(mine, contrast.shares_P, strict=True):
                     sums[pair.weight] = sums[pair.weight] + share
-                if number == 0:
-                    self._fresh.append((side, contrast.positives_ND, contrast.ids_N))
+                self._fresh.append(((side, positive), contrast.positives_ND, contrast.ids_N))
         return list(sums.values())
 
     def contrasted(self, batch: HopBatch, rows_N: torch.Tensor) -> torch.Tensor:
@@ -486,8 +496,8 @@ class GALRec(GraphReader):
         """Lets the positives of the update's passes, of all ranks, into the queues; the momentum copy follows."""
         if self.slow is not None:
             self.slow.update()
-        for side, rows_ND, nodes_N in self._fresh:
-            self.queues[side].enqueue(rows_ND, nodes_N)
+        for kind, rows_ND, nodes_N in self._fresh:
+            self.queues[kind].enqueue(rows_ND, nodes_N)
         self._fresh = []
 
     def figures(self) -> dict[str, float]:
@@ -498,14 +508,14 @@ class GALRec(GraphReader):
 
     def carried_state(self) -> dict[str, torch.Tensor]:
         """What a checkpoint needs besides parameters: the queues and the momentum copy."""
-        states = {side: queue.state() for side, queue in self.queues.items()}
+        states = {f"{side}{hop}": queue.state() for (side, hop), queue in self.queues.items()}
         if self.slow is not None:
             states["momentum"] = self.slow.state()
         return {f"{part}/{name}": value for part, state in states.items() for name, value in state.items()}
 
     def load_carried_state(self, tensors: dict[str, torch.Tensor]) -> None:
-        for side, queue in self.queues.items():
-            queue.load_state({name: tensors[f"{side}/{name}"] for name in ("rows", "ids", "oldest")})
+        for (side, hop), queue in self.queues.items():
+            queue.load_state({name: tensors[f"{side}{hop}/{name}"] for name in ("rows", "ids", "oldest")})
         if self.slow is not None:
             prefix = "momentum/"
             found = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -540,7 +550,7 @@ class GALRec(GraphReader):
             return self.dropped(self.item_tokens(numbers, batch.tables[rows]), batch, rows, columns)
 
         def users(numbers: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-            # A user's own token is rebuilt from the history that the prompt shows, which holds no target.
+            # A user's own token is rebuilt from the history before the target, of which the prompt shows the newest.
             rows = rows_N[rows]
             nodes, mine = self.nodes.users_Ud[numbers], batch.own[rows, columns]
             nodes[mine] = self.nodes.users(batch)[rows[mine]]

@@ -22,7 +22,8 @@ SMALL_FILE = 2**16  # bytes: configs are smaller, weights larger
 def load_or_read_texts(config: BackboneConfig, tokens: CSR, folder: Path) -> torch.Tensor:
     """Text vectors [I, D] of the items' token ids `tokens` (one row per item), kept in `folder`.
 
-    The mean of the whole LM's last hidden states over the text, whatever `config.layers` says, at length 1;
+    The mean of the whole pretrained LM's last hidden states over the text at length 1, whatever `config.layers` and
+    `config.pretrained` say of the LM that reads the prompts;
     an item without text gets what the LM makes of its opening and closing tokens alone. Made again where the
     backbone's files or the token ids have changed. Of several processes that want them at once, one makes them.
     """
@@ -47,9 +48,7 @@ def load_or_read_texts(config: BackboneConfig, tokens: CSR, folder: Path) -> tor
 @torch.inference_mode()
 def _read_texts(config: BackboneConfig, tokens: CSR) -> torch.Tensor:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with torch.random.fork_rng():
-        torch.manual_seed(0)  # of weights that are not pretrained
-        backbone = Backbone(config.model_copy(update={"layers": None})).freeze().to(device)
+    backbone = Backbone(config.model_copy(update={"layers": None, "pretrained": True})).freeze().to(device)
     tokenizer = load_tokenizer(config.name)
     opening = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
     closing = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
@@ -75,7 +74,7 @@ def reading_key(config: BackboneConfig, tokens: CSR) -> str:
     """16 hex digits over the backbone's name, the names and sizes of its files and its small files' content (the
     weights' own is not read: on another machine the same files must give the same key), and the token ids."""
     source = Path(resolve(config.name))
-    digest = hashlib.sha256(f"{config.name} {config.pretrained}".encode())
+    digest = hashlib.sha256(config.name.encode())
     for file in sorted(path for path in source.glob("*") if path.is_file()):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())

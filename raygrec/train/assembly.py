@@ -157,7 +157,7 @@ def _builder(config: RunConfig, store: Store, folder: RunFolder) -> Prompts:
     if isinstance(config, GALRecRun):
         symbols = Symbols(len(tokenizer), store.num_items, store.num_users, HOPS)
         edges = (store.interactions("train"), store.interactions("train", by="item"))
-        titles = store.tokens(resolve(config.backbone.name), TEXT_LENGTH).items
+        titles = store.tokens(resolve(config.backbone.name), TEXT_LENGTH).titles
         return HopPrompts(config.model, symbols, opening_tokens(tokenizer), *edges, titles)
     table = store.tokens(resolve(config.backbone.name), TEXT_LENGTH)
     symbols = Symbols(len(tokenizer), store.num_items, store.num_users, config.model.slots)

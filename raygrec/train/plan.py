@@ -295,7 +295,7 @@ def work_of(config: RunConfig, sizes: Sizes, device: str) -> Work:
     fixed += 2 * rows * tables if tables > 1 and config.engine.precision == "bf16" else 0  # the fits' nodes in bf16
     if isinstance(model, GALRec):
         contrast = config.model.contrast
-        fixed += 2 * contrast.queue * (4 * (contrast.projection or width) + 8)
+        fixed += len(model.queues) * contrast.queue * (4 * (contrast.projection or width) + 8)
         # Products of the anchors of all GPUs, and which are excluded: those of one side stand at a time.
         anchors = {
             side: config.train.batch * share for side, share in (("user", contrast.users), ("item", contrast.items))

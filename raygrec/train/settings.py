@@ -231,7 +231,7 @@ class GALRecRun(OnePositionRun):
 
     @property
     def name(self) -> str:
-        return "GAL-Rec"
+        return self.model.name
 
     @property
     def reads_graph(self) -> bool:

@@ -95,57 +95,67 @@ def lending(prompter: HopPrompts, users: list[int], lent: list[int]) -> HopBatch
 def test_training_prompts_by_hand():
     batch = lending(hop_prompts(TRAIN, **RECENT), [0, 2], [5, 4])
     assert rows(batch) == [
-        [BEGIN, item(3), item(5), user(0), HOP0, HOP1, user(2), user(1), HOP2],
-        [BEGIN, item(4), user(2), HOP0, HOP1, HOP2],
-        [BEGIN, user(0), user(1), item(5), HOP0, HOP1, item(3), item(9), HOP2],
-        [BEGIN, user(2), item(4), HOP0, HOP1, HOP2],
-    ]
-    assert rows(batch, batch.segments) == [
-        [0, 1, 2, 5, 5, 5, 6, 6, 7],
-        [0, 1, 5, 5, 5, 7],
-        [0, 1, 1, 5, 5, 5, 6, 6, 7],
-        [0, 1, 5, 5, 5, 7],
-    ]
-    assert in_row(batch, batch.hops) == [[4, 5, 8], [3, 4, 5], [4, 5, 8], [3, 4, 5]]
-    own = [(3, 4), (2, 3), (3, 4), (2, 3)]
-    assert batch.own.nonzero().tolist() == [[row, column] for row in range(4) for column in own[row]]
-    assert batch.nodes.tolist() == [0, 2, 5, 4]
-    assert (batch.num_users, histories(batch)) == (2, [[3, 5], [4]])
-    assert answers(batch) == [{1: {5: 1.0}, 2: {7: 1.0}, 5: {7: 1.0}}, {1: {5: 1.0}, 4: {5: 1.0}}]
-    assert batch.counts.tolist() == [5, 2, 2, 2]
-
-
-def test_where_the_history_sees_the_user_the_node_stands_first():
-    batch = lending(hop_prompts(TRAIN, history_sees_user=True, **RECENT), [0, 2], [5, 4])
-    assert rows(batch) == [
         [BEGIN, user(0), HOP0, item(3), item(5), HOP1, user(2), user(1), HOP2],
         [BEGIN, user(2), HOP0, item(4), HOP1, HOP2],
         [BEGIN, item(5), HOP0, user(0), user(1), HOP1, item(3), item(9), HOP2],
         [BEGIN, item(4), HOP0, user(2), HOP1, HOP2],
     ]
-    assert rows(batch, batch.segments)[0] == [0, 0, 0, 1, 2, 5, 6, 6, 7]
+    assert rows(batch, batch.segments) == [
+        [0, 5, 5, 1, 2, 5, 6, 6, 7],
+        [0, 5, 5, 1, 5, 7],
+        [0, 5, 5, 1, 1, 5, 6, 6, 7],
+        [0, 5, 5, 1, 5, 7],
+    ]
     assert in_row(batch, batch.hops) == [[2, 5, 8], [2, 4, 5], [2, 5, 8], [2, 4, 5]]
+    assert batch.own.nonzero().tolist() == [[row, column] for row in range(4) for column in (1, 2)]
+    assert batch.nodes.tolist() == [0, 2, 5, 4]
+    assert (batch.num_users, histories(batch)) == (2, [[3, 5], [4]])
     assert answers(batch) == [{3: {5: 1.0}, 4: {7: 1.0}, 5: {7: 1.0}}, {3: {5: 1.0}, 4: {5: 1.0}}]
+    assert batch.counts.tolist() == [5, 2, 2, 2]
+
+
+def test_where_the_history_sees_the_user_the_node_is_of_the_first_segment():
+    batch, other = (
+        lending(hop_prompts(TRAIN, history_sees_user=sees, **RECENT), [0, 2], [5, 4]) for sees in (True, False)
+    )
+    assert rows(batch) == rows(other)
+    assert rows(batch, batch.segments)[0] == [0, 0, 0, 1, 2, 5, 6, 6, 7]
+    assert (answers(batch), in_row(batch, batch.hops)) == (answers(other), in_row(other, other.hops))
+
+
+def test_a_prompt_of_which_only_the_history_is_read_holds_nothing_else():
+    settings = {"readout": "history", "title_tokens": 1, **RECENT}
+    nothing = {"l1": 0.0, "l2": 0.0, "items": 0.0}
+    batch = hop_prompts(TRAIN, contrast=nothing, **settings).training(np.array([0, 2]), Draws(0))
+    title = {number: TITLES[number][0] for number in (3, 4, 5)}
+    assert rows(batch) == [[BEGIN, item(3), title[3], item(5), title[5]], [BEGIN, item(4), title[4]]]
+    assert batch.hops.tolist() == [[-1, -1, -1]] * 2
+    assert not batch.own.any()
+    assert answers(batch) == [{2: {5: 1.0}, 4: {7: 1.0}}, {2: {5: 1.0}}]
+    assert in_row(batch, batch.slots) == [[4], [2]]
+    whole = hop_prompts(TRAIN, **settings).training(np.array([0, 2]), Draws(0))
+    assert answers(whole) == [{4: {5: 1.0}, 6: {7: 1.0}}, {4: {5: 1.0}}]  # behind the node and `<hop0>`
 
 
 @pytest.mark.parametrize("kind", ["bert", "t5", "llama"])
-def test_a_prompt_of_which_only_the_history_is_read_holds_nothing_else(kind, backbone_folder):
-    """Its hidden states are those that the history has in the whole prompt."""
-    settings = {"readout": "history", "title_tokens": 1, **RECENT}
-    whole = hop_prompts(TRAIN, **settings)
-    bare = hop_prompts(TRAIN, contrast={"l1": 0.0, "l2": 0.0, "items": 0.0}, **settings)
-    model = model_of(whole, Backbone(BackboneConfig(name=backbone_folder(kind))))
-    bare.tables = whole.tables
-    batches = [prompter.training(np.array([0, 2]), Draws(0)) for prompter in (bare, whole)]
-    title = {number: TITLES[number][0] for number in (3, 4, 5)}
-    assert rows(batches[0]) == [[BEGIN, item(3), title[3], item(5), title[5]], [BEGIN, item(4), title[4]]]
-    assert batches[0].hops.tolist() == [[-1, -1, -1]] * 2
-    assert not batches[0].own.any()
-    assert answers(batches[0]) == answers(batches[1])[:2] == [{2: {5: 1.0}, 4: {7: 1.0}}, {2: {5: 1.0}}]
-    assert in_row(batches[0], batches[0].slots) == in_row(batches[1], batches[1].slots) == [[4], [2]]
-    with torch.no_grad():
-        found, expected = (model.hidden(batch).at(batch.answers) for batch in batches)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+def test_a_node_itself_does_not_know_how_many_neighbours_it_has(kind, backbone_folder):
+    """Neither its representation nor that of an item with a title; its neighbours' does."""
+    train = CSR.from_lists([[3, number, 19] for number in range(4, 14)])
+    prompters = [
+        hop_prompts(train, title_tokens=titles, neighbours={"one_hop": near}) for titles in (0, 2) for near in (1, 2, 7)
+    ]
+    model = model_of(prompters[0], Backbone(BackboneConfig(name=backbone_folder(kind))))
+    found = []
+    for prompter in prompters:
+        batch = next(
+            b for b in (prompter.training(np.arange(10), Draws(seed)) for seed in range(99)) if 3 in b.nodes[10:]
+        )
+        with torch.no_grad():
+            found.append(model.representations(batch)[10:][batch.nodes[10:] == 3][0])
+    for first, *others in (found[:3], found[3:]):
+        for other in others:
+            torch.testing.assert_close(other[0], first[0], rtol=1e-5, atol=1e-6)
+            assert (other[1] - first[1]).abs().max() > 1e-3
 
 
 def test_prompts_with_titles_by_hand():
@@ -154,21 +164,21 @@ def test_prompts_with_titles_by_hand():
     prompter = hop_prompts(TRAIN, titles, title_tokens=2, **RECENT)
     batch = lending(prompter, [0, 2], [3, 4])
     assert rows(batch) == [
-        [BEGIN, item(3), 13, 14, item(5), 16, user(0), HOP0, HOP1, user(2), user(1), HOP2],
-        [BEGIN, item(4), user(2), HOP0, HOP1, HOP2],
-        [BEGIN, user(0), item(3), 13, 14, HOP0, HOP1, item(5), HOP2],
-        [BEGIN, user(2), item(4), HOP0, HOP1, HOP2],
+        [BEGIN, user(0), HOP0, item(3), 13, 14, item(5), 16, HOP1, user(2), user(1), HOP2],
+        [BEGIN, user(2), HOP0, item(4), HOP1, HOP2],
+        [BEGIN, item(3), 13, 14, HOP0, user(0), HOP1, item(5), HOP2],
+        [BEGIN, item(4), HOP0, user(2), HOP1, HOP2],
     ]
     assert rows(batch, batch.segments) == [
-        [0, 1, 1, 1, 2, 2, 5, 5, 5, 6, 6, 7],
-        [0, 1, 5, 5, 5, 7],
-        [0, 1, 5, 5, 5, 5, 5, 6, 7],
-        [0, 1, 5, 5, 5, 7],
+        [0, 5, 5, 1, 1, 1, 2, 2, 5, 6, 6, 7],
+        [0, 5, 5, 1, 5, 7],
+        [0, 5, 5, 5, 5, 1, 5, 6, 7],
+        [0, 5, 5, 1, 5, 7],
     ]
-    assert in_row(batch, batch.hops) == [[7, 8, 11], [3, 4, 5], [5, 6, 8], [3, 4, 5]]
-    own = [[6, 7], [2, 3], [2, 3, 4, 5], [2, 3]]
+    assert in_row(batch, batch.hops) == [[2, 8, 11], [2, 4, 5], [4, 6, 8], [2, 4, 5]]
+    own = [[1, 2], [1, 2], [1, 2, 3, 4], [1, 2]]
     assert batch.own.nonzero().tolist() == [[row, column] for row in range(4) for column in own[row]]
-    assert answers(batch) == [{3: {5: 1.0}, 5: {7: 1.0}, 8: {7: 1.0}}, {1: {5: 1.0}, 4: {5: 1.0}}]
+    assert answers(batch) == [{5: {5: 1.0}, 7: {7: 1.0}, 8: {7: 1.0}}, {3: {5: 1.0}, 4: {5: 1.0}}]
     read_out = hop_prompts(TRAIN, titles, **{**RECENT, "title_tokens": 2, "readout": "history"})
     asked = read_out.recommending(np.array([0, 2, 3]), CSR.from_lists([[4, 3], [3, 4], []]))
     assert rows(asked)[:2] == [
@@ -196,10 +206,9 @@ def test_the_title_of_a_later_item_changes_no_earlier_representation(place, kind
         row = rows(batch)[0]
         with torch.no_grad():
             hidden = model.hidden(batch).padded()[0]
-        own = row.index(prompter.symbols.first_user)
-        starts = [row.index(item(number)) for number in history] + [own]
-        groups = [hidden[first:end] for first, end in pairwise(starts)]
-        return groups, hidden[row.index(prompter.symbols.first_slot + 1)]
+        hop1 = row.index(prompter.symbols.first_slot + 1)
+        starts = [row.index(item(number)) for number in history] + [hop1]
+        return [hidden[first:end] for first, end in pairwise(starts)], hidden[hop1]
 
     before, hop1 = states([30, 31])
     for text in ([30, 32], [30, 31, 33], []):
@@ -211,32 +220,32 @@ def test_the_title_of_a_later_item_changes_no_earlier_representation(place, kind
         assert (hop1_after - hop1).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize(("readout", "columns"), [("history", [2, 1]), ("hop1", [5, 4]), ("hop2", [8, 5])])
+@pytest.mark.parametrize(("readout", "columns"), [("history", [4, 3]), ("hop1", [5, 4]), ("hop2", [8, 5])])
 def test_where_prompts_answer(readout, columns):
     prompter = hop_prompts(TRAIN, readout=readout, **RECENT)
     batch = prompter.training(np.array([0, 2]), Draws(0))
     assert in_row(batch, batch.slots) == [[column] for column in columns]
     first, second = ({column: {target: 1.0}} for column, target in zip(columns, (7, 5), strict=True))
-    assert answers(batch) == [{1: {5: 1.0}, 2: {7: 1.0}} | first, {1: {5: 1.0}} | second]
+    assert answers(batch) == [{3: {5: 1.0}, 4: {7: 1.0}} | first, {3: {5: 1.0}} | second]
     assert batch.answers.tolist() == sorted(set(batch.answers.tolist()))
     assert batch.counts[0] == len(batch.answers)
     asked = prompter.recommending(np.array([0, 2]), CSR.from_lists([[3, 5], [4]]))
-    assert in_row(asked, asked.slots) == [[column] for column in columns]
+    alone = 2 if readout == "history" else 0  # then nothing stands before the history
+    assert in_row(asked, asked.slots) == [[column - alone] for column in columns]
 
 
 MATRICES = {
-    # opening, two neighbours, the node and <hop0>, <hop1>, two nodes two hops away, <hop2>
+    # opening, the node and <hop0>, two neighbours, <hop1>, two nodes two hops away, <hop2>
     ("user", False): """
         1........
-        11.......
         111......
-        1..11....
+        111......
+        1..1.....
         1..11....
         111111...
         11111111.
         11111111.
         111111111""",
-    # opening, the node and <hop0>, two neighbours, …
     ("user", True): """
         111......
         111......
@@ -281,7 +290,7 @@ def test_attention_by_hand(sees_user):
     assert torch.equal(attention[0], matrix("user", sees_user))
     assert torch.equal(attention[2], matrix("item", sees_user))
     # A prompt of six symbols: one neighbour, nothing two hops away, three places of padding.
-    short = [0, 1, 2, 3, 5, 8] if sees_user else [0, 1, 3, 4, 5, 8]
+    short = [0, 1, 2, 3, 5, 8]
     assert torch.equal(attention[1][:6, :6], matrix("user", sees_user)[short][:, short])
     assert torch.equal(attention[1][6:], torch.eye(9, dtype=torch.bool)[6:])
     assert not attention[1][:6, 6:].any()
@@ -353,8 +362,8 @@ def test_no_answer_stands_where_its_position_can_see_it(settings, repeats):
             others = {s - base.first_user for s in far if base.first_user <= s < base.first_slot}
             seen_far += len(others)
             assert int(users[row]) not in others
-            for other in others:  # by an item of the history, which no target is
-                assert any((other, item) in edges for item in set(history))
+            for other in others:  # by a shown item, which no target is
+                assert any((other, item) in edges for item in history[-prompter.config.max_history :])
         edges -= targets
         for row in range(batch.num_users, len(batch.symbols)):
             number = int(batch.nodes[row])
@@ -379,8 +388,8 @@ def test_a_history_position_sees_the_user_where_it_is_told_to():
 @pytest.mark.parametrize(
     ("items", "expected"),
     [
-        ([3, 5, 3, 3, 7], {1: {5: 1.0}, 4: {7: 1.0}, 7: {7: 1.0}}),
-        ([3, 5, 3], {1: {5: 1.0}}),
+        ([3, 5, 3, 3, 7], {3: {5: 1.0}, 6: {7: 1.0}, 7: {7: 1.0}}),
+        ([3, 5, 3], {3: {5: 1.0}}),
         ([3, 3], {}),
     ],
 )
@@ -392,15 +401,15 @@ def test_items_that_came_before_are_no_targets(items, expected):
 
 def test_an_item_that_came_before_what_is_shown_is_no_target():
     batch = hop_prompts([[7, 3, 5, 3, 7]], max_history=2, contrast={"items": 0.0}).training(np.array([0]), Draws(0))
-    assert rows(batch)[0][1:3] == [item(5), item(3)]
+    assert rows(batch)[0][3:5] == [item(5), item(3)]
     assert answers(batch) == [{}]
 
 
 def test_every_prompt_trains_the_newest_items():
     batch = hop_prompts([list(range(10))], max_history=3).training(np.array([0]), Draws(0))
-    assert rows(batch)[0][1:4] == [item(6), item(7), item(8)]
+    assert rows(batch)[0][3:6] == [item(6), item(7), item(8)]
     assert histories(batch) == [list(range(9))]
-    assert answers(batch) == [{1: {7: 1.0}, 2: {8: 1.0}, 3: {9: 1.0}, 6: {9: 1.0}}]
+    assert answers(batch) == [{3: {7: 1.0}, 4: {8: 1.0}, 5: {9: 1.0}, 6: {9: 1.0}}]
 
 
 @pytest.mark.parametrize("settings", [*CHOICES, {"contrast": {"items": 0.5}}], ids=str)
@@ -443,12 +452,16 @@ def test_what_is_contrasted_is_what_prompts_hold():
 
     def hops(**settings: object) -> tuple[list[bool], int]:
         batch = hop_prompts(TRAIN, **settings).training(users, Draws(0))
+        assert batch.contrasted.tolist() == [bool(batch.anchors[0])] * 3 + [True] * (len(batch.nodes) - 3)
+        assert batch.anchors[:2] == (3 * bool(batch.contrasted[0]),) * 2
         return (batch.hops[:3, 2] >= 0).tolist(), len(batch.nodes) - 3
 
     assert hops() == ([True] * 3, 3)
     assert hops(contrast={"items": 1.0, "l3": 0.0}) == ([True] * 3, 0)
     assert hops(contrast={"items": 1.0, "l1": 0.0, "l2": 0.0}) == ([False] * 3, 3)
-    assert hops(contrast={"l1": 0.0, "l2": 0.0, "l3": 0.0}, readout="hop2") == ([True] * 3, 0)
+    nothing = {"l1": 0.0, "l2": 0.0, "l3": 0.0}
+    assert hops(contrast=nothing, readout="hop2") == ([True] * 3, 0)
+    assert hops(contrast={"users": 1e-9, "items": 1.0}, readout="hop2") == ([True] * 3, 3)
 
 
 # ---- recommending
@@ -459,9 +472,10 @@ def test_recommending_prompts_hold_the_given_histories_and_no_target(readout):
     """User 0 has 7 in training: where it is not in the given history, nothing of the prompt comes from it."""
     prompter = hop_prompts(TRAIN, readout=readout, **RECENT)
     batch = prompter.recommending(np.array([0, 3]), CSR.from_lists([[3, 5], []]), "valid", 1)
-    more = {"history": [], "hop1": [user(0), HOP0, HOP1], "hop2": [user(0), HOP0, HOP1, user(2), user(1), HOP2]}
+    before = [] if readout == "history" else [user(0), HOP0]
+    after = {"history": [], "hop1": [HOP1], "hop2": [HOP1, user(2), user(1), HOP2]}
     assert rows(batch) == [
-        [BEGIN, item(3), item(5), *more[readout]],
+        [BEGIN, *before, item(3), item(5), *after[readout]],
         [BEGIN, user(3), HOP0, HOP1, *[HOP2] * (readout == "hop2")],
     ]
     assert histories(batch) == [[3, 5], []]
@@ -551,7 +565,7 @@ def test_every_symbol_is_embedded_as_its_kind(graph, with_texts, backbone):
 PAIRS = [
     {"side": "user", "anchor": 2, "positive": 0, "weight": "l1"},
     {"side": "item", "anchor": 2, "positive": 1, "weight": "l2"},
-    {"side": "user", "anchor": 1, "positive": 0, "weight": "l3"},
+    {"side": "user", "anchor": 0, "positive": 1, "weight": "l3"},
 ]
 
 
@@ -572,7 +586,9 @@ def plain_projection(model: GALRec, hops: torch.Tensor) -> torch.Tensor:
     return functional.gelu(hops @ inner.weight.T + inner.bias) @ outer.weight.T + outer.bias
 
 
-def plain_terms(model: GALRec, batch: HopBatch, before: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+def plain_terms(
+    model: GALRec, batch: HopBatch, before: dict[tuple[str, int], tuple[torch.Tensor, ...]]
+) -> torch.Tensor:
     """The four sums, with torch's cross-entropy over materialised logits and `info_nce` on the hops' states."""
     hidden = plain_hidden(model, batch)
     recommended = torch.zeros(())
@@ -589,8 +605,9 @@ def plain_terms(model: GALRec, batch: HopBatch, before: dict[str, tuple[torch.Te
     sums = {"l1": torch.zeros(()), "l2": torch.zeros(()), "l3": torch.zeros(())}
     for pair in model.config.contrast.pairs:
         states, nodes = parts[pair.side]
+        read = before[pair.side, pair.positive]
         tau = model.config.contrast.temperature
-        sums[pair.weight] += info_nce(states[:, pair.anchor], states[:, pair.positive], nodes, *before[pair.side], tau)
+        sums[pair.weight] += info_nce(states[:, pair.anchor], states[:, pair.positive], nodes, *read, tau)
     return torch.stack([recommended, *sums.values()])
 
 
@@ -602,9 +619,11 @@ def test_the_terms_of_the_loss(pairs, projection, backbone):
     model = model_of(prompter, backbone)
     with torch.no_grad():
         # Nodes that meet again in the queue, and places of it that are still empty.
-        for side, numbers in (("user", torch.arange(20) % 14), ("item", torch.arange(20))):
-            model.queues[side].enqueue(torch.randn(20, projection or backbone.width), numbers)
-        before = {side: (queue.rows(), queue.ids()) for side, queue in model.queues.items()}
+        numbers = {"user": torch.arange(20) % 14, "item": torch.arange(20)}
+        for (side, _), queue in model.queues.items():
+            queue.enqueue(torch.randn(20, projection or backbone.width), numbers[side])
+        before = {kind: (queue.rows(), queue.ids()) for kind, queue in model.queues.items()}
+        assert len(before) == (3 if pairs else 2)
         batch = prompter.training(np.arange(14), Draws(1))
         expected = plain_terms(model, batch, before)
         assert expected.min() > 1
@@ -625,7 +644,7 @@ def test_where_nothing_is_contrasted_prompts_are_read_up_to_the_last_answer(read
     batch = prompter.training(np.arange(14), Draws(1))
     empty = torch.zeros(0, backbone.width), torch.zeros(0, dtype=torch.int64)
     with torch.no_grad():
-        expected = plain_terms(model, batch, {"user": empty, "item": empty})[0]
+        expected = plain_terms(model, batch, {("user", 2): empty, ("item", 2): empty})[0]
         torch.testing.assert_close(model(batch), torch.stack([expected, *torch.zeros(3)]), rtol=1e-5, atol=1e-3)
 
 
@@ -643,7 +662,7 @@ def test_without_a_contrast_nothing_is_projected_or_followed(backbone):
     assert model.projection is None and model.slow is None
 
 
-def test_queues_take_the_positives_of_a_sides_first_pair_after_the_update(backbone):
+def test_queues_take_the_positives_after_the_update(backbone):
     prompter = hop_prompts(TRAIN, contrast={"items": 1.0, "queue": 5})
     model = model_of(prompter, backbone)
     batch, other = prompter.training(np.array([0, 2]), Draws(1)), prompter.training(np.array([1]), Draws(1))
@@ -653,7 +672,7 @@ def test_queues_take_the_positives_of_a_sides_first_pair_after_the_update(backbo
         model._fresh = []
         for one in (batch, other):  # two passes of one update
             model(one)
-        assert model.queues["user"].ids().tolist() == [-1] * 5
+        assert model.queues["user", 2].ids().tolist() == [-1] * 5
         model.after_update()
         ids = {"user": [0, 2, 1], "item": [*batch.nodes[2:].tolist(), int(other.nodes[1])]}
         far = [
@@ -662,11 +681,11 @@ def test_queues_take_the_positives_of_a_sides_first_pair_after_the_update(backbo
             for hidden, columns in zip(plain_hidden(model, one), in_row(one, one.hops), strict=True)
         ]
         for side, numbers in (("user", [0, 1, 4]), ("item", [2, 3, 5])):
-            queue, states = model.queues[side], [far[number] for number in numbers]
+            queue, states = model.queues[side, 2], [far[number] for number in numbers]
             assert queue.ids().tolist() == [-1, -1, *ids[side]]
             torch.testing.assert_close(queue.rows()[2:], functional.normalize(torch.stack(states)))
         model.after_update()
-        assert model.queues["user"].ids().tolist() == [-1, -1, 0, 2, 1]  # nothing enters twice
+        assert model.queues["user", 2].ids().tolist() == [-1, -1, 0, 2, 1]  # nothing enters twice
 
 
 def with_momentum(
@@ -694,9 +713,9 @@ def test_positives_and_the_queue_are_the_momentum_copys(tuning, projection, back
     batch = prompter.training(np.arange(14), Draws(1))
     places = torch.tensor(in_row(batch, batch.hops))
     with torch.no_grad():
-        for side in ("user", "item"):
-            model.queues[side].enqueue(torch.randn(5, projection or 16), torch.arange(5))
-    before = {side: (queue.rows(), queue.ids()) for side, queue in model.queues.items()}
+        for queue in model.queues.values():
+            queue.enqueue(torch.randn(5, projection or 16), torch.arange(5))
+    before = {side: (queue.rows(), queue.ids()) for (side, _), queue in model.queues.items()}
 
     def hops(one: GALRec) -> torch.Tensor:
         hidden = plain_hidden(one, batch)
@@ -729,7 +748,7 @@ def test_positives_and_the_queue_are_the_momentum_copys(tuning, projection, back
     model.after_update()
     for side, rows in (("user", slice(14)), ("item", slice(14, None))):
         newest = functional.normalize(keys[rows, 2])[-9:]
-        torch.testing.assert_close(model.queues[side].rows()[-len(newest) :], newest, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model.queues[side, 2].rows()[-len(newest) :], newest, rtol=1e-4, atol=1e-5)
 
 
 def test_the_model_itself_does_not_read_the_hops_that_only_its_copy_compares(backbone):
@@ -752,7 +771,7 @@ def test_where_nothing_is_contrasted_the_momentum_copy_is_not_asked(backbone):
     terms = model(prompter.training(np.arange(3), Draws(0)))
     assert terms[0] > 0 and terms[1:].tolist() == [0, 0, 0]
     model.after_update()
-    assert model.queues["user"].ids().tolist() == [-1, -1, -1]
+    assert model.queues["user", 2].ids().tolist() == [-1, -1, -1]
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora", "frozen"])
@@ -786,7 +805,7 @@ def test_queues_go_through_a_checkpoint(backbone):
         model.after_update()
         state = model.carried_state()
         assert {name: tuple(value.shape) for name, value in state.items()} == {
-            f"{side}/{name}": shape
+            f"{side}2/{name}": shape
             for side in ("user", "item")
             for name, shape in (("rows", (4, 16)), ("ids", (4,)), ("oldest", ()))
         }

@@ -132,12 +132,10 @@ def test_what_was_read_is_read_again_where_anything_has_changed(model_folder, tm
     other_tokens = CSR(tokens.indptr, np.where(np.asarray(tokens.indices) == 7, 8, tokens.indices))
     # The same ids in a row, but cut into other texts.
     other_rows = CSR(np.array([0, 1, *tokens.indptr[2:]]), tokens.indices)
-    random = config.model_copy(update={"pretrained": False})
     results = [
         load_or_read_texts(config, tokens, kept),
         load_or_read_texts(config, other_tokens, kept),
         load_or_read_texts(config, other_rows, kept),
-        load_or_read_texts(random, tokens, kept),
     ]
     model = AutoModel.from_pretrained(folder)
     for parameter in model.parameters():
@@ -150,16 +148,10 @@ def test_what_was_read_is_read_again_where_anything_has_changed(model_folder, tm
         assert all((one - other).abs().max() > 1e-3 for other in results[:number])
 
 
-def test_random_weights_are_the_same_every_time_and_leave_the_seed_alone(model_folder, tmp_path):
+def test_texts_are_read_by_pretrained_weights_whatever_reads_the_prompts(model_folder, tmp_path):
     folder = model_folder("bert")
     config, tokens = BackboneConfig(name=str(folder), pretrained=False), tokens_of(folder)
-    results = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        state = torch.get_rng_state()
-        results.append(load_or_read_texts(config, tokens, tmp_path / str(seed)))
-        assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(*results)
+    torch.testing.assert_close(load_or_read_texts(config, tokens, tmp_path / "kept"), read_alone(folder))
 
 
 def test_a_run_that_was_cut_off_while_it_read_leaves_nothing(model_folder, tmp_path, monkeypatch):

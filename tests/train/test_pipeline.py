@@ -164,9 +164,9 @@ def test_galrec_learns_and_reports_its_terms(galrec_alone, tiny_store):
     assert 0 <= metrics["test"]["ndcg@3"] <= 1
     # Eight updates of twelve users have filled the queue of users; none of its rows is of a user that is none.
     found = queues(galrec_alone)
-    assert found["carried/user/rows"].shape == (20, 5)
-    assert found["carried/user/ids"].min() >= 0
-    assert found["carried/user/ids"].max() > 24 > found["carried/item/ids"].max()
+    assert found["carried/user2/rows"].shape == (20, 5)
+    assert found["carried/user2/ids"].min() >= 0
+    assert found["carried/user2/ids"].max() > 24 > found["carried/item/ids"].max()
     load_model(galrec_alone.config(), galrec_alone, tiny_store)
     points = scalars(galrec_alone.path / "tensorboard" / "train")
     fill = [value for _, value in points["queue_fill"]]
@@ -274,7 +274,7 @@ def test_galrec_that_was_cut_off_ends_with_the_same_parameters_and_queues(
     cut = RunFolder(part.out)
     assert cut.metrics() is None
     assert cut.last_checkpoint("train")[0].step == 6
-    assert not torch.equal(queues(cut)["carried/user/ids"], queues(whole)["carried/user/ids"])
+    assert not torch.equal(queues(cut)["carried/user2/ids"], queues(whole)["carried/user2/ids"])
     resumed = run_workers(part, 2)
     assert curve(resumed) == curve(whole)
     for found, expected in ((final(resumed), final(whole)), (queues(resumed), queues(whole))):
