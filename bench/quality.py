@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -116,17 +117,22 @@ def galrec(title: str, store: str, published: str) -> Suite:
 
 
 def galrec_parts(title: str, store: str) -> Suite:
-    def cell(kind: Literal["method", "ablation"], *settings: str) -> Cell:
+    def cell(kind: Literal["method", "ours", "ablation"], *settings: str) -> Cell:
         return Cell(kind, "galrec.yaml", ("train.epochs=5", *settings))
+
+    one_hop = "[{side: user, anchor: 1, weight: l2}, {side: item, anchor: 1, weight: l3}]"
 
     cells = {
         "GAL-Rec": cell("method"),
+        "GAL-Rec, read at hop 1": cell("ours", "model.readout=hop1"),
+        "GAL-Rec, read at hop 2": cell("ours", "model.readout=hop2"),
         "GAL-Rec without L1": cell("ablation", "model.contrast.l1=0"),
         "GAL-Rec without L2": cell("ablation", "model.contrast.l2=0"),
         "GAL-Rec without L3": cell("ablation", "model.contrast.l3=0"),
         "GAL-Rec without L1, L2, L3": cell("ablation", *(f"model.contrast.l{n}=0" for n in (1, 2, 3))),
         "GAL-Rec without queue": cell("ablation", "model.contrast.queue=0"),
         "GAL-Rec without momentum encoder": cell("ablation", "model.contrast.momentum=null"),
+        "GAL-Rec without hop 0 in the contrast": cell("ablation", f"model.contrast.pairs={one_hop}"),
         "GAL-Rec without items' one-hop neighbours": cell("ablation", "model.neighbours.one_hop=0"),
         "GAL-Rec without two-hop neighbours": cell("ablation", "model.neighbours.two_hop=0"),
         "GAL-Rec without text vectors": cell("ablation", "model.text_vectors=false"),
@@ -134,7 +140,11 @@ def galrec_parts(title: str, store: str) -> Suite:
         "GAL-Rec without tuning of the LM": cell("ablation", "model.tuning=frozen"),
         "GAL-Rec without pretraining of the LM": cell("ablation", "backbone.pretrained=false"),
     }
-    return Suite(title, store, cells, note="Half the epochs of the job, for the method and for what it is without.")
+    note = (
+        "Half the epochs of the job, for the method and for what it is without. The job recommends at the newest "
+        "history item, which sees the history alone: hops act through what the contrast teaches the language model."
+    )
+    return Suite(title, store, cells, note=note)
 
 
 def searched() -> dict[str, Cell]:
@@ -226,7 +236,7 @@ def one(suite_name: str, name: str, seed: int, threads: int, decodings: Sequence
             metrics["decodings"][mode] = json.loads(found)
     history = RunFolder(out).history()
     shown = [f"store=stores/{suite.store}", f"out=runs/{file.stem}", f"seed={seed}", *cell.settings, "--local"]
-    command = " ".join(["raygrec train", f"jobs/{cell.job}", *shown])
+    command = shlex.join(["raygrec", "train", f"jobs/{cell.job}", *shown])
     seconds = known["seconds"] if known else seconds
     write_result(file, suite_name, name, seed, command=command, metrics=metrics, history=history, seconds=seconds)
 

@@ -17,6 +17,7 @@ def write_report(results: Path, out: Path, suites: dict[str, Any]) -> None:
     sections = [HEADER]
     for name, suite in suites.items():
         found = [json.loads(file.read_text()) for file in sorted((results / name).glob("*.json"))]
+        found = _of_the_same_runs(suite, found)
         kinds = {suite.cells[result["variant"]].kind for result in found}
         if kinds & {"method", "ours"}:
             sections.append(_suite(suite, found))
@@ -100,6 +101,24 @@ def _suite(suite: Any, found: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _of_the_same_runs(suite: Any, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without what shares its early stages with the method, but not with the method's run that is shown."""
+    methods = {result["seed"]: result for result in found if result["variant"] == suite.method}
+
+    def early(result: dict[str, Any]) -> list[dict[str, Any]]:
+        return [record for record in result["history"] if record["stage"] != "train"]
+
+    kept = []
+    for result in found:
+        method = methods.get(result["seed"])
+        shares = suite.cells[result["variant"]].shares
+        if shares and method and early(result) != early(method):
+            print(f"{result['variant']}, seed {result['seed']}: left out, it began with another run's stages")
+        else:
+            kept.append(result)
+    return kept
+
+
 def _signs(full: list[dict[str, Any]], ablations: dict[str, list[dict[str, Any]]]) -> str:
     """Paired by seed: test N@10 of the full model minus that without the part."""
     reference = {result["seed"]: result["metrics"]["test"][METRIC] for result in full}
@@ -114,6 +133,11 @@ def _signs(full: list[dict[str, Any]], ablations: dict[str, list[dict[str, Any]]
 
 
 def _traps(rows: dict[str, list[dict[str, Any]]]) -> str:
+    """Of the seeds that every row has, since each has validation users of its own."""
+    shared = set.intersection(*({result["seed"] for result in found} for found in rows.values()))
+    rows = {name: [result for result in found if result["seed"] in shared] for name, found in rows.items()}
+    if not shared:
+        return "No seed has all rows.\n"
     lines = ["| node vectors | training loss | validation N@10 | test N@10 | seeds |", "|---|---:|---:|---:|---:|"]
     for name, found in rows.items():
         loss = statistics.fmean([record for r in found for record in [r["history"][-1]["loss"]]])

@@ -125,7 +125,7 @@ class GALRecConfig(StrictConfig):
     very items that the history positions must predict, so by default they do not."""
     max_history: int = Field(50, ge=1)
     title_tokens: int = Field(0, ge=0, le=64)
-    """External embeddings: so many first tokens of its text follow an item's token in a user's history and in the
+    """External embeddings: so many first tokens of its title follow an item's token in a user's history and in the
     item's own prompt. An item's last token names the next."""
     head: Literal["linear", "tied"] = "tied"
     """`tied`: an item is recommended by the inner product of the hidden state with its own token (`ItemProjector`), as
@@ -188,7 +188,7 @@ class HopPrompts:
     contrasted and whose newest history item recommends is `[begin] neighbours` alone: nothing would read the rest.
 
     train: CSR of each user's training items in time order; by_item: the same edges by item. `opening` holds the
-    language model's own first token, where it has one. titles: the token ids of each item's text, of which the
+    language model's own first token, where it has one. titles: the token ids of each item's title, of which the
     first `title_tokens` follow the item's node; not read where these are 0. tables: [U], which fit of the item nodes a
     user's prompts read.
     """
