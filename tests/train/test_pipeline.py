@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from raygrec.draws import Draws
 from raygrec.errors import InputError
+from raygrec.model.galrec import HopBatch, HopPrompts
 from raygrec.serve.topk import evaluate_run, recommend_all
 from raygrec.train import loop
 from raygrec.train.assembly import load_model
@@ -120,7 +122,7 @@ def test_a_run_that_was_cut_off_ends_with_the_same_parameters(
 
 # ---- GAL-Rec
 
-QUEUES = {f"carried/{side}/{part}" for side in ("user", "item") for part in ("rows", "ids", "oldest")}
+QUEUES = {f"carried/{side}2/{part}" for side in ("user", "item") for part in ("rows", "ids", "oldest")}
 
 
 def queues(folder: RunFolder) -> dict[str, torch.Tensor]:
@@ -150,6 +152,28 @@ def galrec_finished(tiny_store, tiny_backbone, tmp_path_factory) -> Callable[[in
     return run
 
 
+def test_every_update_of_every_epoch_has_draws_of_its_own_and_another_seed_has_others(
+    tiny_store, tiny_backbone, tmp_path, monkeypatch
+):
+    """Neighbours, dropout and what is contrasted: all that prompts draw."""
+    given: list[float] = []
+    training = HopPrompts.training
+
+    def recording(self: HopPrompts, users: np.ndarray, draws: Draws) -> HopBatch:
+        given.append(float(draws.uniform(0)))
+        return training(self, users, draws)
+
+    monkeypatch.setattr(HopPrompts, "training", recording)
+    found = []
+    for number, seed in enumerate((0, 0, 1)):
+        given.clear()
+        train_here(tiny_galrec_config(tiny_store.path, tiny_backbone, tmp_path / str(number), seed=seed))
+        found.append(set(given))
+    assert len(found[0]) == 8  # two epochs of four updates
+    assert found[0] == found[1]
+    assert not found[0] & found[2]
+
+
 def test_galrec_learns_and_reports_its_terms(galrec_alone, tiny_store):
     records = galrec_alone.history()
     assert [(record["stage"], record["step"]) for record in records] == [("train", 4), ("train", 8)]
@@ -166,7 +190,7 @@ def test_galrec_learns_and_reports_its_terms(galrec_alone, tiny_store):
     found = queues(galrec_alone)
     assert found["carried/user2/rows"].shape == (20, 5)
     assert found["carried/user2/ids"].min() >= 0
-    assert found["carried/user2/ids"].max() > 24 > found["carried/item/ids"].max()
+    assert found["carried/user2/ids"].max() > 24 > found["carried/item2/ids"].max()
     load_model(galrec_alone.config(), galrec_alone, tiny_store)
     points = scalars(galrec_alone.path / "tensorboard" / "train")
     fill = [value for _, value in points["queue_fill"]]
