@@ -148,8 +148,8 @@ def galrec_parts(title: str, store: str) -> Suite:
 
 
 def searched() -> dict[str, Cell]:
-    """GAL-Rec with what `python -m bench.sweep search` found by validation on Beauty."""
-    file = RESULTS / "sweep" / "search.json"
+    """GAL-Rec with what `python -m bench.sweep search galrec` found by validation on Beauty."""
+    file = RESULTS / "sweep" / "search-galrec.json"
     if not file.exists():
         return {}
     found = json.loads(file.read_text())

@@ -30,8 +30,8 @@ def write_report(results: Path, out: Path, suites: dict[str, Any]) -> None:
     sweeps = {file.stem: json.loads(file.read_text()) for file in (results / "sweep").glob("*.json")}
     if sweeps:
         sections.append(_sweep(sweeps))
-    if "search" in sweeps:
-        sections.append(_search(sweeps["search"]))
+    if searches := {name: found for name, found in sweeps.items() if name.startswith("search-")}:
+        sections.append(_searches(searches))
     zero = results / "zero.json"
     if zero.exists():
         sections.append(_zero(json.loads(zero.read_text())))
@@ -233,24 +233,33 @@ def _sweep(found: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _search(found: dict[str, Any]) -> str:
-    """What a sweep on Beauty found, beside the job that it began with."""
-    best, job = found["best"], found["job"]
-    statuses = ", ".join(f"{count} {status}" for status, count in found["statuses"].items())
-    point = ", ".join(
-        f"`{key}={round(value, 4) if isinstance(value, float) else json.dumps(value)}`"
-        for key, value in best["point"].items()
-    )
-    return (
-        "## A search on Amazon Beauty\n\n"
-        f"`tune_spaces/galrec.yaml`, TPE and ASHA, {found['trials']} trials ({statuses}; {found['epochs']:g} epochs in "
-        f"all), the job itself, with what the command says of it, among the first: `{found['command']}`. Validation "
-        f"N@10 of the job {job['score']:.4f} ({job['status']} after {job['epochs']:g} epochs), of the best "
-        f"{best['score']:.4f}; after "
-        f"{found['shared_epoch']:g} epochs, which all trials reached, {job['early']:.4f} and {best['early']:.4f}. The "
-        f"best: {point}. Read on test in the table of GAL-Rec above, as searched.\n\n"
-        f"![Effect of each key](figures/{found['figure']})\n"
-    )
+def _searches(searches: dict[str, dict[str, Any]]) -> str:
+    """What sweeps on Beauty found by validation, beside the jobs that they began with, all with as many trials."""
+    lines = [
+        "## Searches on Amazon Beauty\n",
+        "TPE and ASHA (none for a graph alone), the job itself among the first; validation N@10. `at epoch`: what job "
+        "and best have where all trials are, since ASHA may have ended the job there. Jobs are what these and "
+        "the runs by hand before them chose.\n",
+        "| `python -m bench.sweep` | trials | epochs in all | job | best | at epoch | job | best |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for _, found in sorted(searches.items()):
+        best, job = found["best"], found["job"]
+        statuses = ", ".join(f"{count} {status}" for status, count in found["statuses"].items())
+        lines.append(
+            f"| `{found['command'].removeprefix('python -m bench.sweep ')}` | {statuses} | {found['epochs']:g} "
+            f"| {job['score']:.4f} | {best['score']:.4f} | {found['shared_epoch']:g} | {job['early']:.4f} "
+            f"| {best['early']:.4f} |"
+        )
+    lines.append("")
+    for name, found in sorted(searches.items()):
+        point = ", ".join(
+            f"`{key}={round(value, 4) if isinstance(value, float) else json.dumps(value)}`"
+            for key, value in found["best"]["point"].items()
+        )
+        lines.append(f"- `{name.removeprefix('search-')}`, best: {point}.")
+    lines += [f"\n![Effect of each key](figures/{found['figure']})" for _, found in sorted(searches.items())]
+    return "\n".join(lines) + "\n"
 
 
 def _zero(results: dict[str, Any]) -> str:

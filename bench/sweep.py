@@ -2,7 +2,7 @@
 
 python -m bench.sweep asha      # 12 trials pruned by ASHA, killed half-way and resumed, against the same 12 to the end
 python -m bench.sweep cost      # a sweep of 6 trials from raw data, against 6 times prepare and train
-python -m bench.sweep search [key=value …]   # tune_spaces/galrec.yaml on Amazon Beauty; begun again, it goes on
+python -m bench.sweep search METHOD [key=value …]   # its space on Amazon Beauty, 12 trials; begun again, it goes on
 """
 
 import argparse
@@ -25,6 +25,14 @@ from raygrec.evaluate.sweeps import read_sweep as read_tables
 from raygrec.train.folder import RunFolder
 
 SPACE = "tune_spaces/smoke.yaml"
+SPACES = {  # searched with the same number of trials
+    "galrec": ("tune_spaces/galrec.yaml", "jobs/galrec.yaml"),
+    "sasrec": ("tune_spaces/sasrec.yaml", "jobs/sasrec.yaml"),
+    "sasrec-text": ("tune_spaces/sasrec.yaml", "jobs/sasrec-text.yaml"),
+    "bsarec": ("tune_spaces/bsarec.yaml", "jobs/bsarec.yaml"),
+    "rlmrec": ("tune_spaces/rlmrec.yaml", "jobs/rlmrec.yaml"),
+    "lightgcn": ("tune_spaces/lightgcn.yaml", "jobs/lightgcn.yaml"),
+}
 SETTINGS = ["backbone.layers=1", "train.epochs=6"]
 FOLDER = WORK / "sweep"
 
@@ -32,21 +40,26 @@ FOLDER = WORK / "sweep"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["asha", "cost", "search"])
+    parser.add_argument("method", nargs="?", choices=SPACES, help="search: whose space")
     parser.add_argument("settings", nargs="*", help="search: settings of the job that the space does not have")
     given = parser.parse_args()
     what = given.what
+    name = what
     if what == "search":
-        result = search(FOLDER / what, given.settings)
+        if given.method is None:
+            parser.error(f"search wants one of {', '.join(SPACES)}")
+        name = f"search-{given.method}"
+        result = search(given.method, FOLDER / name, given.settings)
     else:
         shutil.rmtree(FOLDER / what, ignore_errors=True)
         (FOLDER / what).mkdir(parents=True)
         if not (FOLDER / "source").exists():
             write_demo(FOLDER / "source")
         result = {"asha": asha, "cost": cost}[what](FOLDER / what)
-    result["command"] = " ".join([f"python -m bench.sweep {what}", *given.settings])
+    result["command"] = " ".join([f"python -m bench.sweep {name.replace('-', ' ', 1)}", *given.settings])
     told = json.dumps(result, indent=1, default=lambda value: value.item())  # of numpy
     print(told)
-    file = RESULTS / "sweep" / f"{what}.json"
+    file = RESULTS / "sweep" / f"{name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(told + "\n")
 
@@ -118,20 +131,21 @@ def cost(folder: Path) -> dict[str, Any]:
     }
 
 
-def search(folder: Path, job_settings: list[str]) -> dict[str, Any]:
-    """What a search on Beauty finds by validation, and its figure of every key's effect; `bench.quality` trains it."""
-    space, store, trials = "tune_spaces/galrec.yaml", prepare("beauty"), 12
-    settings = [f"trials={trials}", "searcher.startup=6", "seed=1", "concurrency=2", "cluster.workers=1", *job_settings]
+def search(method: str, folder: Path, job_settings: list[str]) -> dict[str, Any]:
+    """What a search on Beauty finds by validation, and the figure of every key's effect."""
+    (space, job_file), store, trials = SPACES[method], prepare("beauty"), 12
+    settings = [f"job={job_file}", f"trials={trials}", "searcher.startup=6", "seed=1", *job_settings]
+    settings += ["concurrency=2", "cluster.workers=1"]
     resumed = ["--resume"] if folder.exists() else []
-    told = raygrec("tune", space, f"out={folder}", f"store={store}", *settings, *resumed)
-    subprocess.run(told, cwd=ROOT, check=True)
+    subprocess.run(raygrec("tune", space, f"out={folder}", f"store={store}", *settings, *resumed), cwd=ROOT, check=True)
     table = pd.read_parquet(folder / "trials.parquet")
-    figure = ROOT / "docs" / "figures" / "search-beauty.png"
+    figure = ROOT / "docs" / "figures" / f"search-{method}.png"
     shutil.copy(folder / "figures" / "effects.png", figure)
     best, job = best_trial(table, "max"), trial_of_job(table, folder)
     drawn = read_tables(folder, "ndcg@10", "max")
     early = dict(zip(drawn.trials["trial"], drawn.comparable, strict=True))
     return {
+        "space": space,
         "settings": job_settings,
         "trials": trials,
         "statuses": table["status"].value_counts().to_dict(),
