@@ -166,7 +166,8 @@ SUITES = {
         "ml-100k-time",
         "glta-ml100k.yaml",
         EASE,
-        "Most users of the test set have no history; for these popularity is all there is to know.",
+        "Most users of the test set have no history; for these popularity is all there is to know, and LightGCN "
+        "ranks by it.",
     ),
     "galrec-beauty": galrec("GAL-Rec on Amazon Beauty, leave-one-out", "beauty", "BSARec .0610, GRAM .0531"),
     "galrec-parts": galrec_parts("What each part of GAL-Rec does, on Amazon Beauty, five epochs", "beauty"),

@@ -11,17 +11,25 @@ from raygrec.model.nodes import users_of_items
 from raygrec.model.prompts import PromptBatch, Symbols, as_targets
 
 
+def popularity(train: CSR, num_items: int) -> torch.Tensor:
+    """[I] training interactions of each item."""
+    return torch.from_numpy(np.bincount(train.indices, minlength=num_items).astype(np.float32))
+
+
 def popularity_scores(train: CSR, num_items: int) -> Score:
     """Scores every item by its number of training interactions: users [B] -> [B, I]."""
-    counts_I = torch.from_numpy(np.bincount(train.indices, minlength=num_items).astype(np.float32))
+    counts_I = popularity(train, num_items)
     return lambda users: counts_I.expand(len(users), num_items)
 
 
-def lightgcn_scores(embeddings: NodeEmbeddings, histories: CSR | None = None) -> Score:
+def lightgcn_scores(
+    embeddings: NodeEmbeddings, histories: CSR | None = None, counts_I: torch.Tensor | None = None
+) -> Score:
     """Scores by the inner product of LightGCN's final embeddings: users [B] -> [B, I].
 
     histories: one row per user. When given, each user is rebuilt from that row (`propagate_users` plus the
     user's own part), so that items seen after training, such as the validation item at test time, count too.
+    counts_I: what ranks for a user without history, of whom the graph knows nothing: items' popularity.
     """
 
     def score(users: np.ndarray) -> torch.Tensor:
@@ -31,7 +39,10 @@ def lightgcn_scores(embeddings: NodeEmbeddings, histories: CSR | None = None) ->
         else:
             rebuilt_Bd = propagate_users(embeddings.items_inductive, histories.take(users))
             users_Bd = embeddings.users_ego[rows_B] + rebuilt_Bd
-        return users_Bd @ embeddings.items.T
+        scores_BI = users_Bd @ embeddings.items.T
+        if histories is not None and counts_I is not None:
+            scores_BI[histories.lengths[users] == 0] = counts_I.to(scores_BI)
+        return scores_BI
 
     return score
 
@@ -65,10 +76,11 @@ class GraphPrompts:
 
 
 class GraphModel(nn.Module):
-    """Node embeddings as a model: `lightgcn_scores` of prompts' histories."""
+    """Node embeddings as a model: `lightgcn_scores` of prompts' histories, counts_I where these are empty."""
 
-    def __init__(self, symbols: Symbols, embeddings: NodeEmbeddings) -> None:
+    def __init__(self, symbols: Symbols, embeddings: NodeEmbeddings, counts_I: torch.Tensor) -> None:
         super().__init__()
+        self.register_buffer("counts_I", counts_I, persistent=False)
         self.symbols = symbols
         self.items = nn.Parameter(embeddings.items)
         self.users_ego = nn.Parameter(embeddings.users_ego)
@@ -77,5 +89,7 @@ class GraphModel(nn.Module):
     def slot_logits(self, batch: PromptBatch, slots: int | None = None) -> torch.Tensor:
         """Scores [B, 1, I]."""
         own_Bd = self.users_ego[batch.symbols[:, 0] - self.symbols.first_user]
-        rebuilt_Bd = users_of_items(self.items_inductive, batch.history, batch.history_indptr.diff())
-        return ((own_Bd + rebuilt_Bd) @ self.items.T)[:, None]
+        lengths_B = batch.history_indptr.diff()
+        rebuilt_Bd = users_of_items(self.items_inductive, batch.history, lengths_B)
+        scores_BI = (own_Bd + rebuilt_Bd) @ self.items.T
+        return torch.where(lengths_B[:, None] > 0, scores_BI, self.counts_I)[:, None]

@@ -10,7 +10,7 @@ import torch
 from raygrec.data.arrays import CSR
 from raygrec.data.store import Store
 from raygrec.errors import InputError
-from raygrec.evaluate.baselines import GraphModel, GraphPrompts
+from raygrec.evaluate.baselines import GraphModel, GraphPrompts, popularity
 from raygrec.evaluate.sequential import SequencePrompts, Sequential
 from raygrec.graph.cache import load_or_pretrain
 from raygrec.graph.lightgcn import NodeEmbeddings
@@ -195,7 +195,7 @@ def build_model(
         config = config.model_copy(update={"backbone": backbone, "model": model})
     nodes = NodeEmbeddings.load(folder.nodes_file)
     if isinstance(config, GraphRun):
-        return GraphModel(builder.symbols, nodes)
+        return GraphModel(builder.symbols, nodes, popularity(builder.train, store.num_items))
     torch.manual_seed(config.seed)
     with loading(config.engine, distributed):
         backbone = Backbone(config.backbone)

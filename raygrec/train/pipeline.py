@@ -10,7 +10,7 @@ import torch
 from raygrec.data.arrays import CSR
 from raygrec.data.store import Store
 from raygrec.draws import Draws
-from raygrec.evaluate.baselines import lightgcn_scores, popularity_scores
+from raygrec.evaluate.baselines import lightgcn_scores, popularity, popularity_scores
 from raygrec.evaluate.decoding import ranked_lists
 from raygrec.evaluate.metrics import MetricSums
 from raygrec.evaluate.ranking import top_k
@@ -222,13 +222,14 @@ def _final(
         return model_ranker(config, engine, builder, config.evaluate.decoding, split)
 
     metrics: dict[str, Any] = measured(model, config.name)
-    popularity = _score_ranker(popularity_scores(store.interactions("train"), store.num_items), config)
-    metrics["baselines"] = {"Popularity": measured(lambda split: popularity, "Popularity")}
+    known = store.interactions("train"), store.num_items
+    popular = _score_ranker(popularity_scores(*known), config)
+    metrics["baselines"] = {"Popularity": measured(lambda split: popular, "Popularity")}
     if config.reads_graph and not isinstance(config, GraphRun):
         nodes = NodeEmbeddings.load(folder.nodes_file)
 
         def lightgcn(split: str) -> Ranker:
-            return _score_ranker(lightgcn_scores(nodes, splits[split][0].shown), config)
+            return _score_ranker(lightgcn_scores(nodes, splits[split][0].shown, popularity(*known)), config)
 
         metrics["baselines"][config.graph.name] = measured(lightgcn, config.graph.name)
     metrics["decoding"] = config.evaluate.decoding

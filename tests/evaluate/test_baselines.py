@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from raygrec.data.arrays import CSR
-from raygrec.evaluate.baselines import GraphModel, GraphPrompts, lightgcn_scores, popularity_scores
+from raygrec.evaluate.baselines import GraphModel, GraphPrompts, lightgcn_scores, popularity, popularity_scores
 from raygrec.evaluate.ranking import evaluate_scores
 from raygrec.graph.lightgcn import node_embeddings, normalized_adjacency
 
@@ -30,14 +30,27 @@ def test_lightgcn_scores_with_and_without_histories():
     assert not torch.allclose(changed[1], expected[1])
 
 
+def test_popular_items_rank_for_users_without_a_history():
+    train, counts = CSR.from_lists([[0, 1], [1, 2], []]), torch.tensor([1.0, 2.0, 1.0, 0.0])
+    ego = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
+    embeddings = node_embeddings(normalized_adjacency(train, 4), ego, 2, 3)
+    shown = CSR.from_lists([[0, 1], [], [3]])  # the third has one since training
+    users = np.array([1, 2, 0])
+    found = lightgcn_scores(embeddings, shown, popularity(train, 4))(users)
+    assert torch.equal(found[0], counts)
+    torch.testing.assert_close(found[1:], lightgcn_scores(embeddings, shown)(users)[1:])
+
+
 def test_the_graph_model_is_lightgcn_on_what_its_prompts_show():
     train, longer = CSR.from_lists([[0, 1], [1, 2], [3], []]), CSR.from_lists([[0, 1, 3], [1, 2], [3, 0], []])
     ego = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
     embeddings = node_embeddings(normalized_adjacency(train, 4), ego, 2, 4)
     prompter = GraphPrompts(4, train)
     users = np.array([2, 0, 3, 1])
-    found = GraphModel(prompter.symbols, embeddings).slot_logits(prompter.recommending(users, longer.take(users)))
-    torch.testing.assert_close(found[:, 0], lightgcn_scores(embeddings, longer)(users))
+    counts = popularity(train, 4)
+    model = GraphModel(prompter.symbols, embeddings, counts)
+    found = model.slot_logits(prompter.recommending(users, longer.take(users)))
+    torch.testing.assert_close(found[:, 0], lightgcn_scores(embeddings, longer, counts)(users))
 
 
 @pytest.mark.data
