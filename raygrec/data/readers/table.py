@@ -3,7 +3,7 @@
 import csv
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -22,6 +22,8 @@ from raygrec.errors import InputError
 _BLOCK = 8 << 20  # bytes of one CSV chunk
 _ROWS = 200_000  # rows of one Parquet chunk
 _ENDINGS = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet")
+_MICROSECONDS = 1_000_000  # of a second: what all times of tables are counted in
+_FORMS = (pa.float64(), pa.timestamp("us"), pa.timestamp("us", "UTC"))  # in which text may tell a time
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,14 @@ class Layout:
 class _Request:
     """Which columns a reader asks for; those in `strings` come as strings whatever they look like.
 
-    number: the column that is read as numbers from a text table, whatever its first values look like.
+    types: of other columns of a text table, whatever their first values look like.
     lists: the column whose values may be lists, as only Parquet has them.
     """
 
     needed: list[str]
     strings: list[str]
     optional: list[str] = field(default_factory=list)
-    number: str | None = None
+    types: dict[str, pa.DataType] = field(default_factory=dict)
     lists: str | None = None
 
 
@@ -87,15 +89,18 @@ def open_source(options: PrepareOptions) -> Source:
 def read_interactions(path: Path, columns: Columns, layout: Layout = Layout()) -> Iterator[Chunk]:
     """Chunks of a table, streamed; `InputError` names the file and the line, row or column."""
     needed = [column for column in (columns.user, columns.item, columns.time, columns.rating) if column]
-    request = _Request(needed, [columns.user, columns.item], number=columns.rating)
-    row = 0
+    types = {columns.time: pa.string(), columns.rating: pa.float64()}
+    request = _Request(needed, [columns.user, columns.item], types={name: types[name] for name in types if name})
+    row, form = 0, None
     with _open_table(path, request, layout) as batches:
         for batch in batches:
+            if not batch.num_rows:
+                continue
             users, items = (_ids(path, batch, name, row, layout) for name in (columns.user, columns.item))
-            times = _times(path, batch, columns.time, row, layout) if columns.time else None
+            form = form or (_form(batch[columns.time]) if columns.time else None)
+            times = _times(path, batch, columns.time, row, layout, form) if columns.time else None
             ratings = _ratings(path, batch[columns.rating], columns.rating) if columns.rating else None
-            whole = columns.time is None or pa.types.is_integer(batch[columns.time].type)
-            yield Chunk(users, items, times, ratings, 1 if whole else 1_000_000)
+            yield Chunk(users, items, times, ratings, _MICROSECONDS)
             row += batch.num_rows
 
 
@@ -161,9 +166,7 @@ def _csv(path: Path, file: BinaryIO, request: _Request, layout: Layout) -> Itera
     stream = pa.CompressedInputStream(file, "gzip") if path.suffix == ".gz" else file
     before, header = (0, list(layout.names)) if layout.names else _header(path, delimiter)
     columns = _present(path, header, request)
-    types = {name: pa.string() for name in request.strings if name in columns}
-    if request.number:
-        types[request.number] = pa.float64()
+    types = {name: pa.string() for name in request.strings if name in columns} | request.types
     quoted = not layout.names
     rows = 0
     try:
@@ -185,7 +188,7 @@ def _csv(path: Path, file: BinaryIO, request: _Request, layout: Layout) -> Itera
     except pa.ArrowInvalid as error:
         if quoted:
             _check_quotes(path, delimiter)
-        raise _csv_error(path, header, error) from None
+        raise _csv_error(path, header, before, layout, error) from None
     if quoted:
         _check_quotes(path, delimiter, rows)
 
@@ -258,37 +261,55 @@ def _ids(path: Path, batch: pa.RecordBatch, name: str, row: int, layout: Layout)
     return ids
 
 
-def _times(path: Path, batch: pa.RecordBatch, name: str, row: int, layout: Layout) -> np.ndarray:
-    times = batch[name]
-    wrong = _not_times(times)
-    if pc.any(wrong).as_py():
-        first = pc.index(wrong, True).as_py()
-        place, found = _place(path, row + first, layout), times[first].as_py()
-        late = isinstance(found, int | float) and LAST_SECOND <= abs(found) < float("inf")
-        right = "; these look like milliseconds" if late else " or ISO dates in one form"
-        found = "nothing" if found is None else repr(found)
-        raise InputError(f"{path}, {place}: column '{name}': expected seconds since 1970{right}, found {found}")
-    if pa.types.is_floating(times.type):
-        return np.round(np.from_dlpack(times) * 1e6).astype(np.int64)
-    if pa.types.is_date(times.type) or pa.types.is_timestamp(times.type):
-        nanoseconds = getattr(times.type, "unit", "") == "ns"  # may lose their last digits, which are no error
-        times = times.cast(pa.timestamp("us"), safe=not nanoseconds)
-    return np.from_dlpack(times.cast(pa.int64()))
-
-
-def _not_times(times: pa.Array) -> pa.Array:
-    """[rows] bool: true where a value is no time, or is written in another way than those before."""
+def _form(times: pa.Array) -> pa.DataType:
+    """The type to read times as: their own, or where they are text that of the first of them."""
     kind = times.type
-    whole = pa.types.is_integer(kind)
-    if pa.types.is_floating(kind) or (whole and (pc.max(pc.abs(times)).as_py() or 0) >= LAST_SECOND):
-        wrong = pc.invert(pc.less(pc.abs(times), LAST_SECOND))
-    elif whole or pa.types.is_date(kind) or pa.types.is_timestamp(kind):
-        wrong = pc.is_null(times)
-    else:  # Arrow could not read them all in one way: name the first that differs in form, or else the first
-        forms = pc.replace_substring_regex(times.cast(pa.string()), r"\d+", "0")
-        wrong = pc.not_equal(forms, forms[0])
-        wrong = wrong if pc.any(wrong).as_py() else pc.is_valid(forms)
-    return pc.or_kleene(pc.is_null(times), wrong)
+    if any(is_kind(kind) for is_kind in (pa.types.is_integer, pa.types.is_floating, pa.types.is_temporal)):
+        return kind
+    return next((form for form in _FORMS if not _read(times[:1], form).null_count), _FORMS[0])
+
+
+def _read(times: pa.Array, form: pa.DataType) -> pa.Array:
+    """[rows] of type `form`: null where a text is of another form."""
+    if times.type == form:
+        return times
+    texts = times.cast(pa.string())
+    with suppress(pa.ArrowInvalid):
+        return texts.cast(form)
+    # Blanks around it are no part of a time, and digits after the sixth are less than a microsecond.
+    texts = pc.replace_substring_regex(pc.utf8_trim_whitespace(texts), r"(:\d\d\.\d{6})\d+", r"\1")
+    with suppress(pa.ArrowInvalid):
+        return texts.cast(form)
+    half = len(texts) // 2
+    return pa.concat_arrays([_read(texts[:half], form), _read(texts[half:], form)]) if half else pa.nulls(1, form)
+
+
+def _times(path: Path, batch: pa.RecordBatch, name: str, row: int, layout: Layout, form: pa.DataType) -> np.ndarray:
+    times = _read(batch[name], form)
+    first = _first_wrong(times)
+    if first is not None:
+        place, found, time = _place(path, row + first, layout), batch[name][first].as_py(), times[first].as_py()
+        late = isinstance(time, int | float) and LAST_SECOND <= abs(time) < float("inf")
+        right = "; these look like milliseconds" if late else " or ISO dates in one form"
+        found = "nothing" if found in (None, "") else repr(found)
+        raise InputError(f"{path}, {place}: column '{name}': expected seconds since 1970{right}, found {found}")
+    if pa.types.is_floating(form):
+        return np.round(np.from_dlpack(times.cast(pa.float64())) * _MICROSECONDS).astype(np.int64)
+    if pa.types.is_integer(form):
+        return np.from_dlpack(times.cast(pa.int64())) * _MICROSECONDS
+    nanoseconds = getattr(form, "unit", "") == "ns"  # may lose their last digits, which are no error
+    return np.from_dlpack(times.cast(pa.timestamp("us"), safe=not nanoseconds).cast(pa.int64()))
+
+
+def _first_wrong(times: pa.Array) -> int | None:
+    """The row of the first value that is no time."""
+    kind = times.type
+    if times.null_count:
+        return pc.index(pc.is_null(times), True).as_py()
+    if pa.types.is_temporal(kind):  # these are times of a day and durations too
+        return None if pa.types.is_date(kind) or pa.types.is_timestamp(kind) else 0
+    wrong = ~(np.abs(np.from_dlpack(times)) < LAST_SECOND)
+    return int(wrong.argmax()) if wrong.any() else None
 
 
 def _ratings(path: Path, ratings: pa.Array, name: str) -> np.ndarray:
@@ -300,21 +321,31 @@ def _ratings(path: Path, ratings: pa.Array, name: str) -> np.ndarray:
 def _place(path: Path, row: int, layout: Layout) -> str:
     """Where row `row` (from 0) is: the line of a text file, if no value before it may hold a line break."""
     if path.suffix != ".parquet":
-        for index, (number, line) in enumerate(read_lines(path, "latin-1", bar=False)):
-            if '"' in line and not layout.names:
-                break
-            if index == row + (not layout.names):
-                return f"line {number}"
+        before = -1 if layout.names else -2  # rows, with the header line as one
+        with open_unpacked(path, None) as lines:
+            for number, line in enumerate(lines, start=1):
+                if b'"' in line and not layout.names:
+                    break
+                # A line of blanks is a row, but before the header.
+                before += bool(line.strip(b"\r\n" if before >= -1 else None))
+                if before == row:
+                    return f"line {number}"
     return f"row {row + 1}"
 
 
-def _csv_error(path: Path, header: list[str], error: pa.ArrowInvalid) -> InputError:
+def _csv_error(path: Path, header: list[str], before: int, layout: Layout, error: pa.ArrowInvalid) -> InputError:
+    """Arrow's error with the line, if it names a row; `before`: the lines before the header."""
     message = _first_line(error)
     if "utf8" in message.lower().replace("-", ""):
         for _ in read_lines(path):  # names the line
             pass
+    place = ""
+    if row := re.search(r"Row #(\d+): ", message):  # from 1, all lines but empty ones after the header
+        message = message.replace(row[0], "", 1)
+        place = f", {_place(path, int(row[1]) - before - (1 if layout.names else 2), layout)}"
     message = re.sub(r"In CSV column #(\d+)", lambda match: f"column '{header[int(match[1])]}'", message)
-    return InputError(f"{path}: {message}")
+    message = message.replace("CSV conversion error to double: invalid value", "expected a number, found")
+    return InputError(f"{path}{place}: {message}")
 
 
 def _first_line(error: pa.ArrowInvalid) -> str:

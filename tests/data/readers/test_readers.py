@@ -13,6 +13,8 @@ from raygrec.data.readers import open_source
 from raygrec.data.text import Item
 from raygrec.errors import InputError
 
+SECOND = 1_000_000  # in the ticks of tables
+
 
 def write(path, content):
     """Writes text, or records as JSON lines; gzip where the name says so."""
@@ -91,10 +93,10 @@ def test_amazon_2018_and_2023(tmp_path):
     assert refused("amazon", tmp_path / "2023") == message
 
 
-@pytest.mark.parametrize(("time", "unit"), [("5", 1), ("5.5", 1_000_000), ("1970-01-02", 1_000_000)])
-def test_ticks_of_a_table(tmp_path, time, unit):
+@pytest.mark.parametrize("time", ["5", "5.5", "1970-01-02"])
+def test_ticks_of_a_table_are_microseconds(tmp_path, time):
     write(tmp_path / "interactions.csv", f"user,item,time\nu,i,{time}\n")
-    assert ticks("table", tmp_path) == [unit]
+    assert ticks("table", tmp_path) == [SECOND]
 
 
 @pytest.mark.parametrize(
@@ -153,7 +155,7 @@ def test_movielens_100k(tmp_path):
         "242|Misérables, Les (1995)|01-Jan-1995||http://x|0|1|1\n302|?||||1|0|0\n".encode("latin-1")
     )
     rows, items = read("movielens", tmp_path)
-    assert rows == (["196", "186"], ["242", "302"], [881250949, 891717742], [3.0, 3.0])
+    assert rows == (["196", "186"], ["242", "302"], [881250949 * SECOND, 891717742 * SECOND], [3.0, 3.0])
     assert items["242"] == Item("242", "Misérables, Les (1995)", (("Action",), ("Comedy",)))
     assert items["302"] == Item("302", "?")
     write(tmp_path / "u.item", "242|only|three\n")
@@ -165,7 +167,7 @@ def test_movielens_1m(tmp_path):
     movies = "1193::Cuckoo's Nest: The Film (1975)::Drama\n661::Città::Animation|Children's\n"
     (tmp_path / "movies.dat").write_bytes(movies.encode("latin-1"))
     rows, items = read("movielens", tmp_path)
-    assert rows == (["1", "1"], ["1193", "661"], [978300760, 978302109], [5.0, 3.5])
+    assert rows == (["1", "1"], ["1193", "661"], [978300760 * SECOND, 978302109 * SECOND], [5.0, 3.5])
     assert items["1193"] == Item("1193", "Cuckoo's Nest: The Film (1975)", (("Drama",),))
     assert items["661"] == Item("661", "Città", (("Animation",), ("Children's",)))
     (tmp_path / "movies.dat").unlink()
@@ -177,7 +179,7 @@ def test_movielens_csv(tmp_path):
     movies = 'movieId,title,genres\n2,"Juma, nji (1995)",Adventure|Children\n3,X,(no genres listed)\n'
     write(tmp_path / "movies.csv", movies)
     rows, items = read("movielens", tmp_path, min_rating=3)
-    assert rows == (["1"], ["2"], [1112486027], [3.5])
+    assert rows == (["1"], ["2"], [1112486027 * SECOND], [3.5])
     assert items["2"] == Item("2", "Juma, nji (1995)", (("Adventure",), ("Children",)))
     assert items["3"] == Item("3", "X")
 
@@ -239,7 +241,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_id(tmp_path):
     rows, items = read("sequences", tmp_path)
     assert (rows[0], items) == (["u", "u"], {"1": Item("1", "One")})
     write(tmp_path / "t.csv", "\ufeffuser,item,time\nu,i,1\n")
-    assert read("table", tmp_path / "t.csv")[0] == (["u"], ["i"], [1], None)
+    assert read("table", tmp_path / "t.csv")[0] == (["u"], ["i"], [SECOND], None)
     write(tmp_path / "u.data", "\ufeff1\t2\t3\t4\n")
     write(tmp_path / "u.genre", "\ufeffAction|0\n")
     (tmp_path / "u.item").write_bytes(b"\xef\xbb\xbf2|Misr\xe9|||x|1\n")
@@ -313,7 +315,7 @@ def test_table_items_as_csv(tmp_path):
     write(tmp_path / "interactions.csv", "user,item,time\nu,01,5\n")
     write(tmp_path / "items.csv", 'item,title,categories,description\n01,"A, ""B""",Home > Lamps,\n')
     rows, items = read("table", tmp_path, category_separator=">")
-    assert rows == (["u"], ["01"], [5], None)
+    assert rows == (["u"], ["01"], [5 * SECOND], None)
     assert items == {"01": Item("01", 'A, "B"', (("Home", "Lamps"),))}
 
 
@@ -333,10 +335,17 @@ def test_table_items_as_csv(tmp_path):
         ("user,item,time\nu,i,99999999999999999999\n", "t.csv, line 2: column 'time': expected seconds"),
         (
             "user,item,time\nu,i,1600000000\nu,j,1600000000000\n",
-            "t.csv, line 3: column 'time': expected seconds since 1970; these look like milliseconds, found 16000",
+            "t.csv, line 3: column 'time': expected seconds since 1970; these look like milliseconds, found '16000",
         ),
         ("user,item,time\nu,i,-1e11\n", "line 2: column 'time': expected seconds since 1970; these look like milli"),
-        ("user,item,time\nu,i\n", "Expected 3 columns, got 2"),
+        (
+            "user,item,time\nu,i,5.5\nu,j,2020-01-01\n",
+            "line 3: column 'time': expected seconds since 1970 or ISO dates in one",
+        ),
+        ("user,item,time\nu,i,2020-01-01\nu,j,5\n", "in one form, found '5'"),
+        ("user,item,time\nu,i,2020-01-01\nu,j,2020-01-01T00:00Z\n", "in one form, found '2020-01-01T00:00Z'"),
+        ("user,item,time\nu,i,12:30\n", "in one form, found '12:30'"),
+        ("user,item,time\nu,i\n", "t.csv, line 2: CSV parse error: Expected 3 columns, got 2"),
         ("user,item,time\ru,i,1\r", "t.csv: its lines end in CR alone; expected LF or CR LF"),
         (b"user,item,time\nu,i,1\nu,\xff,2\n", "t.csv, line 3: not UTF-8 text"),
     ],
@@ -354,11 +363,93 @@ def test_ratings_are_numbers_whatever_the_first_of_them_look_like(tmp_path, monk
     rows = [f"u,i{number},{rating},{number}" for number, rating in enumerate(["", "", "", "5", "4", "3", "4.5", ""])]
     write(tmp_path / "t.csv", "user,item,rating,time\n" + "\n".join(rows) + "\n")
     (_, items, times, ratings), _ = read("table", tmp_path / "t.csv", min_rating=1)
-    assert (len(items), times) == (8, list(range(8)))
+    assert (len(items), times) == (8, [number * SECOND for number in range(8)])
     assert np.array_equal(ratings, [np.nan, np.nan, np.nan, 5, 4, 3, 4.5, np.nan], equal_nan=True)
     write(tmp_path / "t.csv", "user,item,rating,time\nu,i,good,1\n")
-    message = "column 'rating': Row #2: CSV conversion error to double: invalid value 'good'"
-    assert refused("table", tmp_path / "t.csv", min_rating=1) == f"{tmp_path}/t.csv: {message}"
+    message = "line 2: column 'rating': expected a number, found 'good'"
+    assert refused("table", tmp_path / "t.csv", min_rating=1) == f"{tmp_path}/t.csv, {message}"
+
+
+@pytest.mark.parametrize(
+    ("times", "found"),
+    [
+        ([*["5"] * 9, "5.5", "7"], [*[5 * SECOND] * 9, 5_500_000, 7 * SECOND]),
+        ([" 5", "-6 ", "1e3"], [5 * SECOND, -6 * SECOND, 1000 * SECOND]),
+        (
+            ["1970-01-02", "1970-01-02T00:00:01", "1970-01-02 00:00:01.0000029"],
+            [86400 * SECOND, 86401 * SECOND, 86401000002],
+        ),
+        (["1970-01-01T01:00:00+01:00", "1970-01-01T00:00:01Z"], [0, SECOND]),
+    ],
+)
+def test_times_as_text_are_read_alike_in_every_block_and_in_parquet(tmp_path, monkeypatch, times, found):
+    monkeypatch.setattr("raygrec.data.readers.table._ROWS", 1)
+    rows = "".join(f"u,i,{time}\n" for time in times)
+    write(tmp_path / "t.csv", f"user,item,time\n{rows}")
+    pq.write_table(
+        pa.table({"user": ["u"] * len(times), "item": ["i"] * len(times), "time": times}), tmp_path / "t.parquet"
+    )
+    for block in (8 << 20, 40):
+        monkeypatch.setattr("raygrec.data.readers.table._BLOCK", block)
+        assert read("table", tmp_path / "t.csv")[0][2] == found
+    assert read("table", tmp_path / "t.parquet")[0][2] == found
+    categories = pa.array(times).dictionary_encode()  # as pandas writes a column of few values
+    pq.write_table(pa.table({"user": times, "item": times, "time": categories}), tmp_path / "t.parquet")
+    assert read("table", tmp_path / "t.parquet")[0][2] == found
+
+
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [
+        (
+            ["1", "2020-01-01"],
+            "row 2: column 'time': expected seconds since 1970 or ISO dates in one form, found '2020-01-01'",
+        ),
+        (["noon", "1"], "row 1: column 'time': expected seconds since 1970 or ISO dates in one form, found 'noon'"),
+        (["1", None], "row 2: column 'time': expected seconds since 1970 or ISO dates in one form, found nothing"),
+        (
+            [1, 10**12],
+            "row 2: column 'time': expected seconds since 1970; these look like milliseconds, found 1000000000000",
+        ),
+        (
+            [1, 10**18],
+            "row 2: column 'time': expected seconds since 1970; these look like milliseconds, found 10000000000000",
+        ),
+        (
+            pa.array([1, 2], pa.time32("s")),
+            "row 1: column 'time': expected seconds since 1970 or ISO dates in one form, found",
+        ),
+    ],
+)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_wrong_times_of_parquet(tmp_path, monkeypatch, rows, times, message):
+    monkeypatch.setattr("raygrec.data.readers.table._ROWS", rows)
+    pq.write_table(pa.table({"user": ["u", "u"], "item": ["i", "j"], "time": times}), tmp_path / "t.parquet")
+    assert refused("table", tmp_path / "t.parquet").startswith(f"{tmp_path}/t.parquet, {message}")
+
+
+@pytest.mark.parametrize("block", [8 << 20, 40])
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("u,i,bad,1", "column 'rating': expected a number, found 'bad'"),
+        ("u,i,5", "CSV parse error: Expected 4 columns, got 3: u,i,5"),
+        ("   ", "CSV parse error: Expected 4 columns, got 1:"),
+        ("u,i,5,noon", "column 'time': expected seconds since 1970 or ISO dates in one form, found 'noon'"),
+    ],
+)
+def test_wrong_rows_are_named_by_their_line(tmp_path, monkeypatch, block, row, message):
+    monkeypatch.setattr("raygrec.data.readers.table._BLOCK", block)
+    good = "u,i,5,1\n" * 10
+    write(tmp_path / "t.csv", f" \n\nuser,item,rating,time\n{good}\n\n{good}{row}\n{good}")  # 3, 10, 2 and 10 lines
+    assert refused("table", tmp_path / "t.csv", min_rating=1).startswith(f"{tmp_path}/t.csv, line 26: {message}")
+    write(tmp_path / "t.csv", f'user,item,rating,time\n"u",i,5,1\n{good}{row}\n')
+    assert refused("table", tmp_path / "t.csv", min_rating=1).startswith(f"{tmp_path}/t.csv, row 12: {message}")
+    if row.strip():
+        write(tmp_path / "u.item", "")
+        write(tmp_path / "u.genre", "")
+        write(tmp_path / "u.data", "u\ti\t5\t1\n\n" + row.replace(",", "\t"))
+        assert refused("movielens", tmp_path).startswith("u.data, line 3: ")
 
 
 def test_table_wrong_files(tmp_path):
@@ -409,7 +500,7 @@ def test_quoted_values_may_hold_line_breaks_and_quotes(tmp_path):
     write(tmp_path / "interactions.csv", f"user,item,time,review\n{rows}")
     write(tmp_path / "items.csv", 'item,title\n"i0","A ""B"",\nC"\n')
     (_, _, times, _), items = read("table", tmp_path)
-    assert (times, items) == (list(range(6)), {"i0": Item("i0", 'A "B", C')})
+    assert (times, items) == ([number * SECOND for number in range(6)], {"i0": Item("i0", 'A "B", C')})
 
 
 def test_places_are_lines_or_where_a_quote_may_hold_some_rows(tmp_path):
