@@ -239,11 +239,15 @@ def _header(path: Path, delimiter: str) -> tuple[int, list[str]]:
 
 
 def _present(path: Path, found: list[str], request: _Request) -> list[str]:
-    """The columns to read; `InputError` when a needed one is not there."""
+    """The columns to read; `InputError` when a needed one is not there, or one stands there twice."""
     for name in request.needed:
         if name not in found:
             raise InputError(f"{path}: column '{name}' is missing; found {', '.join(found)}")
-    return list(dict.fromkeys([*request.needed, *(name for name in request.optional if name in found)]))
+    columns = list(dict.fromkeys([*request.needed, *(name for name in request.optional if name in found)]))
+    for name in columns:
+        if found.count(name) > 1:
+            raise InputError(f"{path}: {found.count(name)} columns are named '{name}'; expected one")
+    return columns
 
 
 def _as_strings(batch: pa.RecordBatch, strings: list[str]) -> pa.RecordBatch:

@@ -346,6 +346,7 @@ def test_table_items_as_csv(tmp_path):
         ("user,item,time\nu,i,2020-01-01\nu,j,2020-01-01T00:00Z\n", "in one form, found '2020-01-01T00:00Z'"),
         ("user,item,time\nu,i,12:30\n", "in one form, found '12:30'"),
         ("user,item,time\nu,i\n", "t.csv, line 2: CSV parse error: Expected 3 columns, got 2"),
+        ("user,item,time,user\nu,i,1,v\n", "t.csv: 2 columns are named 'user'; expected one"),
         ("user,item,time\ru,i,1\r", "t.csv: its lines end in CR alone; expected LF or CR LF"),
         (b"user,item,time\nu,i,1\nu,\xff,2\n", "t.csv, line 3: not UTF-8 text"),
     ],
