@@ -12,6 +12,9 @@ from raygrec.errors import InputError
 
 # What a format changes in the defaults: sequences come filtered, and stay as they are.
 _FORMAT_DEFAULTS: dict[str, dict[str, Any]] = {"sequences": {"k_core": 0, "deduplicate": False}}
+# Options of tables alone, and of those the ones of the items table.
+ITEM_OPTIONS = ("title_column", "categories_column", "description_column", "category_separator")
+TABLE_OPTIONS = ("items", "user_column", "item_column", "rating_column", "time_column", *ITEM_OPTIONS)
 
 
 class PrepareOptions(StrictConfig):

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from raygrec.data import files, filters, splits
 from raygrec.data.arrays import CSR, Strings, stable_order
-from raygrec.data.options import PrepareOptions
+from raygrec.data.options import ITEM_OPTIONS, TABLE_OPTIONS, PrepareOptions
 from raygrec.data.readers import Chunk, Source, open_source
 from raygrec.data.store import Store, StoreWriter, check_output, new_store
 from raygrec.data.text import Item, fill_template, has_text, item_terms
@@ -132,6 +132,13 @@ class _Ids:
 
 
 def _check_source(source: Source, options: PrepareOptions) -> None:
+    for option in TABLE_OPTIONS:
+        is_set = getattr(options, option) != PrepareOptions.model_fields[option].default
+        if is_set and option not in source.reads:
+            readers = "format 'table' with an items table" if option in ITEM_OPTIONS else "format 'table'"
+            raise InputError(
+                f"{option}: {options.format} data at {options.path} have no use for it; only {readers} has"
+            )
     if options.min_rating is not None and not source.has_ratings:
         raise InputError(f"min_rating: {options.format} data have no ratings")
     if (options.date_from or options.date_to) and not source.has_times:

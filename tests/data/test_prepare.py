@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from raygrec.data.options import TABLE_OPTIONS
 from raygrec.data.prepare import PrepareOptions, prepare
 from raygrec.errors import InputError
 
@@ -230,6 +231,26 @@ def test_options_that_do_not_fit_the_data(tmp_path):
         prepare(PrepareOptions(**options, min_rating=3))
     with pytest.raises(InputError, match="these data have an order but no dates"):
         prepare(PrepareOptions(**options, date_to="2020-01-01"))
+
+
+def test_options_of_tables_are_refused_where_none_is_read(tmp_path):
+    folder = table(tmp_path / "source", ROWS)
+    (folder / "sequences.txt").write_text("u 1 2\n")
+    columns = {"user_column": "u", "item_column": "i", "rating_column": "r", "time_column": None}
+    of_items = {"title_column": "t", "categories_column": "c", "description_column": "d", "category_separator": ";"}
+    for option, value in {"items": folder / "none.csv", **columns, **of_items}.items():
+        given = {"path": folder, "out": tmp_path / "store", option: value}
+        message = f"{option}: sequences data at {folder} have no use for it; only format 'table'"
+        with pytest.raises(InputError) as error:
+            prepare(PrepareOptions(format="sequences", **given))
+        assert str(error.value) == message + (" with an items table has" if option in of_items else " has")
+        if option in of_items:
+            with pytest.raises(InputError, match=f"{option}: table data at .* only format 'table' with an items table"):
+                prepare(PrepareOptions(format="table", **given))
+    defaults = {option: PrepareOptions.model_fields[option].default for option in TABLE_OPTIONS}
+    given = {"path": folder, "out": tmp_path / "store", "allow_missing_text": True, **ALL_TRAIN, **defaults}
+    prepare(PrepareOptions(format="sequences", **given))
+    prepare(PrepareOptions(format="table", **given, k_core=0, overwrite=True))
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ class Source:
 
     files: all that is read, for checksums; the interactions first, the items second. chunks, items: start
     reading when called; items is None where no file describes them. has_times: moments, not just an order.
-    notes: for the manifest.
+    notes: for the manifest. reads: which of `TABLE_OPTIONS` it makes use of.
     """
 
     files: list[Path]
@@ -46,6 +46,7 @@ class Source:
     has_times: bool
     has_ratings: bool
     notes: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
 
 
 def find_one(folder: Path, what: str, patterns: list[str], exclude: str = "") -> Path | None:

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 
 from raygrec.data.files import open_metered, open_unpacked, read_lines
-from raygrec.data.options import PrepareOptions
+from raygrec.data.options import ITEM_OPTIONS, TABLE_OPTIONS, PrepareOptions
 from raygrec.data.readers.base import LAST_SECOND, Chunk, Source
 from raygrec.data.text import Item, make_item
 from raygrec.errors import InputError
@@ -83,6 +83,7 @@ def open_source(options: PrepareOptions) -> Source:
         has_times=columns.time is not None,
         has_ratings=columns.rating is not None,
         notes=note if items else (*note, "no items table: the items' ids stand for their titles"),
+        reads=tuple(option for option in TABLE_OPTIONS if items or option not in ITEM_OPTIONS),
     )
 
 
