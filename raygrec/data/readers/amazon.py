@@ -1,6 +1,5 @@
 """Amazon reviews: the 2014 and 2018 releases (`*.json.gz`) and the 2023 one (`*.jsonl.gz`)."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from raygrec.data.options import PrepareOptions
@@ -13,6 +12,7 @@ from raygrec.data.readers.base import (
     read_number,
     read_time,
     record_chunks,
+    texts,
 )
 from raygrec.data.text import Item, make_item
 
@@ -51,5 +51,7 @@ def _item(record: dict[str, Any]) -> Item:
     return make_item(item_id, record.get("title"), categories, _joined(record.get("description")))
 
 
-def _joined(description: str | Sequence[str] | None) -> str:
-    return description if isinstance(description, str) else " ".join(description or ())
+def _joined(description: object) -> str:
+    if not description or isinstance(description, str):
+        return description or ""
+    return " ".join(texts("description", description, "text or a list of texts"))

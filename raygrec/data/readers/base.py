@@ -118,6 +118,13 @@ def read_time(record: dict[str, Any], key: str, ticks_per_second: int = 1) -> in
     return time
 
 
+def texts(key: str, found: object, expected: str) -> list[str]:
+    """`found`, if it is a list of texts; `TypeError` names the field `key` and what is expected there."""
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        raise TypeError(f"{key}: expected {expected}, found {found!r}")
+    return found
+
+
 def missing_field(place: str, error: KeyError, record: dict[str, Any]) -> InputError:
     """The error of a record without a field, with the fields it has."""
     return InputError(f"{place}: field '{error.args[0]}' is missing; found {', '.join(record) or 'none'}")

@@ -4,7 +4,7 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 
 from raygrec.data.options import PrepareOptions
-from raygrec.data.readers.base import Row, Source, item_stream, need_one, read_number, record_chunks
+from raygrec.data.readers.base import Row, Source, item_stream, need_one, read_number, record_chunks, texts
 from raygrec.data.text import Item, make_item
 
 _MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec"
@@ -53,8 +53,15 @@ def _seconds(text: str) -> int:
     return int(moment.timestamp())
 
 
+def _shelf_names(found: object) -> list[str]:
+    """Their names, the most used first."""
+    if not isinstance(found, list) or not all(isinstance(shelf, dict) for shelf in found):
+        raise TypeError(f"popular_shelves: expected a list of objects with a 'name', found {found!r}")
+    return texts("popular_shelves", [shelf.get("name") for shelf in found], "names that are text")
+
+
 def _item(book: dict[str, Any]) -> Item:
     personal = _PERSONAL.split()
-    shelves = (shelf["name"] for shelf in book.get("popular_shelves") or ())
+    shelves = _shelf_names(book.get("popular_shelves") or [])
     names = [name.replace("-", " ") for name in shelves if name not in personal][:_SHELVES]
     return make_item(book["book_id"], book["title"], [(name,) for name in names], book.get("description"))

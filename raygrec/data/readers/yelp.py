@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from raygrec.data.options import PrepareOptions
-from raygrec.data.readers.base import Row, Source, item_stream, need_one, read_number, record_chunks
+from raygrec.data.readers.base import Row, Source, item_stream, need_one, read_number, record_chunks, texts
 from raygrec.data.text import Item, make_item
 
 
@@ -23,12 +23,20 @@ def open_source(options: PrepareOptions) -> Source:
 
 
 def _row(review: dict[str, Any]) -> Row:
-    moment = datetime.fromisoformat(review["date"]).replace(tzinfo=UTC)
-    return review["user_id"], review["business_id"], read_number(review, "stars"), int(moment.timestamp())
+    return review["user_id"], review["business_id"], read_number(review, "stars"), _seconds(review["date"])
+
+
+def _seconds(date: object) -> int:
+    """Seconds since 1970 of a date like `2019-01-01 00:00:10`."""
+    try:
+        return int(datetime.fromisoformat(date).replace(tzinfo=UTC).timestamp())
+    except (ValueError, TypeError):
+        raise ValueError(f"field 'date': expected a date like '2019-01-01 00:00:10', found {date!r}") from None
 
 
 def _item(business: dict[str, Any]) -> Item:
     """`categories` is a string with commas since 2018, a list before, and null where there are none."""
     categories = business.get("categories") or []
     names = categories.split(",") if isinstance(categories, str) else categories
+    names = texts("categories", names, "names with commas between them or a list of names")
     return make_item(business["business_id"], business["name"], [(name,) for name in names])

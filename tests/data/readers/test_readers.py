@@ -128,6 +128,8 @@ def test_amazon_wrong_lines(tmp_path, content, message):
             {"categories": {"a": 1}},
             "categories: expected a list of paths, each a list of names, found {'a': 1}",
         ),
+        ({"description": 5}, "description: expected text or a list of texts, found 5"),
+        ({"description": ["Fun", 5]}, "description: expected text or a list of texts, found ['Fun', 5]"),
     ],
 )
 def test_amazon_wrong_items(tmp_path, wrong, message):
@@ -198,7 +200,18 @@ def test_yelp(tmp_path):
     assert items["B"].categories == (("Bars",), ("Night Life",))
     assert (items["C"].categories, items["D"].categories) == ((("Food",),), ())
     write(tmp_path / "yelp_academic_dataset_review.json", [{**review, "date": "yesterday"}])
-    assert "line 1: Invalid isoformat string: 'yesterday'" in refused("yelp", tmp_path)
+    message = (
+        "yelp_academic_dataset_review.json, line 1: field 'date': expected a date like '2019-01-01 00:00:10', found"
+    )
+    assert refused("yelp", tmp_path) == f"{message} 'yesterday'"
+    write(tmp_path / "yelp_academic_dataset_review.json", [{**review, "date": 5}])
+    assert refused("yelp", tmp_path) == f"{message} 5"
+    write(tmp_path / "yelp_academic_dataset_review.json", [review])
+    for wrong in (5, [5], {"Food": 1}):
+        write(tmp_path / "yelp_academic_dataset_business.json.gz", [{**businesses[0], "categories": wrong}])
+        message = f"categories: expected names with commas between them or a list of names, found {wrong!r}"
+        place = "yelp_academic_dataset_business.json.gz, line 1"
+        assert refused("yelp", tmp_path) == f"{place}: not an item record ({message})"
 
 
 def test_goodreads(tmp_path):
@@ -217,6 +230,18 @@ def test_goodreads(tmp_path):
     assert np.isnan(ratings[0])
     assert ratings[1] == 4
     assert items["7"] == Item("7", "Odes", (("poetry",), ("historical fiction",)), "Old.")
+    place = "goodreads_books_poetry.json.gz, line 1"
+    expected = "expected a list of objects with a 'name'"
+    for wrong in (5, ["poetry"]):
+        write(tmp_path / "goodreads_books_poetry.json.gz", [{**book, "popular_shelves": wrong}])
+        message = f"popular_shelves: {expected}, found {wrong!r}"
+        assert refused("goodreads", tmp_path) == f"{place}: not an item record ({message})"
+    write(
+        tmp_path / "goodreads_books_poetry.json.gz", [{**book, "popular_shelves": [{"name": "poetry"}, {"count": 5}]}]
+    )
+    message = "popular_shelves: expected names that are text, found ['poetry', None]"
+    assert refused("goodreads", tmp_path) == f"{place}: not an item record ({message})"
+    write(tmp_path / "goodreads_books_poetry.json.gz", [book])
     write(tmp_path / "goodreads_interactions_poetry.json.gz", [{**interaction, "date_added": "2017"}])
     assert "line 1: field 'date_added': expected a date like" in refused("goodreads", tmp_path)
     write(tmp_path / "goodreads_interactions_poetry.json.gz", [{**interaction, "date_added": None}])
