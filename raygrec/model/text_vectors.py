@@ -2,6 +2,7 @@
 
 import gc
 import hashlib
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from raygrec.data.arrays import CSR
+from raygrec.data.files import sha256
 from raygrec.errors import InputError, StorageError
 from raygrec.model.backbone import Backbone, BackboneConfig, load_tokenizer, resolve
 from raygrec.progress import track
 from raygrec.storage import made_once, replaced
 
 TOKENS_PER_PASS = 4096
-SMALL_FILE = 2**16  # bytes: configs are smaller, weights larger
 
 
 def load_or_read_texts(config: BackboneConfig, tokens: CSR, folder: Path) -> torch.Tensor:
@@ -71,14 +72,37 @@ def _read_texts(config: BackboneConfig, tokens: CSR) -> torch.Tensor:
 
 
 def reading_key(config: BackboneConfig, tokens: CSR) -> str:
-    """16 hex digits over the backbone's name, the names and sizes of its files and its small files' content (the
-    weights' own is not read: on another machine the same files must give the same key), and the token ids."""
-    source = Path(resolve(config.name))
+    """16 hex digits over the backbone's name, its files' names and content, and the token ids.
+
+    The same files give the same key on every machine. Of a hub id, the commit that is in the cache stands for the
+    files. `InputError` where a file cannot be read.
+    """
+    source = resolve(config.name)
     digest = hashlib.sha256(config.name.encode())
-    for file in sorted(path for path in source.glob("*") if path.is_file()):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}\n".encode())
-        digest.update(file.read_bytes() if size <= SMALL_FILE else b"")
+    if Path(source).is_dir():
+        for file in sorted(path for path in Path(source).glob("*") if path.is_file()):
+            status = file.stat()
+            digest.update(f"{file.name} {_content(file.resolve(), status.st_size, status.st_mtime_ns)}\n".encode())
+    else:
+        digest.update(_commit(source).encode())
     digest.update(np.ascontiguousarray(tokens.indptr, dtype="<i8"))
     digest.update(np.ascontiguousarray(tokens.indices, dtype="<i4"))
     return digest.hexdigest()[:16]
+
+
+@cache
+def _content(file: Path, size: int, modified: int) -> str:
+    """The file's SHA-256, which weights of gigabytes take half a minute for: once per process and version."""
+    return sha256(file)
+
+
+def _commit(hub_id: str) -> str:
+    """The commit whose config is in the hub's cache; empty where there is none."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        file = try_to_load_from_cache(hub_id, "config.json")
+    except HFValidationError:
+        return ""
+    return Path(file).parent.name if isinstance(file, str) else ""

@@ -1,3 +1,4 @@
+import os
 import shutil
 from pathlib import Path
 
@@ -9,10 +10,11 @@ from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
 from raygrec.data.arrays import CSR
+from raygrec.data.files import sha256
 from raygrec.errors import InputError
 from raygrec.model import text_vectors
 from raygrec.model.backbone import BackboneConfig
-from raygrec.model.text_vectors import load_or_read_texts
+from raygrec.model.text_vectors import load_or_read_texts, reading_key
 
 # What opens and closes a text of each kind of model, as `transformers` names these tokens.
 SPECIAL = {
@@ -146,6 +148,47 @@ def test_what_was_read_is_read_again_where_anything_has_changed(model_folder, tm
     torch.testing.assert_close(results[-1], read_alone(folder), rtol=1e-4, atol=1e-5)
     for number, one in enumerate(results):
         assert all((one - other).abs().max() > 1e-3 for other in results[:number])
+
+
+def test_other_weights_of_the_same_size_are_read_however_large_they_are(model_folder, tmp_path, monkeypatch):
+    folder, kept, hashed = model_folder("bert"), tmp_path / "kept", []
+    monkeypatch.setattr(text_vectors, "sha256", lambda file: hashed.append(file.name) or sha256(file))
+    config, tokens = BackboneConfig(name=str(folder)), tokens_of(folder)
+    model = AutoModel.from_pretrained(folder)
+    model.resize_token_embeddings(2000)
+    found = []
+    for _ in range(2):
+        for parameter in model.parameters():
+            parameter.data.mul_(1.5)
+        model.save_pretrained(folder)
+        assert (folder / "model.safetensors").stat().st_size > 2**16
+        found.append(load_or_read_texts(config, tokens, kept))
+        torch.testing.assert_close(found[-1], read_alone(folder), rtol=1e-4, atol=1e-5)
+    assert (found[0] - found[1]).abs().max() > 1e-3
+    key, before = reading_key(config, tokens), len(hashed)
+    assert hashed.count("model.safetensors") == 2  # once per version, although each was asked for more than once
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes())  # copied again
+    os.utime(weights, ns=(0, 0))
+    assert reading_key(config, tokens) == key
+    assert len(hashed) == before + 1
+
+
+def test_a_hub_id_is_known_by_the_commit_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    config, tokens = BackboneConfig(name="some/model"), CSR.from_lists([[5]])
+    keys = [reading_key(config, tokens)]
+    for commit in ("a" * 40, "b" * 40):
+        snapshot = tmp_path / "models--some--model" / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        (snapshot / "config.json").write_text("{}")
+        (tmp_path / "models--some--model" / "refs").mkdir(exist_ok=True)
+        (tmp_path / "models--some--model" / "refs" / "main").write_text(commit)
+        keys.append(reading_key(config, tokens))
+        (snapshot / "model.safetensors").write_bytes(b"weights that come after the config")
+        assert reading_key(config, tokens) == keys[-1]
+    assert len(set(keys)) == 3
+    assert reading_key(BackboneConfig(name="no/such/id"), tokens)
 
 
 def test_texts_are_read_by_pretrained_weights_whatever_reads_the_prompts(model_folder, tmp_path):
