@@ -63,9 +63,19 @@ def truncated_to(rows: CSR, lengths: np.ndarray) -> CSR:
 
 
 def prepare_run(config: RunConfig, folder: RunFolder) -> None:
-    """What must exist before workers start: token ids, node embeddings, generated texts. Each is made once."""
+    """What must exist before workers start: token ids, node embeddings, generated texts. Each is made once.
+
+    Raises `InputError` for wrong input, and where the run was started with another store.
+    """
     check_packages(config.track)
-    store = _prepare_store(config)
+    store = Store.open(config.store)
+    # What the folder holds, such as nodes, was made of that store's training edges, which may be another's targets.
+    if folder.kept("store", lambda: store.fingerprint) != store.fingerprint:
+        raise InputError(
+            f"{store.path}: not the store that {folder.path} was started with (its fingerprint differs); "
+            "put that one back, or name another out"
+        )
+    _prepare_store(config, store)
     if not isinstance(config, SequentialRun) and not folder.nodes_file.exists():
         source = "LightGCN" if config.reads_graph else "texts"
         _nodes(config, store).save(folder.nodes_file, {"source": source, "seed": config.seed})
@@ -79,7 +89,8 @@ def prepare_only(config: RunConfig, nodes: bool = True) -> Path:
 
     nodes: LightGCN's embeddings, too.
     """
-    store = _prepare_store(config)
+    store = Store.open(config.store)
+    _prepare_store(config, store)
     if nodes and config.reads_graph:
         _nodes(config, store)
     if isinstance(config, GLTARun) and config.model.texts.source == "generated":
@@ -87,8 +98,7 @@ def prepare_only(config: RunConfig, nodes: bool = True) -> Path:
     return store.path
 
 
-def _prepare_store(config: RunConfig) -> Store:
-    store = Store.open(config.store)
+def _prepare_store(config: RunConfig, store: Store) -> None:
     if config.needs_order and not store.ordered:
         raise InputError(f"{store.path}: {config.name} reads histories in time order; prepare with split=leave-one-out")
     if config.reads_backbone:
@@ -98,7 +108,6 @@ def _prepare_store(config: RunConfig) -> Store:
     if not isinstance(config, GraphRun) and not (store.interactions("train").lengths >= 2).any():
         raise InputError(f"{store.path}: no user has two training items, one to read and one to predict")
     item_texts(config, store)
-    return store
 
 
 def _nodes(config: RunConfig, store: Store) -> NodeEmbeddings:

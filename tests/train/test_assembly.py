@@ -30,7 +30,8 @@ from raygrec.train.assembly import (
 from raygrec.train.folder import RunFolder
 from raygrec.train.local import train_here
 from raygrec.train.settings import run_config
-from tests.train.workers import tiny_config, tiny_galrec_config, tiny_sequential_config
+from tests.tiny import make_store
+from tests.train.workers import cut_here, tiny_config, tiny_galrec_config, tiny_sequential_config
 
 real_data = pytest.mark.skipif("RAYGREC_DATA" not in os.environ, reason="RAYGREC_DATA is not set")
 
@@ -353,6 +354,28 @@ def test_an_unordered_store_is_refused(tiny_unordered_store, tiny_backbone, tmp_
     assert not config.out.exists()
 
 
+def test_a_run_goes_on_with_the_store_it_was_started_with_alone(tiny_backbone, tmp_path):
+    """Another split's training edges may be this one's targets, and the run's nodes know them."""
+    store = make_store(tmp_path)
+    config = tiny_config(store.path, tiny_backbone, tmp_path / "run")
+    cut_here(config, 3)
+    folder = RunFolder(config.out)
+    nodes = folder.nodes_file.read_bytes()
+    store.path.rename(tmp_path / "before")
+    assert make_store(tmp_path, "ratio").fingerprint != store.fingerprint
+    with pytest.raises(InputError) as caught:
+        train_here(config, resume=True)
+    assert str(caught.value) == (
+        f"{store.path}: not the store that {config.out} was started with (its fingerprint differs); "
+        "put that one back, or name another out"
+    )
+    assert folder.nodes_file.read_bytes() == nodes
+    shutil.rmtree(store.path)
+    (tmp_path / "before").rename(store.path)
+    train_here(config, resume=True)
+    assert_trained(config)
+
+
 def test_a_sequential_baseline_without_texts_needs_no_language_model(tiny_store, tmp_path):
     """And it finds the rule of the tiny store, by which four items lie between one item and the next."""
     config = tiny_sequential_config(
@@ -371,6 +394,7 @@ def test_a_sequential_baseline_without_texts_needs_no_language_model(tiny_store,
         "config.yaml",
         "history.jsonl",
         "metrics.json",
+        "store.id",
     ]
 
 
