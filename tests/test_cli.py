@@ -166,6 +166,11 @@ def test_wrong_runs_end_with_one_line_and_code_2(raygrec, trained, arguments, sa
         ("store=nowhere", "nowhere"),
         ("backbone.name=nothing/there", "'nothing/there'"),
         ("evaluate.decoding=slots evaluate.ks=[10]", "model.slots is 3, lists of 10 need as many"),
+        ("backbone.layers=9", "key 'backbone.layers': 9 given, "),
+        ("model.max_history=480", "model.max_history=480 with slots=3 and texts.terms=4 makes prompts of up to 5"),
+        ("engine.betas=[2,3]", "key 'engine.betas.0': Input should be less than 1 (got 2)"),
+        ("seed=99999999999999999999999", "key 'seed': Input should be less than 9223372036854775808"),
+        ("seed=-1", "key 'seed': Input should be greater than or equal to 0"),
     ],
 )
 def test_what_cannot_start_leaves_no_run_folder(raygrec, trained, tmp_path, change, says):

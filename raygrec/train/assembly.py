@@ -14,7 +14,7 @@ from raygrec.evaluate.baselines import GraphModel, GraphPrompts, popularity
 from raygrec.evaluate.sequential import SequencePrompts, Sequential
 from raygrec.graph.cache import load_or_pretrain
 from raygrec.graph.lightgcn import NodeEmbeddings
-from raygrec.model.backbone import Backbone, BackboneConfig, generate, load_tokenizer, peft_library, positions, resolve
+from raygrec.model.backbone import Backbone, BackboneConfig, generate, load_tokenizer, resolve
 from raygrec.model.galrec import HOPS, GALRec, HopPrompts, tuned
 from raygrec.model.glta import GLTA, Phrases, PromptBuilder, opening_tokens
 from raygrec.model.nodes import nodes_of_texts, scaled_texts, token_scale
@@ -102,9 +102,7 @@ def _prepare_store(config: RunConfig, store: Store) -> None:
     if config.needs_order and not store.ordered:
         raise InputError(f"{store.path}: {config.name} reads histories in time order; prepare with split=leave-one-out")
     if config.reads_backbone:
-        store.tokens(resolve(config.backbone.name), TEXT_LENGTH)
-    if isinstance(config, GALRecRun):
-        _check_galrec(config)
+        _check_backbone(config, store)
     if not isinstance(config, GraphRun) and not (store.interactions("train").lengths >= 2).any():
         raise InputError(f"{store.path}: no user has two training items, one to read and one to predict")
     item_texts(config, store)
@@ -126,16 +124,45 @@ def _nodes(config: RunConfig, store: Store) -> NodeEmbeddings:
     )
 
 
-def _check_galrec(config: GALRecRun) -> None:
+def _check_backbone(config: RunConfig, store: Store) -> None:
     """What is known to fail in the workers fails here."""
-    if config.model.tuning == "lora":
-        peft_library()
-    needed, known = config.model.longest_prompt, positions(config.backbone.name)
-    if known is not None and needed > known:
-        raise InputError(
-            f"model.max_history={config.model.max_history} with title_tokens={config.model.title_tokens} makes "
-            f"prompts of up to {needed} tokens; backbone '{config.backbone.name}' reads {known}"
-        )
+    with torch.device("meta"):  # no content, so that nothing large is read
+        backbone = Backbone(config.backbone.model_copy(update={"pretrained": False}))
+        if isinstance(config, GALRecRun):
+            tuned(backbone, config.model)
+    for settings, needed in _longest_prompts(config, store).items():
+        if backbone.positions is not None and needed > backbone.positions:
+            raise InputError(
+                f"{settings} makes prompts of up to {needed} tokens; "
+                f"backbone '{config.backbone.name}' reads {backbone.positions}"
+            )
+
+
+def _longest_prompts(config: RunConfig, store: Store) -> dict[str, int]:
+    """Tokens of a prompt at most, by the settings that they come of."""
+    table = store.tokens(resolve(config.backbone.name), TEXT_LENGTH)
+    if isinstance(config, GALRecRun):
+        model = config.model
+        return {f"model.max_history={model.max_history} with title_tokens={model.title_tokens}": model.longest_prompt}
+    if not isinstance(config, GLTARun):
+        return {}
+    model, words = config.model, Phrases(load_tokenizer(config.backbone.name), config.model)
+    texts = [words.profile] * model.texts.profile + [words.prediction] * model.texts.prediction
+    terms = len(texts) * model.texts.terms
+    if model.texts.source == "extracted":  # of terms that tell something, and none is in both texts
+        telling = inverse_frequency(store.terms, len(store.term_names)) > 0
+        terms = int(np.sort(table.terms.lengths[telling])[-terms:].sum()) if terms else 0
+    digits = len(str(store.num_users - 1)) * max(map(len, words.digits))
+    user = {"none": 0, "aligned": len(words.user) + 1, "id": len(words.user) + digits}[model.user_token]
+    phrases = sum(map(len, (words.begin, words.instruction, *texts, words.answer)))
+    settings = f"model.max_history={model.max_history} with slots={model.slots} and texts.terms={model.texts.terms}"
+    longest = {settings: phrases + model.max_history + terms + user + model.slots}
+    if model.item_alignment and config.alignment.epochs:
+        text = min(model.alignment_tokens, int(table.items.lengths.max(initial=0)))
+        items = min(model.alignment_items, store.num_items)  # each a token, its text and a slot
+        settings = f"model.alignment_items={model.alignment_items} with alignment_tokens={model.alignment_tokens}"
+        longest[settings] = len(words.begin) + items * (2 + text)
+    return longest
 
 
 def item_texts(config: RunConfig, store: Store) -> torch.Tensor | None:

@@ -13,7 +13,7 @@ import resource
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal, Protocol, Self
+from typing import Annotated, Any, Literal, Protocol, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -28,6 +28,8 @@ CARRIED = "carried/"
 FEW = 8  # workers, at most, to which gradients are sent one after the other
 BUCKET = 500_000_000  # entries at most of the buffer in which DeepSpeed collects gradients to reduce them: its default
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
 
 class EngineConfig(StrictConfig):
     """Optimizer, precision and how the state is spread over workers."""
@@ -35,7 +37,7 @@ class EngineConfig(StrictConfig):
     zero_stage: Literal[0, 1, 2, 3] = 2
     precision: Literal["fp32", "bf16"] = "fp32"
     weight_decay: float = Field(0.01, ge=0)
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
     clip: float = Field(1.0, gt=0)
     """Largest norm of the global gradient."""
     activation_checkpointing: bool = False

@@ -131,7 +131,7 @@ class RunConfig(StrictConfig):
     """An address that the finished run is copied to, without its checkpoints."""
     upload_checkpoints: bool = False
     """Whether each checkpoint is copied there too, in the background; `--resume` fetches them where `out` is gone."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     graph: LightGCNConfig = LightGCNConfig()
     backbone: BackboneConfig = BackboneConfig()
     train: StageConfig = StageConfig(epochs=3)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from raygrec.data.arrays import CSR
 from raygrec.data.prepare import PrepareOptions, prepare
+from raygrec.draws import Draws
 from raygrec.errors import InputError
 from raygrec.graph.lightgcn import NodeEmbeddings
 from raygrec.model import text_vectors
@@ -31,7 +32,7 @@ from raygrec.train.folder import RunFolder
 from raygrec.train.local import train_here
 from raygrec.train.settings import run_config
 from tests.tiny import make_store
-from tests.train.workers import cut_here, tiny_config, tiny_galrec_config, tiny_sequential_config
+from tests.train.workers import cut_here, tiny_config, tiny_galrec_config, tiny_graph_config, tiny_sequential_config
 
 real_data = pytest.mark.skipif("RAYGREC_DATA" not in os.environ, reason="RAYGREC_DATA is not set")
 
@@ -320,14 +321,19 @@ def test_a_store_whose_users_have_nothing_to_learn_from_is_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def with_positions(backbone: Path, place: Path, known: int) -> Path:
+    """A copy of a backbone whose config says that it tells so many positions apart."""
+    shutil.copytree(backbone, place)
+    settings = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps({**settings, "max_position_embeddings": known}))
+    return place
+
+
 @pytest.mark.parametrize(("title_tokens", "known"), [(4, 512), (0, 50)])
 def test_galrec_refuses_prompts_longer_than_the_language_model_reads(
     tiny_store, tiny_backbone, tmp_path, title_tokens, known
 ):
-    place = tmp_path / "backbone"
-    shutil.copytree(tiny_backbone, place)
-    settings = json.loads((place / "config.json").read_text())
-    (place / "config.json").write_text(json.dumps({**settings, "max_position_embeddings": known}))
+    place = with_positions(tiny_backbone, tmp_path / "backbone", known)
     model = {"title_tokens": title_tokens, "max_history": 101, "neighbours": {"two_hop": 2}}
     config = tiny_galrec_config(tiny_store.path, place, tmp_path / "run", model=model)
     needed = 1 + (1 + title_tokens) * 102 + 2 + HOPS
@@ -337,6 +343,40 @@ def test_galrec_refuses_prompts_longer_than_the_language_model_reads(
         f"model.max_history=101 with title_tokens={title_tokens} makes prompts of up to {needed} tokens; "
         f"backbone '{place}' reads {known}"
     )
+    assert not config.out.exists()
+
+
+@pytest.mark.parametrize(
+    "model", [{}, {"user_token": "id"}, {"user_token": "none", "texts": {"prediction": False, "terms": 2}}]
+)
+def test_the_longest_prompts_of_glta_are_known_before_it_is_trained(tiny_store, tiny_backbone, tmp_path, model):
+    model = {"max_history": 30, "alignment_items": 40, "alignment_tokens": 5, **model}
+    config = tiny_config(tiny_store.path, tiny_backbone, tmp_path / "run", model=model)
+    folder = RunFolder(config.out)
+    with folder.claimed(config, resume=False):
+        prepare_run(config, folder)
+    builder = build_prompts(config, tiny_store, folder)
+    everything = CSR.from_lists([[item % 24 for item in range(40)]] * 48)
+    whole = builder.recommending(np.arange(48), everything).symbols.shape[1]
+    aligned = builder.alignment(np.arange(24)[None], Draws(0)).symbols.shape[1]
+    for needed, where in ((whole, "max_history=30 with slots=3"), (aligned, "alignment_items=40 with alignment_tok")):
+        place = with_positions(tiny_backbone, tmp_path / str(needed), needed - 1)
+        content = config.model_dump(mode="json") | {"out": tmp_path / "other", "backbone": {"name": str(place)}}
+        content["alignment"]["epochs"] = int(needed == aligned)
+        with pytest.raises(
+            InputError, match=rf"model\.{where}.* makes prompts of up to {needed} tokens; .* {needed - 1}$"
+        ):
+            train_here(run_config(content, "x"))
+        assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("make", [tiny_galrec_config, tiny_sequential_config, tiny_graph_config])
+def test_every_recipe_with_a_language_model_looks_at_its_layers(tiny_store, tiny_backbone, tmp_path, make):
+    """Text vectors, which the store keeps, are of the whole one."""
+    assert make(tiny_store.path, tiny_backbone, tmp_path / "run").reads_backbone
+    config = make(tiny_store.path, tiny_backbone, tmp_path / "run", backbone={"layers": 9})
+    with pytest.raises(InputError, match=r"key 'backbone\.layers': 9 given, '.*' has 2$"):
+        train_here(config)
     assert not config.out.exists()
 
 

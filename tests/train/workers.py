@@ -131,7 +131,7 @@ def tiny_galrec_config(store: Path, backbone: Path, out: Path, /, **changes: obj
     )
 
 
-def tiny_sequential_config(store: Path, backbone: Path, out: Path, **changes: object) -> RunConfig:
+def tiny_sequential_config(store: Path, backbone: Path, out: Path, /, **changes: object) -> RunConfig:
     """A sequential baseline, sixteen updates on the tiny store."""
     return _tiny(
         store,
@@ -144,7 +144,7 @@ def tiny_sequential_config(store: Path, backbone: Path, out: Path, **changes: ob
     )
 
 
-def tiny_graph_config(store: Path, backbone: Path, out: Path, **changes: object) -> RunConfig:
+def tiny_graph_config(store: Path, backbone: Path, out: Path, /, **changes: object) -> RunConfig:
     """RLMRec-Con on the tiny store."""
     return _tiny(store, backbone, out, {"graph": {"text_weight": 0.1}, **changes}, recipe="graph")
 
