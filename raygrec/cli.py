@@ -86,8 +86,9 @@ def train(
     checked = run_config(apply_overrides(read_yaml(config), overrides or []), str(config))
     if prepare_only:
         from raygrec.train.assembly import prepare_only as make
+        from raygrec.train.folder import with_absolute_paths
 
-        store = _run_once(on_ray, checked.cluster, make, checked)
+        store = _run_once(on_ray, checked.cluster, make, with_absolute_paths(checked))
         if not as_json:
             print(f"{store}: ready for {checked.name}")
         return _print({"store": str(store)}, as_json)

@@ -72,6 +72,19 @@ def test_evaluating_repeats_the_metrics(raygrec, trained):
     assert (code, json.loads(output.splitlines()[-1])) == (0, {key: metrics[key] for key in ("valid", "test")})
 
 
+def test_evaluating_from_another_directory(raygrec, tiny_store, tiny_backbone, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny_backbone.parent)
+    name = Path(tiny_backbone.name)
+    file, out = config_file(tmp_path, tiny_store, name, alignment={"epochs": 0}, train={"epochs": 1})
+    assert raygrec("train", file, "--prepare-only")[0] == 0
+    made = set((tiny_store.path / "text_vectors").iterdir())
+    assert raygrec("train", file, "--local")[0] == 0
+    assert set((tiny_store.path / "text_vectors").iterdir()) == made
+    monkeypatch.chdir(tmp_path)
+    code, output, _ = raygrec("evaluate", "run", "--json")
+    assert (code, json.loads(output.splitlines()[-1])["test"]) == (0, RunFolder(out).metrics()["test"])
+
+
 def test_evaluating_shows_a_table_of_the_runs_own_cut_offs(raygrec, trained):
     _, out, _ = trained
     code, output, _ = raygrec("evaluate", out)

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from raygrec.config import flat, read_yaml
 from raygrec.errors import InputError
+from raygrec.model.backbone import resolve
 from raygrec.progress import tell
 from raygrec.remote import fetch, is_address, upload
 from raygrec.storage import gone_if_it_fails, replaced, sync, writing
@@ -52,9 +53,14 @@ class LoopState:
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
-    """The same config with `store` and `out` as absolute paths: a run may go on from another directory."""
+    """The same config with `store`, `out` and a backbone's folder as absolute paths: a run may go on from another
+    directory, and Ray's workers sit in one."""
     store = config.store if is_address(config.store) else Path(config.store).absolute()
-    return config.model_copy(update={"store": store, "out": config.out.absolute()})
+    changes: dict[str, Any] = {"store": store, "out": config.out.absolute()}
+    name = config.backbone.name
+    if Path(name).is_dir() and resolve(name) == name:  # not `minilm`, whatever lies here
+        changes["backbone"] = config.backbone.model_copy(update={"name": str(Path(name).absolute())})
+    return config.model_copy(update=changes)
 
 
 def run_at(place: Path | str) -> "RunFolder":

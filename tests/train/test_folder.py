@@ -72,6 +72,15 @@ def test_resuming_from_another_directory(folder, config, monkeypatch):
     assert with_absolute_paths(near) == config
 
 
+def test_a_backbones_folder_is_known_from_another_directory(config, tmp_path, monkeypatch):
+    for name in ("backbone", "minilm"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert with_absolute_paths(tiny_config("store", "backbone", "run")) == config
+    for name in ("minilm", "prajjwal1/bert-tiny", "s3://bucket/backbone"):  # none of these is a folder
+        assert with_absolute_paths(tiny_config("store", name, "run")).backbone.name == name
+
+
 def test_a_claim_is_given_up_where_the_block_fails(config):
     folder = RunFolder(config.out)
     with pytest.raises(InputError, match="no such backbone"), folder.claimed(config, resume=False):
