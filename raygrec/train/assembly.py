@@ -101,11 +101,22 @@ def prepare_only(config: RunConfig, nodes: bool = True) -> Path:
 def _prepare_store(config: RunConfig, store: Store) -> None:
     if config.needs_order and not store.ordered:
         raise InputError(f"{store.path}: {config.name} reads histories in time order; prepare with split=leave-one-out")
+    _check_splits(config, store)
     if config.reads_backbone:
         _check_backbone(config, store)
     if not isinstance(config, GraphRun) and not (store.interactions("train").lengths >= 2).any():
         raise InputError(f"{store.path}: no user has two training items, one to read and one to predict")
     item_texts(config, store)
+
+
+def _check_splits(config: RunConfig, store: Store) -> None:
+    instead = {"valid": "", "test": ", or train with evaluate.test=false"}
+    for split in ("valid", "test") if config.evaluate.test else ("valid",):
+        if not len(store.interactions(split).indices):
+            raise InputError(
+                f"{store.path}: no user has a {split} interaction to find; prepare with {split}_ratio above 0"
+                f"{instead[split]}"
+            )
 
 
 def _nodes(config: RunConfig, store: Store) -> NodeEmbeddings:

@@ -30,7 +30,7 @@ from raygrec.train.assembly import (
 )
 from raygrec.train.folder import RunFolder
 from raygrec.train.local import train_here
-from raygrec.train.settings import run_config
+from raygrec.train.settings import EvaluateConfig, run_config
 from tests.tiny import make_store
 from tests.train.workers import cut_here, tiny_config, tiny_galrec_config, tiny_graph_config, tiny_sequential_config
 
@@ -319,6 +319,28 @@ def test_a_store_whose_users_have_nothing_to_learn_from_is_refused(tmp_path):
     with pytest.raises(InputError, match="no user has two training items, one to read and one to predict"):
         train_here(run_config(content, "x"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("split", "says"),
+    [
+        ("valid", "prepare with valid_ratio above 0"),
+        ("test", "prepare with test_ratio above 0, or train with evaluate.test=false"),
+    ],
+)
+def test_a_store_without_a_split_that_a_run_reads_is_refused(
+    tiny_unordered_store, tiny_backbone, tmp_path, split, says
+):
+    source, shares = tiny_unordered_store.path.parent, {"split": "ratio", f"{split}_ratio": 0.0}
+    store = prepare(PrepareOptions(format="table", path=source, out=tmp_path / "store", k_core=0, **shares))
+    config = tiny_graph_config(store.path, tiny_backbone, tmp_path / "run", graph={"text_weight": 0})
+    with pytest.raises(InputError) as caught:
+        train_here(config)
+    assert str(caught.value) == f"{store.path}: no user has a {split} interaction to find; {says}"
+    assert not config.out.exists()
+    if split == "test":
+        found = train_here(config.model_copy(update={"evaluate": EvaluateConfig(ks=(2, 3), test=False)}))
+        assert ("valid" in found, "test" in found) == (True, False)
 
 
 def with_positions(backbone: Path, place: Path, known: int) -> Path:
