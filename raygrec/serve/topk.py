@@ -19,7 +19,7 @@ from raygrec.train.assembly import Model, Prompts, histories, load_model
 from raygrec.train.engine import LocalEngine
 from raygrec.train.folder import run_at
 from raygrec.train.loop import Reporter
-from raygrec.train.settings import RunConfig
+from raygrec.train.settings import RunConfig, run_config
 
 ROWS = 65_536  # rows of a parquet row group
 AT_ONCE = 128  # users in one pass
@@ -69,21 +69,27 @@ class FinishedRun:
 
 
 def evaluate_run(path: Path | str, decoding: str | None = None) -> dict[str, Any]:
-    """Repeats a finished run's validation and test metrics from its folder and store alone."""
+    """Repeats a finished run's validation and test metrics from its folder and store alone.
+
+    decoding: instead of the run's own. Raises `InputError` for one that the run's config could not have.
+    """
     from raygrec.train.local import bar_reporter
     from raygrec.train.pipeline import evaluate, model_ranker, users_of
 
-    finished = FinishedRun(path)
-    config, store = finished.config, finished.store
+    config = run_at(path).config()
+    if decoding is not None:
+        content = config.model_dump(mode="json")
+        config = run_config({**content, "evaluate": {**content["evaluate"], "decoding": decoding}}, str(path))
     if not config.evaluate.test:
         raise InputError(
             f"{path}: trained with evaluate.test=false; train with evaluate.test=true to read the test set"
         )
-    mode = decoding or config.evaluate.decoding
+    finished = FinishedRun(path)
+    store = finished.store
     engine = LocalEngine(finished.model, config.engine)
 
     def measure(split: str, reporter: Reporter) -> dict[str, float]:
-        ranker = model_ranker(config, engine, finished.builder, mode, split)
+        ranker = model_ranker(config, engine, finished.builder, config.evaluate.decoding, split)
         return evaluate(config, reporter, split, ranker, *users_of(store, config, split))
 
     with bar_reporter() as reporter:

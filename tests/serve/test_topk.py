@@ -1,4 +1,5 @@
 import json
+import re
 import sys
 
 import numpy as np
@@ -11,7 +12,7 @@ from raygrec.serve.topk import FinishedRun, evaluate_run, recommend_all
 from raygrec.train.assembly import histories
 from raygrec.train.folder import RunFolder
 from raygrec.train.local import train_here
-from tests.train.workers import tiny_config, tiny_galrec_config
+from tests.train.workers import tiny_config, tiny_galrec_config, tiny_graph_config, tiny_sequential_config
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,29 @@ def test_evaluating_with_another_decoding(run):
     first = evaluate_run(run)
     assert other.keys() == first.keys()
     assert other["test"]["hit@2"] != first["test"]["hit@2"] or other["test"]["ndcg@3"] != first["test"]["ndcg@3"]
+
+
+@pytest.mark.parametrize("make", [tiny_galrec_config, tiny_sequential_config, tiny_graph_config])
+def test_a_decoding_that_the_recipe_does_not_have_is_refused(tiny_store, tiny_backbone, tmp_path, make):
+    config = make(tiny_store.path, tiny_backbone, tmp_path / "run")
+    folder = RunFolder(config.out)
+    folder.start(config, resume=False)
+    folder.write_metrics({"store": tiny_store.fingerprint})
+    message = f"{config.out}: evaluate.decoding=slots: {config.name} answers at one position; use first or autoregress"
+    with pytest.raises(InputError, match=re.escape(message)):
+        evaluate_run(config.out, "slots")
+
+
+def test_a_list_longer_than_the_slots_is_refused(run):
+    config = RunFolder(run).config()
+    assert evaluate_run(run, "slots").keys() == {"valid", "test"}
+    few = config.model_copy(update={"model": config.model.model_copy(update={"slots": 2})})
+    folder = RunFolder(run.with_name("few"))
+    folder.start(few, resume=False)
+    with pytest.raises(
+        InputError, match=r"few: evaluate\.decoding=slots .*: model\.slots is 2, lists of 3 need as many"
+    ):
+        evaluate_run(folder.path, "slots")
 
 
 def test_recommending_writes_the_best_new_items_of_every_user(run, tiny_store, tmp_path):
