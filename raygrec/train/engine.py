@@ -129,15 +129,20 @@ def full_tensor(parameter: nn.Parameter) -> torch.Tensor:
         return parameter.detach().clone()
 
 
-def _frozen_in_bf16(model: nn.Module) -> None:
-    """Matrices of the language model that stay as they are: autocast would keep them twice as large, and cast them anew
-    at every use, to the same values. What it reads in fp32 (norms, token table) stays so, and so does what a later
-    stage may train."""
+def frozen_matrices(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Those of the language model that stay as they are, and their biases.
+
+    Autocast would keep them twice as large as bf16, and cast them anew at every use, to the same values. What it reads
+    in fp32 (norms, token table) is not among them, nor is what a later stage may train.
+    """
     for backbone in (module for module in model.modules() if isinstance(module, Backbone)):
         for layer in (module for module in backbone.modules() if isinstance(module, nn.Linear)):
-            for parameter in layer.parameters(recurse=False):
-                if not parameter.requires_grad:
-                    parameter.data = parameter.data.bfloat16()
+            yield from (parameter for parameter in layer.parameters(recurse=False) if not parameter.requires_grad)
+
+
+def _frozen_in_bf16(model: nn.Module) -> None:
+    for parameter in frozen_matrices(model):
+        parameter.data = parameter.data.bfloat16()
 
 
 def make_engine(model: nn.Module, config: EngineConfig, accumulation: int, distributed: bool) -> Engine:
@@ -220,7 +225,7 @@ class LocalEngine:
 
 
 class DeepSpeedEngine:
-    """DeepSpeed over the current process group."""
+    """DeepSpeed over the current process group; without ZeRO, bf16 is the `LocalEngine`'s."""
 
     def __init__(self, model: nn.Module, config: EngineConfig, accumulation: int) -> None:
         _import_deepspeed()
@@ -231,6 +236,11 @@ class DeepSpeedEngine:
         self.world_size = world()[1]
         self.device = device()
         self._deepspeed = deepspeed
+        if config.precision == "bf16":
+            # On a GPU, DeepSpeed turns off the autocast that it finds around its forward: this one is inside.
+            model.forward = self.autocast()(model.forward)
+        if config.precision == "bf16" and config.zero_stage == 0:
+            _frozen_in_bf16(model)
         if config.precision == "bf16" and config.zero_stage == 3:
             # As DeepSpeed does in the other stages; here it would keep in fp32 what it has not loaded itself.
             for parameter in model.parameters():
@@ -248,14 +258,13 @@ class DeepSpeedEngine:
         self._moments_linked = False
 
     def autocast(self) -> Any:
-        # DeepSpeed casts parameters to bf16 and leaves buffers in fp32.
+        # Under ZeRO 1 to 3 DeepSpeed casts parameters to bf16 and leaves buffers in fp32.
         if self.config.precision == "bf16":
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return nullcontext()
 
     def loss(self, *arguments: object) -> torch.Tensor:
-        with self.autocast():
-            return self.engine(*arguments)
+        return self.engine(*arguments)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         # DeepSpeed averages over ranks and micro-batches; both factors are taken out again, since the loss is
@@ -387,7 +396,8 @@ def _deepspeed_settings(config: EngineConfig, accumulation: int, bucket: int = B
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.clip,
-        "bf16": {"enabled": config.precision == "bf16"},
+        # Without ZeRO it would hide the fp32 weights and their moments in a wrapper that gives neither away.
+        "bf16": {"enabled": config.precision == "bf16" and config.zero_stage > 0},
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

@@ -24,7 +24,7 @@ from raygrec.model.head import positions_at_once
 from raygrec.model.last_layer import Asked
 from raygrec.model.prompts import Symbols
 from raygrec.train.accelerators import HOST_ADAM, HOST_LINK, NETWORK, Accelerator
-from raygrec.train.engine import BUCKET, FEW
+from raygrec.train.engine import BUCKET, FEW, frozen_matrices
 from raygrec.train.settings import GALRecRun, GLTARun, RunConfig, run_config
 
 GIB = 2**30
@@ -72,9 +72,10 @@ class Sizes:
 class Work:
     """What training does, whatever it is spread over.
 
-    total, trained, language_model: parameters, the last without its token table. largest: bytes of the largest module's
-    weights, which ZeRO-3 gathers whole. fixed: bytes of node tables, text vectors, queues and the head's rows. logits:
-    bytes of the logits that stand in memory. prompt: bytes that one user's prompts keep for the backward pass.
+    total, trained, language_model: parameters, the last without its token table. frozen: those of its matrices that
+    stay as they are. largest: bytes of the largest module's weights, which ZeRO-3 gathers whole. fixed: bytes of node
+    tables, text vectors, queues and the head's rows. logits: bytes of the logits that stand in memory. prompt: bytes
+    that one user's prompts keep for the backward pass.
     longest: tokens of one prompt at most; most, mean: of all prompts of a user with the longest, and with a mean
     history, each kind of prompt by its share. answers: positions with a target, of the longest history. forward: FLOP
     of a mean user's prompts; passes: how many times as many training takes.
@@ -83,6 +84,7 @@ class Work:
     total: int
     trained: int
     language_model: int
+    frozen: int
     largest: int
     fixed: int
     logits: int
@@ -200,21 +202,22 @@ def estimate(
 def state_bytes(work: Work, setting: Setting, gpus: int, width: int) -> tuple[dict[str, float], float]:
     """(bytes per GPU of weights, gradients and optimizer, bytes of the host's memory per GPU) under DeepSpeed.
 
-    width: bytes of a weight in the model. Adam keeps two fp32 moments (8 bytes) of each trained parameter, and but
-    for fp32 without ZeRO an fp32 copy of it (4 bytes).
+    width: bytes of a weight in the model, under ZeRO. Adam keeps two fp32 moments (8 bytes) of each trained parameter,
+    and under ZeRO an fp32 copy of it (4 bytes). Without ZeRO, bf16 is autocast: weights and gradients are fp32, but
+    for frozen matrices, and weights that are trained have a copy in bf16 from forward to backward pass.
     """
     stage, trained = setting.stage, work.trained
-    share = 1 if stage == 0 else 1 / gpus
-    copies = 0 if stage == 0 and width == 4 else 4
-    bucket = width * min(trained, BUCKET) if stage and gpus > 1 else 0
+    if stage == 0:
+        weights = 4 * work.total + (2 * (trained - work.frozen) if width == 2 else 0)
+        return {"weights": weights, "gradients": 4 * trained, "optimizer": 8 * trained}, 0.0
+    share = 1 / gpus
+    bucket = width * min(trained, BUCKET) if gpus > 1 else 0
     whole = max(work.largest, width * min(work.total, REUSED))  # under ZeRO-3
     held = {
         "weights": width * work.total * (1 / gpus if stage == 3 else 1) + (whole if stage == 3 else 0),
         "gradients": width * trained * (share if stage >= 2 else 1) + bucket,
-        "optimizer": (8 + copies) * trained * share,
+        "optimizer": (8 + 4) * trained * share,
     }
-    if stage == 0 and width == 2:
-        held["gradients"] += 4 * trained  # added up in fp32
     host = 0.0
     if setting.optimizer:
         host += held["optimizer"] + 4 * trained * share
@@ -230,7 +233,7 @@ def _tokens_per_second(
     config: RunConfig, work: Work, setting: Setting, gpus: int, gpu: Accelerator, mfu: float, micro: int
 ) -> float:
     """Of all GPUs, padding left out; computing and communicating do not overlap."""
-    width = 2 if config.engine.precision == "bf16" else 4
+    width = 2 if config.engine.precision == "bf16" and setting.stage else 4
     users = config.train.batch / gpus
     pieces = -(-users // micro)
     seconds = users * work.passes * work.forward / (gpu.rate(config.engine.precision) * mfu)
@@ -313,6 +316,7 @@ def work_of(config: RunConfig, sizes: Sizes, device: str) -> Work:
         total,
         trained,
         language_model,
+        sum(p.numel() for p in frozen_matrices(model)),
         wide * max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules()),
         int(fixed),
         3 * 4 * sizes.items * positions_at_once(sizes.items, device),

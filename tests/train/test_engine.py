@@ -235,7 +235,10 @@ def test_parts_learn_at_their_share_of_the_rate_under_every_zero_stage(tmp_path)
             assert_moved_by_shares(state, norm)
 
 
-RESUMED = [*({"zero_stage": stage} for stage in range(4)), {"zero_stage": 3, "offload_optimizer": True}]
+RESUMED = [
+    *({"zero_stage": stage, "precision": precision} for precision in ("fp32", "bf16") for stage in range(4)),
+    {"zero_stage": 3, "offload_optimizer": True},
+]
 
 
 def resuming_worker(rank: int, folder: str) -> None:
@@ -250,7 +253,7 @@ def resuming_worker(rank: int, folder: str) -> None:
             for one in (straight, resumed)[: 1 + update]:
                 one.backward(one.loss(torch.tensor(slopes)), last=True)
                 one.update(LR)
-        found[str(settings)] = loaded, _same(straight.state(), resumed.state())
+        found[str(settings)] = loaded, _same(straight.state(), resumed.state()), _whole(resumed.state())
     torch.save(found, f"{folder}/{rank}.pt")
 
 
@@ -258,10 +261,43 @@ def _same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bo
     return first.keys() == second.keys() and all(torch.equal(second[name], value) for name, value in first.items())
 
 
+def _whole(state: dict[str, torch.Tensor]) -> bool:
+    """Whether each parameter is there with both moments, all in fp32, and of more than bf16's precision."""
+    keys = {f"{kind}/{name}" for kind in ("param", "exp_avg", "exp_avg_sq") for name in START}
+    in_fp32 = all(value.dtype == torch.float32 for value in state.values())
+    return state.keys() == keys and in_fp32 and not _same(state, {n: v.bfloat16().float() for n, v in state.items()})
+
+
 def test_a_state_goes_on_identically_under_every_zero_stage(tmp_path):
     run_ranks(resuming_worker, 3, str(tmp_path))
     for rank in range(3):
-        assert torch.load(tmp_path / f"{rank}.pt") == {str(settings): (True, True) for settings in RESUMED}
+        assert torch.load(tmp_path / f"{rank}.pt") == {str(settings): (True, True, True) for settings in RESUMED}
+
+
+class CastParts(Parts):
+    """Keeps whether autocast was on in its last forward pass."""
+
+    def forward(self, slopes: torch.Tensor) -> torch.Tensor:
+        self.cast = torch.is_autocast_enabled("cpu")
+        return super().forward(slopes)
+
+
+def casting_worker(rank: int, folder: str) -> None:
+    enabled = torch.is_autocast_enabled
+    torch.is_autocast_enabled = lambda device="cpu": enabled(device)  # as on a GPU, of which it tells by default
+    found = {}
+    for precision in ("fp32", "bf16"):
+        for stage in range(4):
+            made = make_engine(CastParts(), EngineConfig(zero_stage=stage, precision=precision), 1, True)
+            made.loss(torch.ones(3))
+            found[stage, precision] = made.model.cast
+    torch.save(found, f"{folder}/found.pt")
+
+
+def test_deepspeed_leaves_autocast_on(tmp_path):
+    run_ranks(casting_worker, 1, str(tmp_path))
+    found = torch.load(tmp_path / "found.pt")
+    assert found == {(stage, kind): kind == "bf16" for stage in range(4) for kind in ("fp32", "bf16")}
 
 
 POISONED = [

@@ -275,7 +275,9 @@ def test_adapters_without_peft_leave_no_run(tiny_store, tiny_backbone, tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("model", "zero_stage"), [({}, 2), ({}, 3), (LORA, 3)], ids=["full, 2", "full, 3", "adapters, 3"]
+    ("model", "zero_stage"),
+    [({}, 2), ({}, 3), (LORA, 0), (LORA, 3)],
+    ids=["full, 2", "full, 3", "adapters, 0", "adapters, 3"],
 )
 def test_galrec_in_bf16_under_deepspeed(
     galrec_alone, lora_alone, tiny_store, tiny_backbone, tmp_path, model, zero_stage

@@ -38,6 +38,7 @@ WORK = Work(
     total=1000,
     trained=400,
     language_model=900,
+    frozen=500,
     largest=50,
     fixed=10,
     logits=20,
@@ -92,6 +93,10 @@ def test_parameters_and_tables_are_those_of_the_real_model(recipe, changes, tiny
         if kind.startswith("exp_avg")
     )
     assert state_bytes(work, Setting(0), 1, 4)[0]["optimizer"] == moments
+    # What bf16 makes of the weights; autocast's copies of those that are trained come and go.
+    LocalEngine(model, config.engine.model_copy(update={"precision": "bf16"}))
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    assert state_bytes(work, Setting(0), 1, 2)[0]["weights"] == weights + 2 * work.trained
 
 
 @pytest.mark.parametrize("recipe", ["glta", "galrec"])
@@ -167,8 +172,11 @@ def test_state_by_hand():
 
 
 def test_state_in_bf16_by_hand():
-    """2 bytes a weight, an fp32 copy of what is trained; without ZeRO its gradient is added up in fp32 besides."""
-    assert state_bytes(WORK, Setting(0), 4, 2)[0] == {"weights": 2000, "gradients": 800 + 1600, "optimizer": 4800}
+    """2 bytes a weight, an fp32 copy of what is trained.
+
+    Without ZeRO 500 frozen parameters have 2 bytes, other 500 have 4, and 400 of these, which are trained, 2 more.
+    """
+    assert state_bytes(WORK, Setting(0), 4, 2)[0] == {"weights": 3000 + 800, "gradients": 1600, "optimizer": 3200}
     assert state_bytes(WORK, Setting(2), 4, 2)[0] == {
         "weights": 2000,
         "gradients": 200 + 2 * 400,
@@ -213,6 +221,15 @@ def test_time_by_hand():
     assert one.hours_per_epoch == pytest.approx(1000 * 6 / one.tokens_per_second / 3600)
     two = estimate(config, SIZES, WORK, Setting(0), 2, gpu, 0.25)
     seconds = 32 * 3 * 1e6 / (1e12 * 0.25) + 2 * 4 * 400 * 0.5 / 100e9
+    assert two.tokens_per_second == pytest.approx(64 * 6 / seconds)
+
+
+@pytest.mark.parametrize(("stage", "width"), [(0, 4), (1, 2)])
+def test_what_is_sent_in_bf16(stage, width):
+    """Without ZeRO gradients are fp32."""
+    config = config_with(engine={"precision": "bf16"}, train={"batch": 64})
+    two = estimate(config, SIZES, WORK, Setting(stage), 2, Accelerator(80.0, 2.0, 1.0, 100.0), 0.25)
+    seconds = 32 * 3 * 1e6 / (2e12 * 0.25) + 2 * width * 400 * 0.5 / 100e9
     assert two.tokens_per_second == pytest.approx(64 * 6 / seconds)
 
 
