@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,14 +22,17 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def replaced(file: Path, needed: int | None = None) -> Iterator[Path]:
     """A draft beside `file` to write, which takes its place, durably, once the block has ended well.
 
-    Otherwise the draft is gone and `file` is as before. Raises as `writing`.
+    Otherwise the draft is gone and `file` is as before. It can be read by whom any new file can, whoever writes the
+    draft: safetensors closes its own to others. Raises as `writing`.
     """
     # Several processes, on several machines, may write a file at once: each writes a draft of its own.
     draft = file.with_name(f".{file.name}.{platform.node()}-{os.getpid()}.draft")
     with writing(file, needed):
         try:
             draft.unlink(missing_ok=True)  # what lies there may be a link to somewhere else
+            mode = mode_of_new(draft)
             yield draft
+            draft.chmod(mode)
             sync(draft)
             os.replace(draft, file)
             sync(file.parent)
@@ -75,6 +79,14 @@ def writing(place: Path, needed: int | None = None) -> Iterator[None]:
         raise StorageError(
             f"{place}: cannot be written: {os.strerror(number)} ({wanted}{left:.2f} MiB left on its disk)"
         ) from None
+
+
+def mode_of_new(file: Path) -> int:
+    """The permissions that a new file gets by the umask; `file` is made for it, and is gone again."""
+    file.touch()
+    mode = stat.S_IMODE(file.stat().st_mode)
+    file.unlink()
+    return mode
 
 
 def sync(path: Path) -> None:

@@ -2,9 +2,11 @@ import errno
 import os
 import re
 import resource
+import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +25,28 @@ def file_limit(size: int):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextmanager
+def umask(mask: int):
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def modes(folder: Path) -> dict[str, int]:
+    return {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o007, 0o660), (0o077, 0o600)])
+def test_files_have_the_permissions_that_the_umask_gives(tmp_path, mask, mode):
+    with umask(mask):
+        save_tensors(tmp_path / "tensors", {"w": torch.ones(2)})
+        with replaced(tmp_path / "text") as draft:
+            draft.write_text("1")
+    assert modes(tmp_path) == {"tensors": mode, "text": mode}
 
 
 def test_a_file_is_replaced_only_as_a_whole(tmp_path):

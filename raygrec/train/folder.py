@@ -18,7 +18,7 @@ from raygrec.errors import InputError
 from raygrec.model.backbone import resolve
 from raygrec.progress import tell
 from raygrec.remote import fetch, is_address, upload
-from raygrec.storage import gone_if_it_fails, replaced, sync, writing
+from raygrec.storage import gone_if_it_fails, mode_of_new, replaced, sync, writing
 from raygrec.tensors import load_tensors, save_tensors, size
 from raygrec.train import manifest
 from raygrec.train.lock import held
@@ -212,7 +212,10 @@ class RunFolder:
             try:
                 _remove(draft)
                 draft.mkdir(parents=True)
+                mode = mode_of_new(draft / "new")
                 yield draft
+                for file in (path for path in draft.rglob("*") if path.is_file()):
+                    file.chmod(mode)  # safetensors closes its own to others
                 manifest.seal(draft)
                 _remove(place)
                 draft.rename(place)

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from raygrec.errors import InputError, StorageError
 from raygrec.train import manifest
 from raygrec.train.folder import KEEP, LoopState, RunFolder, with_absolute_paths
 from raygrec.train.settings import RunConfig
-from tests.test_storage import file_limit
+from tests.test_storage import file_limit, modes, umask
 from tests.train.workers import tiny_config
 
 TENSORS = {"param/w": torch.arange(6.0).view(2, 3), "exp_avg/w": torch.zeros(2, 3)}
@@ -108,6 +109,17 @@ def test_a_checkpoint_comes_back_as_it_was(folder):
     assert tensors.keys() == TENSORS.keys()
     assert all(torch.equal(tensors[name], value) for name, value in TENSORS.items())
     assert folder.last_checkpoint("alignment") is None
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o007, 0o660)])
+def test_whoever_may_read_a_run_may_read_its_checkpoints(folder, mask, mode):
+    with umask(mask):
+        folder.save_checkpoint(LoopState("train", 3), TENSORS)
+        with folder.drafted(folder.model_folder) as draft:
+            (draft / "backbone").mkdir()
+            save_file(TENSORS, draft / "backbone" / "model.safetensors")
+    for place, count in ((folder.checkpoints, 3), (folder.model_folder, 2)):
+        assert list(modes(place).values()) == count * [mode]
 
 
 def test_the_newest_checkpoints_of_each_stage_are_kept(folder):
