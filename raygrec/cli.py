@@ -33,10 +33,11 @@ OnRay = Annotated[bool, typer.Option("--ray", help="as one task of the cluster t
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="where the store and the run go; must not exist")] = Path("raygrec-demo"),
+    out: Annotated[Path, typer.Option(help="where the store and the runs go; must not exist")] = Path("raygrec-demo"),
     as_json: AsJson = False,
 ) -> None:
-    """Makes a small data set, trains GLTA on two Ray Train workers and shows what came of it."""
+    """Makes a small data set, trains GLTA and GAL-Rec on two Ray Train workers and shows what came of it."""
+    refuse_address(out, "name a path")
     from raygrec.cluster.demo import run_demo
 
     result = run_demo(out)

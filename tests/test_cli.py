@@ -221,12 +221,15 @@ def test_preparing_only_fills_the_store(raygrec, tiny_store, tiny_backbone, tmp_
         (("prepare", "table", "s3://bucket/x", "--out", "store"), "prepare from and to a path"),
         (("prepare", "table", "nowhere", "--out", "s3://bucket/x"), "prepare from and to a path"),
         (("recommend", "nowhere", "--out", "s3://bucket/x"), "an address is no good here; name a path"),
+        (("demo", "--out", "s3://bucket/x"), "an address is no good here; name a path"),
     ],
 )
-def test_wrong_input_ends_with_one_line_and_code_2(raygrec, arguments, says):
+def test_wrong_input_ends_with_one_line_and_code_2(raygrec, tmp_path, monkeypatch, arguments, says):
+    monkeypatch.chdir(tmp_path)
     code, output, error = raygrec(*arguments)
     assert (code, output) == (2, "")
     assert says in one_line(error)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

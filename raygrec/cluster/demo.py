@@ -68,14 +68,21 @@ def run_demo(
     rows.append(Row("GLTA", [metrics["test"]]))
     tuned = {**{name: settings[name] for name in SHARED}, **GALREC, **(galrec or {})}
     config = validate(GALRecRun, {"store": store.path, "out": out / "run-galrec", **tuned}, "demo")
-    rows.append(Row("GAL-Rec", [train_on_ray(config)["test"]]))
+    galrec_metrics = train_on_ray(config)
+    rows.append(Row("GAL-Rec", [galrec_metrics["test"]]))
     console.print()
     console.print(terminal_table(rows, title="last book of each reader, full ranking, seed 0"))
     examples = _examples(FinishedRun(run))
     for example in examples:
         _show(console, example)
     console.print(f"\nrun folder: {run}   (raygrec evaluate {run} · raygrec recommend {run} --k 10)", soft_wrap=True)
-    return {"run": str(run), "test": metrics["test"], "baselines": metrics["baselines"], "examples": examples}
+    return {
+        "run": str(run),
+        "test": metrics["test"],
+        "galrec": {"run": str(config.out), "test": galrec_metrics["test"]},
+        "baselines": metrics["baselines"],
+        "examples": examples,
+    }
 
 
 def _examples(finished: FinishedRun) -> list[dict[str, Any]]:

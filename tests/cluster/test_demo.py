@@ -31,6 +31,8 @@ def test_the_demo_shows_a_table_and_examples(local_ray, tiny_backbone, tmp_path,
     }
     assert f"run folder: {out / 'run'}" in shown
     assert result["test"] == RunFolder(out / "run").metrics()["test"]
+    other = out / "run-galrec"
+    assert result["galrec"] == {"run": str(other), "test": RunFolder(other).metrics()["test"]}
     assert len(result["examples"]) == 3
     titles = set(store.titles)
     for example in result["examples"]:
