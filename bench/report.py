@@ -26,7 +26,8 @@ def write_report(results: Path, out: Path, suites: dict[str, Any]) -> None:
         sections.append(_contrast(json.loads(contrast.read_text())))
     for name, section in (("galrec_hops", _hops), ("galrec_degrees", _degrees), ("galrec_sweep", _effects)):
         if (file := results / f"{name}.json").exists():
-            sections.append(section(json.loads(file.read_text())))
+            one = json.loads(file.read_text())
+            sections.append("\n".join([section(one), *outdated([one])]))
     sweeps = {file.stem: json.loads(file.read_text()) for file in (results / "sweep").glob("*.json")}
     if sweeps:
         sections.append(_sweep(sweeps))
@@ -60,7 +61,8 @@ def _suite(suite: Any, found: list[dict[str, Any]]) -> str:
         return [name for name, cell in suite.cells.items() if cell.kind == kind and by_name[name]]
 
     def row(name: str) -> Row:
-        return Row(name, [result["metrics"]["test"] for result in by_name[name]])
+        mark = " †" if any("outdated" in result for result in by_name[name]) else ""
+        return Row(name + mark, [result["metrics"]["test"] for result in by_name[name]])
 
     # A seed's graph baselines are the same whichever cell read them.
     read = [(result["seed"], result["metrics"].get("baselines", {})) for result in [*found, *method]]
@@ -81,6 +83,7 @@ def _suite(suite: Any, found: list[dict[str, Any]]) -> str:
         f"## {suite.title}\n",
         f"{texts}{processors}; {versions}. {suite.note}\n",
         markdown_table(rows),
+        *outdated(found),
         f"One cell: `{example['command']}`; all of them: `python -m bench.quality run {example['suite']} "
         f"--seeds 1 2 3`{', traps by `--cells`' if done('trap') else ''}.\n",
     ]
@@ -119,9 +122,19 @@ def _of_the_same_runs(suite: Any, found: list[dict[str, Any]]) -> list[dict[str,
     return kept
 
 
+def outdated(found: list[dict[str, Any]]) -> list[str]:
+    """What the sign † of a table stands for: figures that today's code would not repeat to the last digit."""
+    notes = dict.fromkeys(result["outdated"] for result in found if "outdated" in result)
+    return [f"† {note}.\n" for note in notes]
+
+
 def _signs(full: list[dict[str, Any]], ablations: dict[str, list[dict[str, Any]]]) -> str:
     """Paired by seed: test N@10 of the full model minus that without the part."""
-    reference = {result["seed"]: result["metrics"]["test"][METRIC] for result in full}
+    reference = {result["seed"]: result["metrics"]["test"][METRIC] for result in full if "outdated" not in result}
+    if not reference:  # then all are of the same code
+        reference = {result["seed"]: result["metrics"]["test"][METRIC] for result in full}
+    else:
+        ablations = {name: [r for r in found if "outdated" not in r] for name, found in ablations.items()}
     lines = ["| part left out | N@10 lost without it | seeds in which it helped |", "|---|---:|---:|"]
     for name, found in ablations.items():
         lost = [reference[r["seed"]] - r["metrics"]["test"][METRIC] for r in found if r["seed"] in reference]
