@@ -59,20 +59,19 @@ def test_the_first_entries_of_rows():
 
 
 def test_the_heads_texts_are_read_before_workers_start_and_only_where_they_are_asked_for(
-    tiny_store, tiny_backbone, tmp_path, monkeypatch
+    tiny_backbone, tmp_path, monkeypatch
 ):
+    store = make_store(tmp_path)  # of which no other test has read the texts
     loads, load = [], text_vectors.Backbone
     monkeypatch.setattr(text_vectors, "Backbone", lambda config: loads.append(config) or load(config))
 
     def model_of(name: str, **model: object) -> GLTA:
-        config = tiny_config(tiny_store.path, tiny_backbone, tmp_path / name, model=model)
-        untrained = {"pretrained": False, "layers": 1}  # of which no other test has read the texts
-        config = config.model_copy(update={"backbone": config.backbone.model_copy(update=untrained)})
+        config = tiny_config(store.path, tiny_backbone, tmp_path / name, model=model)
         folder = RunFolder(config.out)
         with folder.claimed(config, resume=False):
             prepare_run(config, folder)
         read = len(loads)
-        model = build_model(config, tiny_store, build_prompts(config, tiny_store, folder), folder, distributed=False)
+        model = build_model(config, store, build_prompts(config, store, folder), folder, distributed=False)
         assert len(loads) == read
         return model
 
@@ -80,8 +79,8 @@ def test_the_heads_texts_are_read_before_workers_start_and_only_where_they_are_a
     assert (without.item_texts, without.head.rows.from_text, loads) == (None, None, [])
     found = model_of("with").item_texts
     assert len(loads) == 1
-    tokens = tiny_store.tokens(str(tiny_backbone), TEXT_LENGTH).items
-    config = BackboneConfig(name=str(tiny_backbone), pretrained=False)
+    tokens = store.tokens(str(tiny_backbone), TEXT_LENGTH).items
+    config = BackboneConfig(name=str(tiny_backbone))
     texts = text_vectors.load_or_read_texts(config, tokens, tmp_path / "again")
     centred = texts - texts.mean(0)
     torch.testing.assert_close(found / found.norm(), centred / centred.norm())
