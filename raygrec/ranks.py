@@ -48,3 +48,8 @@ def device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return torch.device("cpu")
+
+
+def name_accelerator() -> None:
+    """To be called before anything imports DeepSpeed, which otherwise prints what it finds; nobody is overruled."""
+    os.environ.setdefault("DS_ACCELERATOR", device().type)

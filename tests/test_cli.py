@@ -13,7 +13,7 @@ import pytest
 from raygrec import cli
 from raygrec.data.store import Store
 from raygrec.train.folder import RunFolder
-from tests.train.workers import tiny_config, tiny_sequential_config
+from tests.train.workers import tiny_config, tiny_galrec_config, tiny_sequential_config
 
 
 @pytest.fixture
@@ -42,15 +42,19 @@ def config_file(folder: Path, store, backbone: Path, **changes: object) -> tuple
 def trained(tiny_store, tiny_backbone, tmp_path_factory):
     """(config file, run folder) of a run that `raygrec train --local --json` has finished, and what it printed."""
     file, out = config_file(tmp_path_factory.mktemp("cli"), tiny_store, tiny_backbone)
-    done = subprocess.run(
+    return file, out, trained_alone(file)
+
+
+def trained_alone(file: Path) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    return subprocess.run(
         [sys.executable, "-m", "raygrec.cli", "train", file, "--local", "--json"],
         capture_output=True,
         text=True,
         timeout=120,
         check=True,
-        env=os.environ | {"RAYGREC_QUIET": "0"},
+        env=environment | {"RAYGREC_QUIET": "0"},
     )
-    return file, out, done
 
 
 def one_line(error: str) -> str:
@@ -59,8 +63,13 @@ def one_line(error: str) -> str:
     return error
 
 
-def test_training_prints_one_json_document_and_nothing_else(trained):
+@pytest.mark.parametrize("recipe", ["glta", "galrec"])
+def test_training_prints_one_json_document_and_nothing_else(recipe, trained, tiny_store, tiny_backbone, tmp_path):
     _, out, done = trained
+    if recipe == "galrec":
+        file, out = tmp_path / "run.yaml", tmp_path / "run"
+        file.write_text(tiny_galrec_config(tiny_store.path, tiny_backbone, out).model_dump_json())
+        done = trained_alone(file)
     assert json.loads(done.stdout) == RunFolder(out).metrics()
     assert done.stderr == "" or all(" in " in line and "/s" in line for line in done.stderr.splitlines())
 

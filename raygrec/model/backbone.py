@@ -22,6 +22,7 @@ from raygrec.model.dropout import keyed_dropout, prompt_dropout
 from raygrec.model.last_layer import Asked, LastLayer, asked_parameters, last_layer
 from raygrec.model.prompts import Placed
 from raygrec.progress import track
+from raygrec.ranks import name_accelerator
 from raygrec.remote import fetch, is_address
 
 if TYPE_CHECKING:
@@ -285,6 +286,7 @@ class Backbone(nn.Module):
             if hasattr(module, "get_base_layer"):
                 module.merge()
                 self.model.set_submodule(name, module.get_base_layer())
+        name_accelerator()  # `save_pretrained` imports DeepSpeed, to see whether it owns the model
         self.model.save_pretrained(folder)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:

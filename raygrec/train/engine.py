@@ -8,7 +8,6 @@ name, so a checkpoint knows neither the world size nor the ZeRO stage.
 import ctypes
 import logging
 import math
-import os
 import resource
 import warnings
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from torch import nn
 
 from raygrec.config import StrictConfig
 from raygrec.model.backbone import Backbone
-from raygrec.ranks import device, world
+from raygrec.ranks import device, name_accelerator, world
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 CARRIED = "carried/"
@@ -407,7 +406,7 @@ def _deepspeed_settings(config: EngineConfig, accumulation: int, bucket: int = B
 
 def _import_deepspeed() -> None:
     """DeepSpeed without what it logs from its import on and what it compiles on a CPU machine."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    name_accelerator()
     warnings.filterwarnings("ignore", module="deepspeed")
     import deepspeed
 
