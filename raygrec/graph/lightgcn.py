@@ -159,21 +159,22 @@ def propagate(adjacency: torch.Tensor, ego: torch.Tensor, layers: int) -> torch.
 def propagate_users(items_inductive: torch.Tensor, histories: CSR) -> torch.Tensor:
     """Embeddings of users known only by a history: [B rows of `histories`] -> [B, d].
 
-    u(H) = |H|^-1/2 Σ_{i in H} items_inductive[i], with
+    u(H) = |H|^-1/2 Σ_{i in H} items_inductive[i] for the set H of its items, with
     items_inductive[i] = deg_i^-1/2 Σ_{l=0}^{L-1} e_i^(l) / (L + 1).
     For a user's whole training history, adding the user's row of `users_ego` gives eq. (8) exactly. A history
     without the target leaves the target edge out of the user's own sum (not out of the items' deeper layers).
-    An empty history gives zeros; items are expected at most once per history.
+    A repeated item counts once, as in the adjacency; an empty history gives zeros.
     """
     device = items_inductive.device
-    lengths = torch.from_numpy(histories.lengths).to(device)
+    users, items = _edges(histories, len(items_inductive))
+    counts_B = np.bincount(users, minlength=len(histories))
     total = functional.embedding_bag(
-        torch.from_numpy(np.array(histories.indices, dtype=np.int64)).to(device),
+        torch.from_numpy(items).to(device),
         items_inductive,
-        torch.from_numpy(np.array(histories.indptr[:-1], dtype=np.int64)).to(device),
+        torch.from_numpy(np.cumsum(counts_B) - counts_B).to(device),
         mode="sum",
     )
-    return total * lengths.clamp(min=1).to(total.dtype).rsqrt()[:, None]
+    return total * torch.from_numpy(counts_B).to(device).clamp(min=1).to(total.dtype).rsqrt()[:, None]
 
 
 def node_embeddings(adjacency: torch.Tensor, ego: torch.Tensor, layers: int, num_users: int) -> NodeEmbeddings:

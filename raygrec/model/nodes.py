@@ -147,7 +147,18 @@ class NodeTables(nn.Module):
 def users_of_items(item_shares_Id: torch.Tensor, items_n: torch.Tensor, counts_B: torch.Tensor) -> torch.Tensor:
     """Node vectors [B, d] of users known by their items alone, |H|^-1/2 Σ shares: `propagate_users` on `counts_B[b]`
     entries of `items_n` each."""
-    return sum_rows(item_shares_Id[items_n], counts_B) / counts_B.clamp(min=1).sqrt()[:, None]
+    once_n1 = _once(items_n, counts_B, len(item_shares_Id)).to(item_shares_Id.dtype)[:, None]
+    sizes_B1 = sum_rows(once_n1, counts_B)
+    return sum_rows(item_shares_Id[items_n] * once_n1, counts_B) / sizes_B1.clamp(min=1).sqrt()
+
+
+def _once(items_n: torch.Tensor, counts_B: torch.Tensor, num_items: int) -> torch.Tensor:
+    """[n] bool: whether an entry is the first of its item among the `counts_B[b]` of its user."""
+    users_n = torch.arange(len(counts_B), device=items_n.device).repeat_interleave(counts_B, output_size=len(items_n))
+    keys_n, order_n = (users_n * num_items + items_n).sort(stable=True)
+    first_n = torch.ones_like(keys_n, dtype=torch.bool)
+    first_n[1:] = keys_n[1:] != keys_n[:-1]
+    return torch.empty_like(first_n).scatter_(0, order_n, first_n)
 
 
 class GraphReader(nn.Module):

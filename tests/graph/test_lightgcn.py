@@ -128,6 +128,16 @@ def test_propagate_users_without_the_target_edge_by_hand():
     torch.testing.assert_close(users, expected)
 
 
+@pytest.mark.parametrize("layers", [0, 1, 3])
+def test_repeated_items_count_once_where_users_are_rebuilt(ego, layers):
+    """As in the adjacency, in rows that begin and end with a repeat."""
+    once, repeated = CSR.from_lists([[0, 1], [], [2, 0], [1]]), CSR.from_lists([[0, 1, 1, 1], [], [2, 2, 0, 2], [1, 1]])
+    embeddings = node_embeddings(normalized_adjacency(repeated, 3), ego[:7], layers, 4)
+    rebuilt = propagate_users(embeddings.items_inductive, repeated)
+    torch.testing.assert_close(embeddings.users_ego + rebuilt, embeddings.users)
+    torch.testing.assert_close(rebuilt, propagate_users(embeddings.items_inductive, once))
+
+
 def test_negatives_are_uniform_over_the_items_a_user_does_not_hold():
     triplets = _Triplets(CSR.from_lists([[0, 1], [0, 1, 2, 3]]), 4, 900, torch.Generator().manual_seed(0))
     users, items, negatives = triplets.draw(torch.arange(2))

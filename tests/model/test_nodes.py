@@ -4,7 +4,16 @@ import torch
 from sklearn.decomposition import PCA
 
 from raygrec.data.arrays import CSR
-from raygrec.model.nodes import NODE_SCALE, ItemProjector, NodeTables, frame, nodes_of_texts, scaled_texts
+from raygrec.graph.lightgcn import propagate_users
+from raygrec.model.nodes import (
+    NODE_SCALE,
+    ItemProjector,
+    NodeTables,
+    frame,
+    nodes_of_texts,
+    scaled_texts,
+    users_of_items,
+)
 from tests.model.random_nodes import random_nodes
 
 ITEMS, NODE_WIDTH, TEXT_WIDTH, WIDTH = 7, 3, 4, 5
@@ -74,3 +83,14 @@ def test_texts_with_fewer_columns_than_node_vectors_keep_all_of_them():
     known = scaled_texts(texts)
     torch.testing.assert_close(nodes.users @ nodes.users.T, known @ known.T)
     assert not nodes_of_texts(None, train, 9, 6).users.any()
+
+
+@pytest.mark.parametrize("rows", [[[0, 1, 1, 1], [], [4, 0, 4], [4]], [[], []], [[3, 3]]])
+def test_users_of_items_count_repeated_items_once(rows):
+    """And are those that `propagate_users` makes, of rows with repeats and without."""
+    torch.manual_seed(0)
+    shares, histories = torch.randn(ITEMS, NODE_WIDTH), CSR.from_lists(rows)
+    items, counts = torch.from_numpy(histories.indices.astype(np.int64)), torch.from_numpy(histories.lengths)
+    found = users_of_items(shares, items, counts)
+    for one in (histories, CSR.from_lists([sorted(set(row)) for row in rows])):
+        torch.testing.assert_close(found, propagate_users(shares, one))
