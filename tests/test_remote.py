@@ -80,7 +80,13 @@ def test_a_run_reads_its_store_and_weights_at_addresses_and_is_copied_to_one(
         assert metrics[split] == plain[split]
     copied = tmp_path / "bucket" / "run"
     assert json.loads((copied / "metrics.json").read_text()) == metrics
-    assert {entry.name for entry in copied.iterdir()} == {"config.yaml", "history.jsonl", "metrics.json", "model"}
+    assert {entry.name for entry in copied.iterdir()} == {
+        "config.yaml",
+        "history.jsonl",
+        "metrics.json",
+        "model",
+        "store.id",
+    }
     shutil.rmtree(tmp_path / "run")
     assert evaluate_run(there) == {split: metrics[split] for split in ("valid", "test")}
 
