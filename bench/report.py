@@ -227,7 +227,7 @@ def _sweep(found: dict[str, dict[str, Any]]) -> str:
     if "asha" in found:
         one = found["asha"]
         epochs, best = one["epochs"], one["best"]
-        statuses = ", ".join(f"{count} {status}" for status, count in one["statuses"].items())
+        statuses = _statuses(one)
         lines.append(
             f"GAL-Rec on the demo's store, {one['trials']} trials of two workers, the same points. ASHA, its driver "
             f"killed (-9) after {one['ended_before_kill']} trials and resumed, ended with {statuses}, and "
@@ -246,6 +246,10 @@ def _sweep(found: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _statuses(found: dict[str, Any]) -> str:
+    return ", ".join(f"{count} {status}" for status, count in found["statuses"].items())
+
+
 def _searches(searches: dict[str, dict[str, Any]]) -> str:
     """What sweeps on Beauty found by validation, beside the jobs that they began with, all with as many trials."""
     lines = [
@@ -258,7 +262,7 @@ def _searches(searches: dict[str, dict[str, Any]]) -> str:
     ]
     for _, found in sorted(searches.items()):
         best, job = found["best"], found["job"]
-        statuses = ", ".join(f"{count} {status}" for status, count in found["statuses"].items())
+        statuses = _statuses(found)
         lines.append(
             f"| `{found['command'].removeprefix('python -m bench.sweep ')}` | {statuses} | {found['epochs']:g} "
             f"| {job['score']:.4f} | {best['score']:.4f} | {found['shared_epoch']:g} | {job['early']:.4f} "
