@@ -3,7 +3,7 @@
 import csv
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -231,7 +231,9 @@ def _lines_with_quotes(lines: Iterable[bytes], taken: dict[int, str]) -> Iterato
 
 def _header(path: Path, delimiter: str) -> tuple[int, list[str]]:
     """The number of blank lines at the start, and the columns."""
-    number, line = next(read_lines(path, bar=False), (0, ""))
+    # Closed by name: what a signal raises while a generator is collected is not heard.
+    with closing(read_lines(path, bar=False)) as lines:
+        number, line = next(lines, (0, ""))
     if not line:
         raise InputError(f"{path}: empty; expected a header line and rows")
     if "\r" in line:

@@ -2,12 +2,14 @@
 
 import gzip
 import json
+from contextlib import contextmanager
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from raygrec.data import files
 from raygrec.data.options import PrepareOptions
 from raygrec.data.readers import open_source
 from raygrec.data.text import Item
@@ -548,3 +550,19 @@ def test_table_items_column_that_was_named_must_exist(tmp_path):
     assert read("table", tmp_path)[1] == {"i": Item("i", "T")}
     message = refused("table", tmp_path, categories_column="genre")
     assert message == "items.csv: column 'genre' is missing; found item, title"
+
+
+def test_a_signal_is_heard_while_the_header_is_read(tmp_path, monkeypatch):
+    @contextmanager
+    def terminated(path, description):
+        monkeypatch.undo()
+        try:
+            with path.open("rb") as file:
+                yield file
+        finally:
+            raise SystemExit(143)  # as the handler of SIGTERM does, which runs wherever the process is
+
+    write(tmp_path / "interactions.csv", "user,item,time\nu,i,1\n")
+    monkeypatch.setattr(files, "open_metered", terminated)
+    with pytest.raises(SystemExit):
+        read("table", tmp_path)
