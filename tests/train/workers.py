@@ -155,7 +155,7 @@ def _tiny(store: Path, backbone: Path, out: Path, changes: dict[str, object], **
         "out": out,
         "graph": {"epochs": 4, "evaluate_every": 2, "dim": 8, "folds": 2, "batch_size": 64},
         "backbone": {"name": str(backbone)},
-        "evaluate": {"ks": (2, 3), "batch": 7},
+        "evaluate": {"ks": (2, 3), "batch": 13},
         **recipe,
     }
     for key, value in changes.items():
