@@ -1,10 +1,9 @@
-"""What the driver, controller and workers of a run tell each other; without torch, and so imported quickly."""
+"""What the driver, controller and workers of a run tell each other; without torch and Ray Train."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raygrec.cluster.heartbeat import Pulses
@@ -55,13 +54,3 @@ def put_up_board() -> Any:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     lasting = {"max_restarts": -1, "max_task_retries": -1}
     return ray.remote(num_cpus=0, scheduling_strategy=here, **lasting)(Board).remote()
-
-
-class Introduction(ControllerCallback):
-    """Tells the board who controls the workers: Ray Train's own way to end a run is for Ctrl-C alone."""
-
-    def __init__(self, board: Any) -> None:
-        self.board = board
-
-    def after_controller_start(self, train_run_context: Any) -> None:
-        self.board.controlled_by.remote(ray.get_runtime_context().current_actor)

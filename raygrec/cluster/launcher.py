@@ -30,9 +30,10 @@ import ray
 from ray import train
 from ray.train.torch import TorchTrainer
 
-from raygrec.cluster.board import Failure, Introduction, put_up_board
+from raygrec.cluster.board import Failure, put_up_board
 from raygrec.cluster.gauges import Gauges
 from raygrec.cluster.heartbeat import Heart, Watch
+from raygrec.cluster.introduction import Introduction
 from raygrec.cluster.task import as_task, where_there_is_room
 
 T = TypeVar("T")

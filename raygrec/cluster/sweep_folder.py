@@ -102,10 +102,10 @@ class TrialFolder:
         _write(self._failure, json.dumps({"reason": reason, "recurs": recurs}) + "\n")
 
     def drop_weights(self) -> None:
-        """Leaves configs, histories and metrics of the runs: the best configuration is trained anew."""
+        """Leaves configs, histories, metrics and tracebacks of the runs: the best configuration is trained anew."""
         for run in self.path.glob("seed-*"):
-            for name in ("checkpoints", "model", "ray"):
-                shutil.rmtree(run / name, ignore_errors=True)
+            for folder in (run / "checkpoints", run / "model", *run.glob("ray/*/")):
+                shutil.rmtree(folder, ignore_errors=True)
             (run / "nodes.safetensors").unlink(missing_ok=True)
 
 

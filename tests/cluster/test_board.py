@@ -40,7 +40,8 @@ def test_the_board_keeps_the_first_failure():
     assert mine.failed() == first
 
 
-def test_a_board_needs_no_torch():
-    """Its process and the controller's start in a fraction of the time."""
-    code = "import sys, raygrec.cluster.board; sys.exit('torch' in sys.modules)"
+@pytest.mark.parametrize(("module", "other"), [("board", "ray.train"), ("introduction", "torch")])
+def test_what_a_board_and_a_controller_do_not_need(module, other):
+    """Their processes start in a fraction of the time."""
+    code = f"import sys, raygrec.cluster.{module}; sys.exit('{other}' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
