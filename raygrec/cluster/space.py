@@ -106,7 +106,7 @@ class SearcherConfig(StrictConfig):
 
     name: Literal["grid", "random", "optuna"] = "random"
     """`grid`: every combination of choices; `random`; `optuna`: the tree-structured Parzen estimator (TPE)."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     startup: int = Field(8, ge=1)
     """Optuna: trials at random before it models anything."""
     first: tuple[Point, ...] = ()

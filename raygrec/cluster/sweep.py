@@ -76,14 +76,14 @@ def run_sweep(sweep: SweepConfig, resume: bool = False, final_seeds: int = 0) ->
     check_packages()
     sweep = sweep.model_copy(update={"out": sweep.out.absolute(), "job": sweep.job.absolute()})
     refuse_jobs_copy(sweep.out)
-    example = with_absolute_paths(run_config(base_config(sweep), str(sweep.job)))
-    Store.open(example.store)
-    sweep = sweep.model_copy(update={"settings": {**sweep.settings, "store": str(example.store)}})
+    sweep, example = _anywhere(sweep)
+    store = Store.open(example.store)
     folder = SweepFolder(sweep.out)
     started_here = False
     try:
         with folder.held():
             with folder.claimed(sweep, resume) as sweep:
+                folder.of_store(store)
                 started_here = connect(example.cluster, sweep.concurrency)
                 # The same for all trials; a trial makes the nodes itself where these are searched.
                 nodes = not any(key.startswith("graph.") for key in sweep.space)
@@ -95,6 +95,16 @@ def run_sweep(sweep: SweepConfig, resume: bool = False, final_seeds: int = 0) ->
     finally:
         if started_here:
             ray.shutdown()
+
+
+def _anywhere(sweep: SweepConfig) -> tuple[SweepConfig, RunConfig]:
+    """The sweep with the paths of its runs in its settings, absolute, and the run that all of its trials vary."""
+    given = run_config(base_config(sweep), str(sweep.job))
+    example = with_absolute_paths(given)
+    paths = {"store": str(example.store)}
+    if example.backbone.name != given.backbone.name:
+        paths["backbone.name"] = example.backbone.name
+    return sweep.model_copy(update={"settings": {**sweep.settings, **paths}}), example
 
 
 def _search(sweep: SweepConfig, folder: SweepFolder, example: RunConfig) -> None:

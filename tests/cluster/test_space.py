@@ -174,6 +174,7 @@ def test_overrides_are_of_the_sweep_or_of_its_job(tmp_path):
     ("overrides", "message"),
     [
         (["metric=test.ndcg@10"], "key 'metric': a sweep chooses by validation"),
+        (["searcher.seed=-1"], "key 'searcher.seed': Input should be greater than or equal to 0"),
         (["metric=ndcg@7"], "the runs measure at [5, 10]"),
         (["metric=loss"], "such as ndcg@10"),
         (["train.lrr=3"], "settings: recipe 'galrec' has no key 'train.lrr'; the nearest known key is 'train.lr'"),

@@ -146,6 +146,18 @@ def test_a_sweep_without_room_is_refused_with_the_arithmetic(space, tmp_path):
     assert not (tmp_path / "sweep").exists()  # another try may use it
 
 
+def test_trials_find_a_relative_store_and_backbone_from_anywhere(space, tiny_store, tiny_backbone, monkeypatch):
+    from raygrec.cluster import sweep as sweeps
+    from raygrec.cluster.space import read_sweep, trial_config
+
+    monkeypatch.chdir(tiny_backbone.parent)
+    there = [f"store={os.path.relpath(tiny_store.path)}", f"backbone.name={tiny_backbone.name}"]
+    sweep, example = sweeps._anywhere(read_sweep(space, there))
+    trial = trial_config(sweep, {"train.lr": GOOD}, space.parent / "run")
+    assert (trial.store, trial.backbone.name) == (tiny_store.path, str(tiny_backbone))
+    assert (example.store, example.backbone.name) == (tiny_store.path, str(tiny_backbone))
+
+
 def test_trials_at_once_are_those_that_drivers_and_nodes_have_room_for(space, monkeypatch):
     from raygrec.cluster import sweep as sweeps
     from raygrec.cluster.space import base_config, read_sweep
