@@ -229,6 +229,7 @@ class RunOnWorkers:
         self.board = put_up_board()
         self._watch = Watch(self.board, config.cluster.stall_seconds, tell)
         self._raised: list[BaseException] = []
+        self._given_up = False
         trainer = _trainer(config, folder, self.board, controller_failures)
         # In the main thread, Ray would answer Ctrl-C itself, and slowly.
         self._running = threading.Thread(target=self._fit, args=(trainer,), daemon=True)
@@ -244,7 +245,16 @@ class RunOnWorkers:
         """Waits so long at most; whether the run is still going on."""
         self._running.join(seconds)
         self._watch.look()
+        if not self._given_up and self._would_recur():
+            self._given_up = True
+            self.stop()  # Ray Train would start the workers once more, to hear the same
         return self._running.is_alive()
+
+    def _would_recur(self) -> bool:
+        try:
+            return ray.get(self.board.failed.remote(), timeout=10) is not None
+        except ray.exceptions.RayError:
+            return False  # the board is slow or gone
 
     def stop(self) -> None:
         """Ends the workers before the run has, and gives back the place they have."""
