@@ -258,9 +258,9 @@ class RunOnWorkers:
 
     def stop(self) -> None:
         """Ends the workers before the run has, and gives back the place they have."""
-        controller = ray.get(self.board.controlled.remote())
-        if controller is not None and self._running.is_alive():
-            with suppress(ray.exceptions.RayError):
+        with suppress(ray.exceptions.RayError):
+            controller = ray.get(self.board.controlled.remote(), timeout=STOPPED_AFTER)
+            if controller is not None and self._running.is_alive():
                 ray.get(controller.abort.remote(), timeout=STOPPED_AFTER)
 
     def finish(self) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def _anywhere(sweep: SweepConfig) -> tuple[SweepConfig, RunConfig]:
     given = run_config(base_config(sweep), str(sweep.job))
     example = with_absolute_paths(given)
     paths = {"store": str(example.store)}
-    if example.backbone.name != given.backbone.name:
+    if example.backbone.name != given.backbone.name and "backbone.name" not in sweep.space:
         paths["backbone.name"] = example.backbone.name
     return sweep.model_copy(update={"settings": {**sweep.settings, **paths}}), example
 
