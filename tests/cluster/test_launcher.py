@@ -49,10 +49,10 @@ def test_a_run_that_loses_a_worker_ends_as_the_run_in_one_process(tiny_store, ti
         text=True,
         env=os.environ | {"RAYGREC_QUIET": "0"},
     )
-    wait_for(lambda: list(folder.checkpoints.glob("train-*")) or process.poll() is not None, 400)
+    wait_for(lambda: list(folder.checkpoints.glob("train-*")) or process.poll() is not None, 900)
     shot = workers_below(process)[-1]
     shot.send_signal(signal.SIGKILL)
-    output, error = process.communicate(timeout=400)
+    output, error = process.communicate(timeout=900)
     assert process.returncode == 0, error
     assert not shot.is_running()
     # Standard output holds the document, standard error what our bars leave behind, and nothing else speaks.
