@@ -229,7 +229,6 @@ class RunOnWorkers:
         self.board = put_up_board()
         self._watch = Watch(self.board, config.cluster.stall_seconds, tell)
         self._raised: list[BaseException] = []
-        self._given_up = False
         trainer = _trainer(config, folder, self.board, controller_failures)
         # In the main thread, Ray would answer Ctrl-C itself, and slowly.
         self._running = threading.Thread(target=self._fit, args=(trainer,), daemon=True)
@@ -245,22 +244,15 @@ class RunOnWorkers:
         """Waits so long at most; whether the run is still going on."""
         self._running.join(seconds)
         self._watch.look()
-        if not self._given_up and self._would_recur():
-            self._given_up = True
+        if _asked(self.board.failed):
             self.stop()  # Ray Train would start the workers once more, to hear the same
         return self._running.is_alive()
 
-    def _would_recur(self) -> bool:
-        try:
-            return ray.get(self.board.failed.remote(), timeout=10) is not None
-        except ray.exceptions.RayError:
-            return False  # the board is slow or gone
-
     def stop(self) -> None:
         """Ends the workers before the run has, and gives back the place they have."""
-        with suppress(ray.exceptions.RayError):
-            controller = ray.get(self.board.controlled.remote(), timeout=STOPPED_AFTER)
-            if controller is not None and self._running.is_alive():
+        controller = _asked(self.board.controlled, STOPPED_AFTER)
+        if controller is not None and self._running.is_alive():
+            with suppress(ray.exceptions.RayError):
                 ray.get(controller.abort.remote(), timeout=STOPPED_AFTER)
 
     def finish(self) -> dict[str, Any]:
@@ -282,7 +274,7 @@ def _fit(config: RunConfig, folder: RunFolder) -> dict[str, Any]:
         reporter.progress(STARTING, 0, config.cluster.most)
         workers = 0
         while run.goes_on(REDRAWN_EVERY):
-            for line in _news(run.board):
+            for line in _asked(run.board.take) or ():
                 if line[0] == STARTING:
                     if workers:
                         tell(_restarted(workers, line[2]))
@@ -380,8 +372,9 @@ def _explained(failure: Failure | None, raised: list[BaseException], folder: Run
     return WorkerError(f"{' '.join(message.split())}{where}", recurs=failure is not None)
 
 
-def _news(board: Any) -> list[tuple[str, int, int, str]]:
+def _asked(question: Any, seconds: float = 10.0) -> Any:
+    """What a board's method answers; None where the board is slow or gone, which ends no run."""
     try:
-        return ray.get(board.take.remote(), timeout=10)
+        return ray.get(question.remote(), timeout=seconds)
     except ray.exceptions.RayError:
-        return []  # the board is slow or gone; the run is not
+        return None

@@ -83,7 +83,7 @@ def run_sweep(sweep: SweepConfig, resume: bool = False, final_seeds: int = 0) ->
     try:
         with folder.held():
             with folder.claimed(sweep, resume) as sweep:
-                folder.of_store(store)
+                store.kept_by(folder.path)
                 started_here = connect(example.cluster, sweep.concurrency)
                 # The same for all trials; a trial makes the nodes itself where these are searched.
                 nodes = not any(key.startswith("graph.") for key in sweep.space)

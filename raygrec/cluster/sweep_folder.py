@@ -14,7 +14,6 @@ import yaml
 
 from raygrec.cluster.space import Point, SweepConfig, trial_config
 from raygrec.config import read_yaml, validate
-from raygrec.data.store import Store
 from raygrec.errors import InputError
 from raygrec.evaluate.sweeps import REPORT_COLUMNS, TRIAL_COLUMNS, best_trial
 from raygrec.storage import gone_if_it_fails, replaced
@@ -167,17 +166,6 @@ class SweepFolder:
             _write(self.job_file, yaml.safe_dump(job, sort_keys=False))
         _write(self.config_file, yaml.safe_dump(kept.model_dump(mode="json"), sort_keys=False))
         return kept
-
-    def of_store(self, store: Store) -> None:
-        """Keeps the store's fingerprint; `InputError` where the sweep was started with another store."""
-        file = self.path / "store.id"
-        if not file.exists():
-            _write(file, store.fingerprint)
-        if file.read_text(encoding="utf-8") != store.fingerprint:
-            raise InputError(
-                f"{store.path}: not the store that {self.path} was started with (its fingerprint differs); "
-                "put that one back, or name another out"
-            )
 
     def _make(self) -> None:
         try:

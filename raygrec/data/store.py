@@ -17,6 +17,7 @@ from raygrec.data.splits import SPLITS
 from raygrec.data.tokens import TokenTable
 from raygrec.errors import InputError
 from raygrec.remote import fetch, is_address
+from raygrec.storage import replaced
 
 FORMAT = "raygrec-store"
 VERSION = 1
@@ -67,6 +68,18 @@ class Store:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Store.open, (self.path,)
+
+    def kept_by(self, folder: Path) -> None:
+        """Notes its fingerprint in the folder of a run or sweep; `InputError` where that was started with another."""
+        file = folder / "store.id"
+        if not file.exists():
+            with replaced(file, len(self.fingerprint)) as draft:
+                draft.write_text(self.fingerprint, encoding="utf-8")
+        if file.read_text(encoding="utf-8") != self.fingerprint:
+            raise InputError(
+                f"{self.path}: not the store that {folder} was started with (its fingerprint differs); "
+                "put that one back, or name another out"
+            )
 
     def verify(self) -> None:
         """Compares the SHA-256 of every array with the manifest; `InputError` names one that differs."""

@@ -70,11 +70,7 @@ def prepare_run(config: RunConfig, folder: RunFolder) -> None:
     check_packages(config.track)
     store = Store.open(config.store)
     # What the folder holds, such as nodes, was made of that store's training edges, which may be another's targets.
-    if folder.kept("store", lambda: store.fingerprint) != store.fingerprint:
-        raise InputError(
-            f"{store.path}: not the store that {folder.path} was started with (its fingerprint differs); "
-            "put that one back, or name another out"
-        )
+    store.kept_by(folder.path)
     _prepare_store(config, store)
     if not isinstance(config, SequentialRun) and not folder.nodes_file.exists():
         source = "LightGCN" if config.reads_graph else "texts"

@@ -67,6 +67,28 @@ def test_a_run_that_loses_a_worker_ends_as_the_run_in_one_process(tiny_store, ti
     np.testing.assert_allclose(*losses, rtol=1e-3)
 
 
+def test_a_failure_that_would_recur_ends_the_run_with_one_line(local_ray, tiny_store, tiny_backbone, tmp_path):
+    config = tiny_config(
+        tiny_store.path,
+        tiny_backbone,
+        tmp_path / "run",
+        alignment={"epochs": 0},
+        histories={"epochs": 0},
+        train={"lr": 1e30},
+        cluster={"workers": 1},
+    )
+    with pytest.raises(launcher.WorkerError) as failed:
+        launcher.train_on_ray(config)
+    message, log = str(failed.value), config.out / "ray" / "failure.log"
+    assert "\n" not in message
+    assert re.fullmatch(
+        r"train: the loss is (nan|inf) in step \d+ .* in \S+not_finite\.json; .*lower train\.lr; .* in (\S+)", message
+    )
+    assert message.endswith(str(log))
+    assert "Traceback" in log.read_text()
+    assert RunFolder(config.out).metrics() is None
+
+
 def test_workers_that_the_cluster_cannot_hold_are_refused(local_ray, tiny_store, tiny_backbone, tmp_path):
     config = tiny_config(tiny_store.path, tiny_backbone, tmp_path / "run", cluster={"workers": 500})
     with pytest.raises(InputError, match=r"cluster\.workers=500 × 1 CPU = 500 CPU, the cluster has \d+; ask for fewer"):

@@ -93,15 +93,6 @@ def test_a_folder_is_claimed_once_and_resumed_by_the_same_search_alone(sweep, tm
         pass
 
 
-def test_a_sweep_goes_on_with_its_store_alone(folder, tiny_store, tiny_unordered_store):
-    folder.of_store(tiny_store)
-    folder.of_store(tiny_store)
-    with pytest.raises(
-        InputError, match=rf"^{tiny_unordered_store.path}: not the store that {folder.path} was started"
-    ):
-        folder.of_store(tiny_unordered_store)
-
-
 def test_a_folder_with_something_else_in_it_is_left_alone(sweep):
     sweep.out.mkdir()
     (sweep.out / "thesis.txt").write_text("…")

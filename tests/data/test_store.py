@@ -176,3 +176,10 @@ def test_a_link_to_a_store_stays_one(store, tmp_path):
     assert link.is_symlink()
     assert not Store.open(store.path).ordered
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lamps", "link", "store"]
+
+
+def test_a_folder_goes_on_with_its_store_alone(tiny_store, tiny_unordered_store, tmp_path):
+    tiny_store.kept_by(tmp_path)
+    tiny_store.kept_by(tmp_path)
+    with pytest.raises(InputError, match=rf"^{tiny_unordered_store.path}: not the store that {tmp_path} was started"):
+        tiny_unordered_store.kept_by(tmp_path)
