@@ -40,6 +40,13 @@ def replaced(file: Path, needed: int | None = None) -> Iterator[Path]:
             draft.unlink(missing_ok=True)
 
 
+def write_whole(file: Path, content: str | bytes) -> None:
+    """Gives `file` this content, text in UTF-8, as `replaced` does."""
+    raw = content.encode("utf-8") if isinstance(content, str) else content
+    with replaced(file, len(raw)) as draft:
+        draft.write_bytes(raw)
+
+
 def made_once(place: Path, make: Callable[[], None], sign: Path | None = None) -> None:
     """Calls `make` where `place` is not there; of several processes that want it at once, one makes it.
 

@@ -16,7 +16,7 @@ from raygrec.cluster.space import Point, SweepConfig, trial_config
 from raygrec.config import read_yaml, validate
 from raygrec.errors import InputError
 from raygrec.evaluate.sweeps import REPORT_COLUMNS, TRIAL_COLUMNS, best_trial
-from raygrec.storage import gone_if_it_fails, replaced
+from raygrec.storage import gone_if_it_fails, replaced, write_whole
 from raygrec.train.lock import held
 
 LOCK = ".lock"
@@ -81,7 +81,7 @@ class TrialFolder:
         """Appends a line, after the complete ones."""
         before = self.reports()
         lines = [json.dumps(asdict(one)) + "\n" for one in [*before, report]]
-        _write(self._reports, "".join(lines))
+        write_whole(self._reports, "".join(lines))
 
     def outcome(self) -> Outcome | None:
         return Outcome(**json.loads(self._outcome.read_text())) if self._outcome.exists() else None
@@ -89,7 +89,7 @@ class TrialFolder:
     def ended(self, outcome: Outcome) -> None:
         """Notes how the trial stands."""
         self.path.mkdir(parents=True, exist_ok=True)
-        _write(self._outcome, json.dumps(asdict(outcome)) + "\n")
+        write_whole(self._outcome, json.dumps(asdict(outcome)) + "\n")
 
     def failure(self) -> tuple[str, bool] | None:
         """Why the trial failed last, and whether it would again."""
@@ -99,7 +99,7 @@ class TrialFolder:
         return content["reason"], content["recurs"]
 
     def failed(self, reason: str, recurs: bool) -> None:
-        _write(self._failure, json.dumps({"reason": reason, "recurs": recurs}) + "\n")
+        write_whole(self._failure, json.dumps({"reason": reason, "recurs": recurs}) + "\n")
 
     def drop_weights(self) -> None:
         """Leaves configs, histories, metrics and tracebacks of the runs: the best configuration is trained anew."""
@@ -163,8 +163,8 @@ class SweepFolder:
         elif any(not file.name.startswith(ours) for file in self.path.iterdir()):
             raise InputError(f"{self.path}: is not empty and holds no sweep; name a folder that does not exist yet")
         else:
-            _write(self.job_file, yaml.safe_dump(job, sort_keys=False))
-        _write(self.config_file, yaml.safe_dump(kept.model_dump(mode="json"), sort_keys=False))
+            write_whole(self.job_file, yaml.safe_dump(job, sort_keys=False))
+        write_whole(self.config_file, yaml.safe_dump(kept.model_dump(mode="json"), sort_keys=False))
         return kept
 
     def _make(self) -> None:
@@ -238,12 +238,12 @@ class SweepFolder:
         best = best_trial(trials, sweep.mode)
         if best is not None:
             config = trial_config(sweep, self.point(best["trial"]), self.path / "best", test=True)
-            _write(self.best_file, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+            write_whole(self.best_file, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         return trials
 
     def write_final(self, metrics: dict[str, Any]) -> None:
         """final.json: what the best configuration came to, by method and split, a list over seeds."""
-        _write(self.final_file, json.dumps(metrics, indent=2) + "\n")
+        write_whole(self.final_file, json.dumps(metrics, indent=2) + "\n")
 
 
 def _as_stored(table: pd.DataFrame) -> pd.DataFrame:
@@ -256,8 +256,3 @@ def _as_stored(table: pd.DataFrame) -> pd.DataFrame:
         and not table[name].dropna().map(lambda value: type(value) in (int, float)).all()
     }
     return table.assign(**mixed)
-
-
-def _write(file: Path, content: str) -> None:
-    with replaced(file, len(content)) as draft:
-        draft.write_text(content, encoding="utf-8")

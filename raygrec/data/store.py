@@ -17,7 +17,7 @@ from raygrec.data.splits import SPLITS
 from raygrec.data.tokens import TokenTable
 from raygrec.errors import InputError
 from raygrec.remote import fetch, is_address
-from raygrec.storage import replaced
+from raygrec.storage import write_whole
 
 FORMAT = "raygrec-store"
 VERSION = 1
@@ -73,8 +73,7 @@ class Store:
         """Notes its fingerprint in the folder of a run or sweep; `InputError` where that was started with another."""
         file = folder / "store.id"
         if not file.exists():
-            with replaced(file, len(self.fingerprint)) as draft:
-                draft.write_text(self.fingerprint, encoding="utf-8")
+            write_whole(file, self.fingerprint)
         if file.read_text(encoding="utf-8") != self.fingerprint:
             raise InputError(
                 f"{self.path}: not the store that {folder} was started with (its fingerprint differs); "

@@ -17,7 +17,7 @@ from raygrec.errors import InputError
 from raygrec.evaluate import sweep_figures as figures
 from raygrec.evaluate.drawing import Drawing, number, plotly_figure, png, shortened
 from raygrec.evaluate.sweep_figures import Key, Sweep
-from raygrec.storage import replaced
+from raygrec.storage import write_whole
 
 TRIAL_COLUMNS = ("trial", "number", "status", "reason", "score", "spread", "epochs", "seconds", "device_seconds")
 REPORT_COLUMNS = ("trial", "epoch", "score", "value", "seconds")
@@ -77,11 +77,11 @@ def write_report(folder: Path, metric: str, mode: str, title: str) -> Path:
     for name, (_, drawing) in drawn.items():
         picture = place / f"{name}.png"
         if isinstance(drawing, Drawing):
-            _write(picture, png(drawing))
+            write_whole(picture, png(drawing))
         else:
             picture.unlink(missing_ok=True)  # of an earlier report, which this one contradicts
     report = Path(folder) / "report.html"
-    _write(report, _page(sweep, title, drawn.values()).encode("utf-8", "replace"))
+    write_whole(report, _page(sweep, title, drawn.values()).encode("utf-8", "replace"))
     return report
 
 
@@ -136,11 +136,6 @@ def check_packages() -> None:
             importlib.import_module(package)
         except ImportError:
             raise InputError(f'a sweep\'s report needs the package {package}: pip install "raygrec[tune]"') from None
-
-
-def _write(file: Path, content: bytes) -> None:
-    with replaced(file, len(content)) as draft:
-        draft.write_bytes(content)
 
 
 def _draw_all(sweep: Sweep) -> dict[str, tuple[str, Drawing | str]]:

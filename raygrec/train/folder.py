@@ -18,7 +18,7 @@ from raygrec.errors import InputError
 from raygrec.model.backbone import resolve
 from raygrec.progress import tell
 from raygrec.remote import fetch, is_address, upload
-from raygrec.storage import gone_if_it_fails, mode_of_new, replaced, sync, writing
+from raygrec.storage import gone_if_it_fails, mode_of_new, sync, write_whole, writing
 from raygrec.tensors import load_tensors, save_tensors, size
 from raygrec.train import manifest
 from raygrec.train.lock import held
@@ -127,7 +127,7 @@ class RunFolder:
             _remove(draft)  # of a process that was killed
         content = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
         with self._as_run_folder():
-            self._write(self.config_file, content)
+            write_whole(self.config_file, content)
             self.checkpoints.mkdir(exist_ok=True)
 
     def _make(self) -> None:
@@ -166,7 +166,7 @@ class RunFolder:
         """What `make` returned when it was first asked for the id `name` in this folder."""
         file = self.path / f"{name}.id"
         if not file.exists():
-            self._write(file, make())
+            write_whole(file, make())
         return file.read_text(encoding="utf-8")
 
     def report(self, record: dict[str, Any]) -> None:
@@ -186,7 +186,7 @@ class RunFolder:
         """Cuts history.jsonl back to what a checkpoint has seen; the steps after it will run again."""
         lines = self._lines()
         if len(lines) > records:
-            self._write(self.history_file, "".join(lines[:records]))
+            write_whole(self.history_file, "".join(lines[:records]))
 
     def _lines(self) -> list[str]:
         return self.history_file.read_text(encoding="utf-8").splitlines(True) if self.history_file.exists() else []
@@ -299,11 +299,11 @@ class RunFolder:
 
     def write_batch(self, record: dict[str, Any]) -> None:
         """Writes not_finite.json: where loss or gradient was not finite, and on which users or items."""
-        self._write(self.batch_file, json.dumps(record) + "\n")
+        write_whole(self.batch_file, json.dumps(record) + "\n")
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         """Writes metrics.json, the sign that the run has finished."""
-        self._write(self.path / METRICS, json.dumps(metrics, indent=2) + "\n")
+        write_whole(self.path / METRICS, json.dumps(metrics, indent=2) + "\n")
 
     def publish(self, config: RunConfig) -> None:
         """Copies the finished run to where its config wants it, metrics.json last of all."""
@@ -314,10 +314,6 @@ class RunFolder:
         """The final metrics, or None while the run has not finished."""
         file = self.path / METRICS
         return _read_json(file) if file.exists() else None
-
-    def _write(self, file: Path, content: str) -> None:
-        with replaced(file, len(content)) as draft:
-            draft.write_text(content, encoding="utf-8")
 
 
 def _read_json(file: Path) -> Any:
