@@ -445,7 +445,8 @@ class GLTA(GraphReader):
             shown = torch.cat([batch.history, batch.history.new_zeros(1)])  # prompts may show nothing
             vectors = self.item_rows(shown[(batch.history_indptr[1:] - 1).clamp(min=0)], batch.tables)
         else:
-            entries = self.item_rows(batch.history, batch.tables.repeat_interleave(counts))
+            tables = batch.tables.repeat_interleave(counts, output_size=len(batch.history))
+            entries = self.item_rows(batch.history, tables)
             vectors = sum_rows(entries, counts) / counts.clamp(min=1).sqrt()[:, None]
         return self.item_projector.projected(vectors) * (counts > 0)[:, None]
 

@@ -241,7 +241,7 @@ class Targets:
     def rows(self) -> torch.Tensor:
         """[entries]: the position each entry belongs to."""
         counts = self.indptr.diff()
-        return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+        return torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=len(self.items))
 
     def slice(self, start: int, stop: int) -> "Targets":
         first, last = int(self.indptr[start]), int(self.indptr[stop])

@@ -104,7 +104,7 @@ def frame(rows: int, columns: int) -> torch.Tensor:
 
 def sum_rows(vectors: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """[B, d]: the first counts[0] of `vectors` [n, d] added up, then the next counts[1], …"""
-    row_of = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    row_of = torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=len(vectors))
     return vectors.new_zeros(len(counts), vectors.shape[1]).index_add(0, row_of, vectors)
 
 
@@ -139,7 +139,7 @@ class NodeTables(nn.Module):
     def users(self, batch: PromptBatch) -> torch.Tensor:
         """Vectors [B, d] of the prompts' users by their histories alone, |H|^-1/2 Σ shares (`propagate_users`)."""
         counts_B = batch.history_indptr.diff()
-        tables_n = torch.repeat_interleave(batch.tables[: len(counts_B)], counts_B)
+        tables_n = batch.tables[: len(counts_B)].repeat_interleave(counts_B, output_size=len(batch.history))
         rows_n = tables_n * self.shares_KId.shape[1] + batch.history
         return users_of_items(self.shares_KId.flatten(0, 1), rows_n, counts_B)
 
