@@ -1,10 +1,15 @@
 """Fixtures that several rooms share: a tiny data set, a tiny backbone, quiet bars."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 # Before torch is imported, and for the processes that tests start: sums of one thread have one order.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Only what tests marked `gpu` start sees the GPUs; they are noted for the workers of pytest-xdist, too.
+os.environ.setdefault("RAYGREC_TESTS_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 import torch
@@ -39,6 +44,20 @@ def tiny_unordered_store(tmp_path_factory: pytest.TempPathFactory):
 def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A two-layer random BERT with a word-piece tokenizer, as a folder in `transformers` format."""
     return make_backbone(tmp_path_factory.mktemp("backbone"))
+
+
+@pytest.fixture(scope="session")
+def gpu() -> dict[str, str]:
+    """The environment of processes that see the machine's GPUs."""
+    if torch.version.cuda is None:
+        pytest.skip("needs a GPU: this torch is built for the CPU")
+    seen = os.environ["RAYGREC_TESTS_GPUS"]
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    environment |= {} if seen == "all" else {"CUDA_VISIBLE_DEVICES": seen}
+    count = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
+    if not int(subprocess.run(count, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout):
+        pytest.skip("needs a GPU: torch sees none")
+    return environment
 
 
 @pytest.fixture(scope="module")
