@@ -164,10 +164,10 @@ SUITES = {
     "ml-100k-time": glta(
         "GLTA on MovieLens-100K, global time",
         "ml-100k-time",
-        "glta-ml100k.yaml",
-        EASE,
-        "Most users of the test set have no history; for these popularity is all there is to know, and LightGCN "
-        "ranks by it.",
+        "glta-ml100k-time.yaml",
+        {**EASE, "GLTA without trend": Cell("ablation", "glta-ml100k-time.yaml", ("model.trend=null",), True)},
+        "Most users of the test set have no history: of them LightGCN knows nothing, and popularity ranks, that in all "
+        "training interactions or the recent one, which GLTA's trend reads.",
     ),
     "galrec-beauty": galrec("GAL-Rec on Amazon Beauty, leave-one-out", "beauty", "BSARec .0610, GRAM .0531"),
     "galrec-parts": galrec_parts("What each part of GAL-Rec does, on Amazon Beauty, five epochs", "beauty"),

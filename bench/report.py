@@ -67,7 +67,8 @@ def _suite(suite: Any, found: list[dict[str, Any]]) -> str:
     # A seed's graph baselines are the same whichever cell read them.
     read = [(result["seed"], result["metrics"].get("baselines", {})) for result in [*found, *method]]
     by_seed = {seed: baselines for seed, baselines in read if "LightGCN" in baselines}
-    rows = [Row(name, [one[name]["test"] for one in by_seed.values()]) for name in ("Popularity", "LightGCN")]
+    in_runs = dict.fromkeys(name for one in by_seed.values() for name in one)
+    rows = [Row(name, [one[name]["test"] for one in by_seed.values() if name in one]) for name in in_runs]
     rows = [*(one for one in rows if one.seeds), *map(row, done("baseline")), *map(row, done("method"))]
     for mode in suite.decodings:
         ranked = [r["metrics"]["decodings"][mode]["test"] for r in method if mode in r["metrics"]["decodings"]]

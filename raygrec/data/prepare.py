@@ -290,6 +290,8 @@ def _write(
         writer.write_csr(f"{name}_by_user", by_user)
         if label == splits.TRAIN:
             writer.write_csr("train_by_item", by_user.transposed(len(data.item_ids)))
+        if label != splits.TEST and options.split == "global-time":
+            writer.write_times(f"{name}_times", data.times[part])  # sorted by user, as the rows are
     terms, term_names = item_terms(items)
     writer.write_csr("terms", terms)
     writer.write_strings("term_names", term_names)

@@ -26,7 +26,9 @@ MANIFEST = "manifest.json"
 # Everything a store holds. A name in a manifest that is not in here is refused, so none can point outside.
 _CSRS = ("train_by_user", "train_by_item", "valid_by_user", "test_by_user", "terms")
 _STRINGS = ("user_ids", "item_ids", "titles", "texts", "term_names")
+_TIMES = ("train_times", "valid_times")
 _DTYPES = {
+    **{name: np.dtype(np.int64) for name in _TIMES},
     **{f"{name}.indptr": np.dtype(np.int64) for name in (*_CSRS, *_STRINGS)},
     **{f"{name}.indices": np.dtype(np.int32) for name in _CSRS},
     **{f"{name}.data": np.dtype(np.uint8) for name in _STRINGS},
@@ -98,6 +100,15 @@ class Store:
             return self._csr(f"{split}_by_user").transposed(self.num_items)
         return self._csr(f"{split}_by_{by}")
 
+    def times(self, split: str) -> np.ndarray:
+        """[entries] int64: when each entry of `interactions(split)`, "train" or "valid", was, in the source's unit.
+
+        `InputError` where the split is not one in time: other stores do not keep them.
+        """
+        if f"{split}_times" not in self.manifest["arrays"]:
+            raise InputError(f"{self.path}: keeps no times; prepare with split=global-time")
+        return self._array(f"{split}_times")
+
     @cached_property
     def user_ids(self) -> Strings:
         """The users' ids in the source."""
@@ -168,6 +179,9 @@ class StoreWriter:
     def write_strings(self, name: str, strings: Strings) -> None:
         self._write(f"{name}.indptr", strings.indptr)
         self._write(f"{name}.data", strings.data)
+
+    def write_times(self, name: str, times: np.ndarray) -> None:
+        self._write(name, times)
 
     def finish(self, facts: dict[str, Any]) -> Store:
         """Writes the manifest, last of all: `facts` (name, counts, …), arrays, and the fingerprint."""
@@ -264,7 +278,7 @@ def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
     for key, kind in kinds.items():
         if not isinstance(manifest.get(key), kind):
             raise InputError(f"{file}: key '{key}' is missing or no {kind.__name__}")
-    wrong = manifest["arrays"].keys() ^ _DTYPES.keys()
+    wrong = (manifest["arrays"].keys() ^ _DTYPES.keys()) - (set(_TIMES) - manifest["arrays"].keys())
     if wrong:
         raise InputError(f"{file}: array '{min(wrong)}' is unknown or missing; prepare the store again")
     for name, entry in manifest["arrays"].items():

@@ -16,10 +16,9 @@ def popularity(train: CSR, num_items: int) -> torch.Tensor:
     return torch.from_numpy(np.bincount(train.indices, minlength=num_items).astype(np.float32))
 
 
-def popularity_scores(train: CSR, num_items: int) -> Score:
-    """Scores every item by its number of training interactions: users [B] -> [B, I]."""
-    counts_I = popularity(train, num_items)
-    return lambda users: counts_I.expand(len(users), num_items)
+def popularity_scores(counts_I: torch.Tensor) -> Score:
+    """Scores every item by its `popularity`, the same for all: users [B] -> [B, I]."""
+    return lambda users: counts_I.expand(len(users), len(counts_I))
 
 
 def lightgcn_scores(

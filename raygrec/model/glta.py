@@ -32,6 +32,7 @@ from raygrec.model.prompts import (
     repeated,
     truncated,
 )
+from raygrec.model.trend import MOMENTS, READING, Trend
 
 # What a draw is for: the last counter of every `Draws.uniform` here.
 SHUFFLE, HOLDOUT, USER_DROPOUT, DROPOUT, EMPTY = 1, 2, 3, 4, 5
@@ -86,6 +87,9 @@ class GLTAConfig(StrictConfig):
     either, the aligned user token too. A frozen LM has never learned to look up history and user from a slot; the
     residual stream carries them there."""
     texts: ProfileConfig = ProfileConfig()
+    order: bool = True
+    """[ours] Histories have the store's order, where it has one; false: they are sets, any of whose items may be
+    targets."""
     max_history: int = Field(50, ge=1)
     """Newest items that stand in the prompt as tokens. Texts, user vector and slot seeds read the whole history."""
     history_loss: bool = True
@@ -100,6 +104,9 @@ class GLTAConfig(StrictConfig):
     empty_histories: float = Field(0.0, ge=0, lt=1)
     """[ours] Share of stage 3's whole prompts that show no item, so that those of users without a history are no
     news. Items that a text was generated from are shown all the same."""
+    trend: float | None = Field(None, gt=0, le=1)
+    """[ours] Stores that are split in time: the model learns what a user wants beside what all users took lately, in so
+    large a share of the training interactions (`Trend`); None: not beside anything."""
     alignment_items: int = Field(8, ge=2)
     """Items per prompt of stage 2."""
     alignment_tokens: int = Field(24, ge=1)
@@ -174,6 +181,7 @@ class PromptBuilder:
         self.written: dict[str, tuple[CSR, CSR]] = {}
         self.shown_at_least: np.ndarray | None = None
         self.tables = np.zeros(len(train), dtype=np.int64)
+        self.trend: Trend | None = None
 
     @property
     def causal(self) -> bool:
@@ -199,6 +207,8 @@ class PromptBuilder:
         future = CSR.from_pairs(items.rows[new], items.indices[new], len(users))
         kept = draws.uniform(users, USER_DROPOUT) >= self.config.user_dropout
         batch = self._assemble(users, history, future, kept, "train", whole=whole)
+        if self.trend is not None:
+            batch.targets.moments = self._moments(users, batch)
         keys = (draws.uniform(users, DROPOUT) * 2**53).astype(np.int64)
         return replace(batch, dropout_keys=torch.from_numpy(keys))
 
@@ -210,7 +220,8 @@ class PromptBuilder:
         stage: "valid" or "test", for texts that were generated for its histories.
         """
         nothing = CSR(np.zeros(len(users) + 1, dtype=np.int64), np.zeros(0, dtype=np.int32))
-        return self._assemble(users, histories, nothing, np.ones(len(users), dtype=bool), stage, slots)
+        batch = self._assemble(users, histories, nothing, np.ones(len(users), dtype=bool), stage, slots)
+        return batch if self.trend is None else replace(batch, moment=READING[stage])
 
     def alignment(self, items: np.ndarray, draws: Draws) -> PromptBatch:
         """Stage 2 prompts: the tokens of n items, then their descriptions, shuffled, each to be matched.
@@ -357,6 +368,14 @@ class PromptBuilder:
         answers, rows = np.unique(positions, return_inverse=True)
         return answers, as_targets(rows, items, len(answers))
 
+    def _moments(self, users: np.ndarray, batch: PromptBatch) -> torch.Tensor:
+        """[P]: when each answer position of training prompts is asked, before the first of its targets."""
+        rows = batch.targets.rows.numpy()
+        asked = users[batch.answers.numpy()[rows] // batch.symbols.shape[1]]
+        moments = np.full(len(batch.answers), MOMENTS)
+        np.minimum.at(moments, rows, self.trend.moments(asked, batch.targets.items.numpy()))
+        return torch.from_numpy(moments)
+
 
 class GLTA(GraphReader):
     """The trained parts (two projectors, answer slots, head) around a frozen backbone."""
@@ -370,9 +389,10 @@ class GLTA(GraphReader):
         item_texts: torch.Tensor | None,
         token_scale: float,
         ordered: bool = True,
+        trend_MI: torch.Tensor | None = None,
     ) -> None:
-        read = (backbone.freeze(), symbols, nodes, item_texts, token_scale)
-        super().__init__(*read, config.head == "tied", config.dropout, free=config.tune_items, equal=config.equal_nodes)
+        read = (backbone.freeze(), symbols, nodes, item_texts, token_scale, config.head == "tied", config.dropout)
+        super().__init__(*read, free=config.tune_items, equal=config.equal_nodes, trend_MI=trend_MI)
         self.config = config
         self.terms = {"cross_entropy": 1.0}
         self.slot_seed = {"auto": "newest" if ordered else "sum"}.get(config.slot_seed, config.slot_seed)
@@ -389,7 +409,8 @@ class GLTA(GraphReader):
         asked = positions.flatten()
         hidden = self.hidden(batch, asked).at(asked)
         tables = batch.tables.repeat_interleave(positions.shape[1])
-        return self.matched(hidden, tables).view(*positions.shape, -1)
+        logits = self.matched(hidden, tables).view(*positions.shape, -1)
+        return logits if batch.moment is None else logits + self.trend_MI[batch.moment]
 
     def hidden(self, batch: PromptBatch, asked: torch.Tensor | None = None) -> Placed:
         """Last hidden states, of these flat positions or of all."""

@@ -78,9 +78,10 @@ class CatalogueHead(nn.Module):
         rows_Ir: torch.Tensor,
         targets: "Targets | None" = None,
         own: OwnNodes | None = None,
+        trend_MI: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `matched`."""
-        return matched(self.query(hidden_PD), rows_Ir, self.bias, targets, own)
+        return matched(self.query(hidden_PD), rows_Ir, self.bias, targets, own, trend_MI)
 
 
 class TiedHead(nn.Module):
@@ -96,9 +97,10 @@ class TiedHead(nn.Module):
         rows_Ir: torch.Tensor,
         targets: "Targets | None" = None,
         own: OwnNodes | None = None,
+        trend_MI: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `matched`."""
-        return matched(queries_Pr, rows_Ir, self.bias, targets, own)
+        return matched(queries_Pr, rows_Ir, self.bias, targets, own, trend_MI)
 
 
 def _row_map(source: int, width: int) -> nn.Linear:
@@ -113,13 +115,15 @@ def matched(
     bias_I: torch.Tensor,
     targets: "Targets | None",
     own: OwnNodes | None = None,
+    trend_MI: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What a head returns: logits Z = q Rᵀ + b [P, I], or with targets their cross-entropy (`catalogue_cross_entropy`).
 
-    own: a part of R that `rows_Ir` leaves out.
+    own: a part of R that `rows_Ir` leaves out. trend_MI: for the cross-entropy, what is added to the logits at each
+    of the moments that `Targets.moments` counts.
     """
     if targets is not None:
-        return catalogue_cross_entropy(queries_Pr, rows_Ir, bias_I, targets, own=own)
+        return catalogue_cross_entropy(queries_Pr, rows_Ir, bias_I, targets, own=own, trend_MI=trend_MI)
     logits_PI = torch.addmm(bias_I.to(queries_Pr.dtype), queries_Pr, rows_Ir.T.to(queries_Pr.dtype))
     if own is not None:
         queries_Pd = queries_Pr @ own.map_dr.T.to(queries_Pr.dtype)
@@ -136,8 +140,9 @@ def catalogue_cross_entropy(
     targets: "Targets",
     at_once: int | None = None,
     own: OwnNodes | None = None,
+    trend_MI: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Sum over positions of −Σ_i w_i log softmax(Z)_i, over the full catalogue; Z = q Rᵀ + b.
+    """Sum over positions of −Σ_i w_i log softmax(Z)_i, over the full catalogue; Z = q Rᵀ + b, plus a row of the trend.
 
     The logits of `at_once` positions stand in memory (default: `positions_at_once`): each part of the positions leaves
     its gradient behind in the forward pass (softmax(Z) − w, times R and q), and its logits are gone. None is computed
@@ -147,7 +152,7 @@ def catalogue_cross_entropy(
     made, starts = torch.is_grad_enabled(), range(0, len(queries_Pr), at_once)
     if own is None:
         parts = [(start, start + at_once, []) for start in starts]
-        return _CrossEntropy.apply(queries_Pr, None, rows_Ir, bias_I, targets, parts, made)
+        return _CrossEntropy.apply(queries_Pr, None, rows_Ir, bias_I, targets, trend_MI, parts, made)
     order = own.tables_P.argsort(stable=True)
     ends = own.tables_P.bincount(minlength=len(own.nodes_KId)).cumsum(0).tolist()
     tables = list(zip([0, *ends[:-1]], ends, own.nodes_KId.to(queries_Pr.dtype), strict=True))
@@ -165,7 +170,7 @@ def catalogue_cross_entropy(
     ]
     queries_Pr = queries_Pr.index_select(0, order)
     queries_Pd = queries_Pr @ own.map_dr.T.to(queries_Pr.dtype)
-    return _CrossEntropy.apply(queries_Pr, queries_Pd, rows_Ir, bias_I, targets.take(order), parts, made)
+    return _CrossEntropy.apply(queries_Pr, queries_Pd, rows_Ir, bias_I, targets.take(order), trend_MI, parts, made)
 
 
 def positions_at_once(num_items: int, device: str) -> int:
@@ -180,7 +185,7 @@ class _CrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, queries_Pr, queries_Pd, rows_Ir, bias_I, targets, parts, with_gradients):  # noqa: ANN001
+    def forward(ctx, queries_Pr, queries_Pd, rows_Ir, bias_I, targets, trend_MI, parts, with_gradients):  # noqa: ANN001
         kind = queries_Pr.dtype
         # The bias as one more column of R, against ones.
         rows_Is = torch.cat([rows_Ir, bias_I[:, None]], dim=1).to(kind)
@@ -198,6 +203,8 @@ class _CrossEntropy(torch.autograd.Function):
                 logits_pI = part_ps @ rows_Is.T
                 for first, end, nodes_Id in own:
                     logits_pI[first - start : end - start].addmm_(queries_Pd[first:end], nodes_Id.T)
+                if part.moments is not None:
+                    logits_pI += trend_MI[part.moments].to(kind)
                 log_shares_pI = logits_pI.float().log_softmax(dim=1)
                 total -= (log_shares_pI[places] * part.weights).sum()
                 if not with_gradients:
@@ -220,19 +227,23 @@ class _CrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, scale):  # noqa: ANN001
         by_queries_Pr, by_rows_Ir, by_bias_I, *own = (gradient * scale for gradient in ctx.saved_tensors)
-        return by_queries_Pr, own[0] if own else None, by_rows_Ir, by_bias_I, None, None, None
+        return by_queries_Pr, own[0] if own else None, by_rows_Ir, by_bias_I, None, None, None, None
 
 
 class Targets:
     """What answer positions must predict: position p has `items[indptr[p]:indptr[p + 1]]`.
 
-    The weights of a position's items add to 1.
+    The weights of a position's items add to 1. moments: [positions], when it is to be predicted, where that matters
+    (`model/trend.py`).
     """
 
-    def __init__(self, indptr: torch.Tensor, items: torch.Tensor, weights: torch.Tensor) -> None:
+    def __init__(
+        self, indptr: torch.Tensor, items: torch.Tensor, weights: torch.Tensor, moments: torch.Tensor | None = None
+    ) -> None:
         self.indptr = indptr
         self.items = items
         self.weights = weights
+        self.moments = moments
 
     def __len__(self) -> int:
         return len(self.indptr) - 1
@@ -246,7 +257,8 @@ class Targets:
     def slice(self, start: int, stop: int) -> "Targets":
         first, last = int(self.indptr[start]), int(self.indptr[stop])
         indptr = self.indptr[start : stop + 1] - self.indptr[start]
-        return Targets(indptr, self.items[first:last], self.weights[first:last])
+        moments = None if self.moments is None else self.moments[start:stop]
+        return Targets(indptr, self.items[first:last], self.weights[first:last], moments)
 
     def take(self, positions: torch.Tensor) -> "Targets":
         """Those of some positions, in that order."""
@@ -254,7 +266,9 @@ class Targets:
         indptr = nn.functional.pad(counts.cumsum(0), (1, 0))
         offsets = torch.repeat_interleave(self.indptr[positions] - indptr[:-1], counts)
         entries = offsets + torch.arange(len(offsets), device=offsets.device)
-        return Targets(indptr, self.items[entries], self.weights[entries])
+        moments = None if self.moments is None else self.moments[positions]
+        return Targets(indptr, self.items[entries], self.weights[entries], moments)
 
     def to(self, device: torch.device | str) -> "Targets":
-        return Targets(self.indptr.to(device), self.items.to(device), self.weights.to(device))
+        moments = None if self.moments is None else self.moments.to(device)
+        return Targets(self.indptr.to(device), self.items.to(device), self.weights.to(device), moments)

@@ -167,7 +167,7 @@ class GraphReader(nn.Module):
     The node vectors come from graph pretraining (or `nodes_of_texts`), item_texts [I, t] from the language model before
     it is tuned; both stay fixed. dropout: share of the hidden states' entries that the head does not see in training,
     and half that share of the node tokens'. free: items have something of their own in their tokens. equal: their node
-    vectors have the same length.
+    vectors have the same length. trend_MI: `Trend.log_shares_MI`, added to the logits of a moment.
     """
 
     def __init__(
@@ -181,12 +181,14 @@ class GraphReader(nn.Module):
         dropout: float,
         free: bool = True,
         equal: bool = False,
+        trend_MI: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
         self.symbols, self.backbone, self.dropout = symbols, backbone, dropout
         self.nodes = NodeTables(nodes, equal)
         self.register_buffer("item_texts", None if item_texts is None else scaled_texts(item_texts), persistent=False)
         shown = (symbols.items, self.nodes.width, None if item_texts is None else item_texts.shape[1])
+        self.register_buffer("trend_MI", trend_MI, persistent=False)
         self.item_projector = ItemProjector(*shown, backbone.width, token_scale, tied, free)
         self.user_projector = projector(self.nodes.width, backbone.width, token_scale)
         self.head = TiedHead(symbols.items) if tied else CatalogueHead(backbone.width, *shown)
@@ -224,7 +226,8 @@ class GraphReader(nn.Module):
         read = self.item_projector.queries(hidden_PD) if tied else hidden_PD
         nodes = self.nodes
         if len(nodes.items_KId) == 1:
-            return self.head(read, rows(nodes.items_Id, self.item_texts), targets)
+            return self.head(read, rows(nodes.items_Id, self.item_texts), targets, trend_MI=self.trend_MI)
         # Asked of the module, and not read off its weight, which ZeRO-3 has only while it is called.
         map_dr = rows.from_node(torch.eye(nodes.width, dtype=nodes.items_KId.dtype, device=nodes.items_KId.device))
-        return self.head(read, rows(None, self.item_texts), targets, OwnNodes(nodes.items_KId, tables_P, map_dr))
+        own = OwnNodes(nodes.items_KId, tables_P, map_dr)
+        return self.head(read, rows(None, self.item_texts), targets, own, self.trend_MI)

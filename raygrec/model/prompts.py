@@ -48,7 +48,8 @@ class PromptBatch:
     about, as CSR; its symbols may show fewer. tables: [B] int64, which fit of the item nodes each prompt reads, 0 for
     the one on all edges. user_kept: [B] bool, False where the user token is dropped out.
     dropout_keys: [B] int64 that the masks of dropout follow from; None where nothing is dropped. prefix: how many first
-    columns are the same text in all prompts, in segment 0 and without a target.
+    columns are the same text in all prompts, in segment 0 and without a target. moment: when what is not in training
+    is read (`model/trend.py`), where that matters.
     """
 
     symbols: torch.Tensor
@@ -62,6 +63,7 @@ class PromptBatch:
     user_kept: torch.Tensor
     dropout_keys: torch.Tensor | None = None
     prefix: int = 0
+    moment: int | None = None
 
     def to(self, device: torch.device | str) -> Self:
         return replace(self, **{name: value.to(device) for name, value in vars(self).items() if hasattr(value, "to")})

@@ -21,6 +21,7 @@ from raygrec.model.nodes import nodes_of_texts, scaled_texts, token_scale
 from raygrec.model.profiles import inverse_frequency
 from raygrec.model.prompts import Symbols, expand, join_rows, repeated, truncated
 from raygrec.model.text_vectors import load_or_read_texts, reading_key
+from raygrec.model.trend import Trend
 from raygrec.ranks import device
 from raygrec.storage import made_once, replaced
 from raygrec.tensors import load_tensors, save_tensors
@@ -97,6 +98,8 @@ def prepare_only(config: RunConfig, nodes: bool = True) -> Path:
 def _prepare_store(config: RunConfig, store: Store) -> None:
     if config.needs_order and not store.ordered:
         raise InputError(f"{store.path}: {config.name} reads histories in time order; prepare with split=leave-one-out")
+    if isinstance(config, GLTARun) and config.model.trend is not None:
+        store.times("train")  # or an `InputError`
     _check_splits(config, store)
     if config.reads_backbone:
         _check_backbone(config, store)
@@ -209,12 +212,14 @@ def _builder(config: RunConfig, store: Store, folder: RunFolder) -> Prompts:
         symbols,
         Phrases(tokenizer, config.model),
         store.interactions("train"),
-        store.ordered,
+        store.ordered and config.model.order,
         table.items,
         store.terms,
         table.terms,
         inverse_frequency(store.terms, len(store.term_names)),
     )
+    if config.model.trend is not None:
+        builder.trend = Trend.of(store, config.model.trend)
     if config.model.texts.source == "generated":
         builder.written = _read_texts(folder.texts_file)
         builder.shown_at_least = builder.train.lengths - builder.train.lengths // 2
@@ -246,7 +251,8 @@ def build_model(
     torch.manual_seed(config.seed)
     if isinstance(config, GALRecRun):
         return GALRec(config.model, backbone, builder.symbols, nodes, texts, scale)
-    return GLTA(config.model, backbone, builder.symbols, nodes, texts, scale, builder.ordered)
+    trend_MI = None if builder.trend is None else builder.trend.log_shares_MI
+    return GLTA(config.model, backbone, builder.symbols, nodes, texts, scale, builder.ordered, trend_MI)
 
 
 def fixed_parts(model: Model) -> dict[str, torch.Tensor]:

@@ -13,9 +13,10 @@ from raygrec.draws import Draws
 from raygrec.evaluate.baselines import lightgcn_scores, popularity, popularity_scores
 from raygrec.evaluate.decoding import ranked_lists
 from raygrec.evaluate.metrics import MetricSums
-from raygrec.evaluate.ranking import top_k
+from raygrec.evaluate.ranking import Score, top_k
 from raygrec.graph.lightgcn import NodeEmbeddings
 from raygrec.model.glta import GLTA, PromptBuilder
+from raygrec.model.trend import READING
 from raygrec.ranks import from_rank_0, sum_over_ranks, world
 from raygrec.train.assembly import (
     Histories,
@@ -222,16 +223,11 @@ def _final(
         return model_ranker(config, engine, builder, config.evaluate.decoding, split)
 
     metrics: dict[str, Any] = measured(model, config.name)
-    known = store.interactions("train"), store.num_items
-    popular = _score_ranker(popularity_scores(*known), config)
-    metrics["baselines"] = {"Popularity": measured(lambda split: popular, "Popularity")}
-    if config.reads_graph and not isinstance(config, GraphRun):
-        nodes = NodeEmbeddings.load(folder.nodes_file)
-
-        def lightgcn(split: str) -> Ranker:
-            return _score_ranker(lightgcn_scores(nodes, splits[split][0].shown, popularity(*known)), config)
-
-        metrics["baselines"][config.graph.name] = measured(lightgcn, config.graph.name)
+    shown = {split: users[0].shown for split, users in splits.items()}
+    metrics["baselines"] = {
+        title: measured(lambda split, scores=scores: _score_ranker(scores[split], config), title)
+        for title, scores in _baselines(config, folder, store, builder, shown).items()
+    }
     metrics["decoding"] = config.evaluate.decoding
     if isinstance(config, GLTARun):
         metrics["texts"] = config.model.texts.source
@@ -242,6 +238,25 @@ def _final(
     memory[world()[0]] = peak_memory_mib()
     metrics["peak_memory_mib"] = sum_over_ranks(memory).tolist()
     return metrics
+
+
+def _baselines(
+    config: RunConfig, folder: RunFolder, store: Store, builder: Prompts, shown: dict[str, CSR]
+) -> dict[str, dict[str, Score]]:
+    """The scores of the baselines that a run contains, for each split of whose users the histories are `shown`."""
+    counts_I = popularity(store.interactions("train"), store.num_items)
+    popular = {"Popularity": dict.fromkeys(shown, counts_I)}
+    if isinstance(builder, PromptBuilder) and builder.trend is not None:
+        log_shares_MI = builder.trend.log_shares_MI
+        popular["Recent popularity"] = {split: log_shares_MI[READING[split]].exp() for split in shown}
+    found = {title: {split: popularity_scores(of[split]) for split in shown} for title, of in popular.items()}
+    if config.reads_graph and not isinstance(config, GraphRun):
+        nodes = NodeEmbeddings.load(folder.nodes_file)
+        for title, of in popular.items():
+            also = "" if title == "Popularity" else f" + {title.lower()}"
+            scores = {split: lightgcn_scores(nodes, shown[split], of[split]) for split in shown}
+            found[config.graph.name + also] = scores
+    return found
 
 
 def evaluate(

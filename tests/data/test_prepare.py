@@ -116,6 +116,23 @@ def test_global_time_drops_items_that_training_has_not_seen(tmp_path):
     assert "1 valid users have no training interaction / 1 test users have no training interaction" in notes
 
 
+def test_times_are_kept_where_the_split_is_one_in_time(tmp_path):
+    rows = [("u", "b", 1, 30), ("v", "a", 1, 5), ("u", "a", 1, 10), ("v", "b", 1, 20), ("u", "c", 1, 7)]
+    rows += [("w", "b", 1, 40), ("u", "a2", 1, 1), ("v", "c", 1, 50), ("w", "a", 1, 60), ("w", "new", 1, 61)]
+    store = build(tmp_path, rows, split="global-time", valid_ratio=0.2, test_ratio=0.3)
+    known = {(user, item): time * 1_000_000 for user, item, _, time in rows}  # this reader counts microseconds
+    for split in ("train", "valid"):
+        found = [known[user, item] for user, items in named(store, split).items() for item in items]
+        assert store.times(split).tolist() == found
+        assert len(found) > 0
+
+
+def test_other_splits_keep_no_times(tmp_path):
+    store = build(tmp_path, [("u", "b", 1, 9), ("u", "a", 1, 5), ("u", "c", 1, 1)])
+    with pytest.raises(InputError, match="keeps no times; prepare with split=global-time"):
+        store.times("train")
+
+
 def test_file_order_without_times(tmp_path):
     store = build(tmp_path, [("u", "b", 1, 9), ("u", "a", 1, 5), ("u", "c", 1, 1)], time_column="")
     assert named(store, "test") == {"u": ["c"]}

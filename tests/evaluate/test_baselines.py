@@ -12,7 +12,7 @@ from raygrec.graph.lightgcn import node_embeddings, normalized_adjacency
 
 
 def test_popularity_counts_training_interactions():
-    scores = popularity_scores(CSR.from_lists([[0, 2], [2], [2, 0]]), num_items=4)(np.array([1, 0]))
+    scores = popularity_scores(popularity(CSR.from_lists([[0, 2], [2], [2, 0]]), 4))(np.array([1, 0]))
     assert scores.tolist() == [[2, 0, 3, 0]] * 2
 
 
@@ -62,7 +62,7 @@ def test_popularity_on_beauty_matches_a_count_of_ranks():
     history = CSR.from_lists([sequence[:-1] for sequence in sequences])
     targets = CSR.from_lists([sequence[-1:] for sequence in sequences])
     users = np.arange(len(sequences))
-    sums = evaluate_scores(popularity_scores(history, num_items), users, targets, [history], num_items)
+    sums = evaluate_scores(popularity_scores(popularity(history, num_items)), users, targets, [history], num_items)
 
     counts = np.bincount(history.indices, minlength=num_items).astype(float)
     chances = []

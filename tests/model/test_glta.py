@@ -16,6 +16,7 @@ from raygrec.model.backbone import Backbone, BackboneConfig
 from raygrec.model.glta import GLTA, GLTAConfig, Phrases, ProfileConfig, PromptBuilder
 from raygrec.model.nodes import token_scale
 from raygrec.model.prompts import PAD, PromptBatch, Symbols
+from raygrec.model.trend import READING, Trend
 from tests.model.random_nodes import expected_logits, expected_token, parts_around, random_nodes
 
 WORDS = ["[PAD]", "[CLS]", "history", ":", ";", "likes", "wants", "user", "next", ",", *"0123456789"]
@@ -452,7 +453,8 @@ def model_of(prompter: PromptBuilder, backbone: Backbone, with_texts: bool = Tru
     texts, nodes = torch.randn(ITEMS, 4), random_nodes(symbols.users, ITEMS)
     texts = 5 + 2 * torch.cat([texts, texts**2], dim=1) if with_texts else None
     scale = token_scale(backbone.model.get_input_embeddings().weight)
-    model = GLTA(prompter.config, backbone, symbols, nodes, texts, scale, prompter.ordered)
+    trend = None if prompter.trend is None else prompter.trend.log_shares_MI
+    model = GLTA(prompter.config, backbone, symbols, nodes, texts, scale, prompter.ordered, trend)
     prompter.tables = nodes.fold_of.numpy()
     for parameter in (p for p in model.parameters() if p.requires_grad and not p.any()):
         torch.nn.init.normal_(parameter)
@@ -478,6 +480,58 @@ def test_logits_cover_slots_and_catalogue(head, with_texts, backbone):
         position = int(columns(batch)[row, slot])
         alone = expected_logits(model, hidden[row, position][None], batch.tables[row])[0]
     torch.testing.assert_close(logits[row, slot], alone)
+
+
+def with_trend(prompter: PromptBuilder, times: list[list[int]]) -> PromptBuilder:
+    """Its training items at these times, and one validation item after them."""
+    later = CSR.from_lists([[9], *[[]] * (len(prompter.train) - 1)]), np.array([99])
+    prompter.trend = Trend(prompter.train, np.concatenate(times), *later, ITEMS, 0.5)
+    return prompter
+
+
+def test_each_position_is_asked_at_the_moment_of_its_target():
+    """The eight interactions have moments of their own: before the first nothing is known up to moment 7 of 64."""
+    prompter = with_trend(builder([[3, 5, 7, 4], [2, 6, 3, 1]], slots=2), [[10, 11, 12, 40], [20, 21, 30, 31]])
+    moment = {(0, 3): 0, (0, 5): 1, (0, 7): 2, (1, 2): 3, (1, 6): 4, (1, 3): 5, (1, 1): 6, (0, 4): 7}
+    batch = prompter.training(np.array([1, 0]), Draws(0))
+    prompt = (batch.answers // batch.symbols.shape[1]).tolist()
+    assert len(prompt) >= 6
+    for place, (row, item) in enumerate(zip(prompt, batch.targets.items.tolist(), strict=True)):
+        assert batch.targets.moments[place] == 7 + 8 * moment[1 - row, item]
+
+
+def test_several_targets_are_asked_for_before_the_first_of_them():
+    times = [[10, 11, 12, 40], [20, 21, 30, 31]]
+    prompter = with_trend(builder([[3, 5, 7, 4], [2, 6, 3, 1]], ordered=False, slots=2, holdout=0.9), times)
+    moment = {3: 0, 5: 1, 7: 2, 4: 7}
+    batch = prompter.training(np.array([0]), Draws(0))
+    asked = set(moment) - set(batch.history.tolist())
+    assert len(asked) > 1
+    assert batch.targets.moments.tolist() == [7 + 8 * min(moment[item] for item in asked)] * 2
+
+
+def test_a_recommendation_has_the_trend_of_its_split(backbone):
+    prompter = with_trend(builder([[3, 5, 7], [2]], slots=3), [[1, 2, 8], [3]])
+    model, shown = model_of(prompter, backbone), CSR.from_lists([[3], [2, 4, 5]])
+    with torch.no_grad():
+        plain = model.slot_logits(replace(prompter.recommending(np.arange(2), shown), moment=None))
+        for stage in ("valid", "test"):
+            logits = model.slot_logits(prompter.recommending(np.arange(2), shown, stage))
+            added = prompter.trend.log_shares_MI[READING[stage]]
+            torch.testing.assert_close(logits, plain + added)
+    assert int((prompter.trend.log_shares_MI[READING["test"]] - prompter.trend.log_shares_MI[-2]).argmax()) == 9
+
+
+def test_the_loss_is_that_of_logits_with_the_trend(backbone):
+    prompter = with_trend(builder([[3, 5, 7, 4], [2, 6, 3, 1]]), [[10, 11, 12, 40], [20, 21, 30, 31]])
+    model = model_of(prompter, backbone)
+    batch = prompter.training(np.arange(2), Draws(0))
+    with torch.no_grad():
+        rows = batch.answers // batch.symbols.shape[1]
+        logits = model.matched(model.hidden(batch).at(batch.answers), batch.tables[rows])
+        logits = logits + prompter.trend.log_shares_MI[batch.targets.moments]
+        expected = functional.cross_entropy(logits, batch.targets.items, reduction="sum")
+        torch.testing.assert_close(model(replace(batch, dropout_keys=None)), expected)
 
 
 @pytest.mark.parametrize("tuned", [True, False], ids=["offsets", "no offsets"])

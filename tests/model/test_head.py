@@ -160,6 +160,30 @@ def test_each_position_is_matched_with_the_rows_of_its_own_table(tables, at_once
     assert nothing == 0 and nothing.requires_grad
 
 
+@pytest.mark.parametrize("tables", [None, [0, 2, 2, 0, 2, 0, 0]], ids=["one fit", "fits"])
+@pytest.mark.parametrize("at_once", [2, 100])
+def test_each_position_has_the_trend_of_its_moment(tables, at_once):
+    """Values and gradients are those of logits to which the moments' rows are added."""
+    hidden, nodes, texts = example()
+    hidden.requires_grad_()
+    head, trend_MI, moments = head_of(), torch.randn(4, ITEMS), torch.tensor([3, 0, 0, 1, 3, 2, 1])
+    nodes_KId = torch.stack([nodes, nodes.flip(0), torch.randn_like(nodes)])
+    wanted, own, nodes_n = torch.tensor([0, 10, 3, 3, 7, 1, 2]), None, nodes
+    if tables is not None:
+        own = OwnNodes(nodes_KId, torch.tensor(tables), head.rows.from_node(torch.eye(NODE_WIDTH)))
+        nodes_n = None
+    rows = head.rows(nodes_n, texts)
+    expected = functional.cross_entropy(head(hidden, rows, None, own) + trend_MI[moments], wanted, reduction="sum")
+    targets = Targets(torch.arange(POSITIONS + 1), wanted, torch.ones(POSITIONS), moments)
+    loss = catalogue_cross_entropy(head.query(hidden), rows, head.bias, targets, at_once, own, trend_MI)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(head(hidden, rows, targets, own, trend_MI), expected)
+    leaves = [hidden, *head.parameters()]
+    gradients = (torch.autograd.grad(one, leaves, retain_graph=True) for one in (loss, expected))
+    for found, gradient in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, gradient)
+
+
 def test_in_bf16_loss_is_fp32_and_gradients_are_near_those_of_fp32():
     hidden, nodes, texts = example()
     head, targets = head_of(), single_targets(torch.arange(POSITIONS))

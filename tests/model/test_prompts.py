@@ -115,8 +115,9 @@ def test_every_position_attends_to_something_and_none_to_padding():
 
 def test_moving_a_batch_moves_all_of_it():
     still = batch_of([[1, 2]], [[0, 0]])
-    unmoved = ("targets", "prefix")
+    unmoved = ("targets", "prefix", "moment")
     assert still.to("meta").dropout_keys is None
+    still.targets.moments = torch.zeros(len(still.targets), dtype=torch.int64)
     moved = replace(still, dropout_keys=torch.zeros(1, dtype=torch.int64)).to("meta")
     assert {value.device.type for name, value in vars(moved).items() if name not in unmoved} == {"meta"}
     assert {value.device.type for value in vars(moved.targets).values()} == {"meta"}

@@ -14,11 +14,14 @@ from raygrec.data.arrays import CSR
 from raygrec.data.prepare import PrepareOptions, prepare
 from raygrec.draws import Draws
 from raygrec.errors import InputError
+from raygrec.evaluate.baselines import popularity_scores
+from raygrec.evaluate.ranking import evaluate_scores
 from raygrec.graph.lightgcn import NodeEmbeddings
 from raygrec.model import text_vectors
 from raygrec.model.backbone import Backbone, BackboneConfig
 from raygrec.model.galrec import HOPS
 from raygrec.model.glta import GLTA
+from raygrec.model.trend import READING, Trend
 from raygrec.train.assembly import (
     TEXT_LENGTH,
     build_model,
@@ -140,6 +143,40 @@ def test_unordered_histories_end_to_end(tiny_unordered_store, tiny_backbone, tmp
     train_here(config)
     assert_trained(config)
     assert {record["stage"] for record in RunFolder(config.out).history()} == {"alignment", "train"}
+
+
+@pytest.mark.parametrize("order", [True, False], ids=["ordered", "sets"])
+def test_a_store_split_in_time_with_its_trend_end_to_end(tiny_backbone, tmp_path, order):
+    """What `raygrec evaluate` and `recommend` load ranks as the run has."""
+    store = make_store(tmp_path, "global-time")
+    config = tiny_config(store.path, tiny_backbone, tmp_path / "run", model={"trend": 0.3, "order": order})
+    train_here(config)
+    assert_trained(config)
+    folder = RunFolder(config.out)
+    stages = {record["stage"] for record in folder.history()}
+    assert stages == ({"alignment", "histories", "train"} if order else {"alignment", "train"})
+    metrics = folder.metrics()
+    popular = ["Popularity", "Recent popularity"]
+    assert list(metrics["baselines"]) == [*popular, "LightGCN", "LightGCN + recent popularity"]
+    trend = Trend.of(store, 0.3)
+    for split in ("valid", "test"):
+        shown, targets = (getattr(histories(store, split), name) for name in ("shown", "targets"))
+        scores = popularity_scores(trend.log_shares_MI[READING[split]])
+        users = np.flatnonzero(targets.lengths)
+        sums = evaluate_scores(scores, users, targets, [shown], store.num_items, config.evaluate.ks, progress=False)
+        assert metrics["baselines"]["Recent popularity"][split] == pytest.approx(sums.result())
+    model, builder = load_model(config, folder, store)
+    assert torch.equal(model.trend_MI, trend.log_shares_MI)
+    assert builder.ordered == order
+
+
+def test_a_trend_wants_a_store_that_is_split_in_time(tiny_store, tiny_backbone, tmp_path):
+    config = tiny_config(tiny_store.path, tiny_backbone, tmp_path / "run", model={"trend": 0.3})
+    folder = RunFolder(config.out)
+    with pytest.raises(InputError) as caught, folder.claimed(config, resume=False):
+        prepare_run(config, folder)
+    assert str(caught.value) == f"{tiny_store.path}: keeps no times; prepare with split=global-time"
+    assert not config.out.exists()
 
 
 @pytest.mark.parametrize("family", ["decoder", "encoder_decoder"])
