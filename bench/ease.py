@@ -8,6 +8,7 @@ import torch
 
 from raygrec.data.arrays import CSR
 from raygrec.data.store import Store
+from raygrec.evaluate.baselines import popularity
 from raygrec.evaluate.ranking import evaluate_scores
 from raygrec.train.assembly import histories
 
@@ -15,7 +16,10 @@ REGULARISATION = (25, 50, 100, 200, 400, 800, 1600, 3200)
 
 
 def ease_metrics(path: Path, seed: int) -> dict[str, Any]:
-    """Validation and test metrics of the regularisation that validates best; `seed` orders ties."""
+    """Validation and test metrics of the regularisation that validates best; `seed` orders ties.
+
+    Users without a history, whom no map can tell from each other, get what is popular.
+    """
     store = Store.open(path)
     train = _dense(store.interactions("train"), store.num_items)
     gram = train.T @ train
@@ -37,8 +41,12 @@ def _ranked(store: Store, split: str, maps: torch.Tensor, seed: int) -> dict[str
     read = histories(store, split)
     users = np.flatnonzero(read.targets.lengths)
 
+    counts_I = popularity(store.interactions("train"), store.num_items)
+
     def score(rows: np.ndarray) -> torch.Tensor:
-        return _dense(read.shown.take(rows), store.num_items) @ maps
+        scores = _dense(read.shown.take(rows), store.num_items) @ maps
+        scores[read.shown.lengths[rows] == 0] = counts_I
+        return scores
 
     sums = evaluate_scores(score, users, read.targets, [read.shown], store.num_items, seed=seed, progress=False)
     return sums.result()
