@@ -44,8 +44,8 @@ class Trend:
     @classmethod
     def of(cls, store: Store, window: float) -> Self:
         """Of a store that was split in time; `InputError` where it knows no times."""
-        parts = (part for split in ("train", "valid") for part in (store.interactions(split), store.times(split)))
-        return cls(*parts, store.num_items, window)
+        train, valid = store.interactions("train"), store.interactions("valid")
+        return cls(train, store.times("train"), valid, store.times("valid"), store.num_items, window)
 
     def moments(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
         """[n]: the moment at which each user took the item, for the first time, in training."""
