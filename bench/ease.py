@@ -40,7 +40,6 @@ def weights(gram: torch.Tensor, strength: float) -> torch.Tensor:
 def _ranked(store: Store, split: str, maps: torch.Tensor, seed: int) -> dict[str, float]:
     read = histories(store, split)
     users = np.flatnonzero(read.targets.lengths)
-
     counts_I = popularity(store.interactions("train"), store.num_items)
 
     def score(rows: np.ndarray) -> torch.Tensor:

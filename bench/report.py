@@ -69,7 +69,7 @@ def _suite(suite: Any, found: list[dict[str, Any]]) -> str:
     by_seed = {seed: baselines for seed, baselines in read if "LightGCN" in baselines}
     in_runs = dict.fromkeys(name for one in by_seed.values() for name in one)
     rows = [Row(name, [one[name]["test"] for one in by_seed.values() if name in one]) for name in in_runs]
-    rows = [*(one for one in rows if one.seeds), *map(row, done("baseline")), *map(row, done("method"))]
+    rows = [*rows, *map(row, done("baseline")), *map(row, done("method"))]
     for mode in suite.decodings:
         ranked = [r["metrics"]["decodings"][mode]["test"] for r in method if mode in r["metrics"]["decodings"]]
         if ranked:
