@@ -11,6 +11,7 @@ from raygrec.data.store import Store
 MOMENTS = 64  # the training interactions are cut into so many parts of equal size, each with its own shares
 EARLIER = 0.1  # weight of the shares in all that came before, beside those in the window
 READING = {"valid": MOMENTS, "test": MOMENTS + 1}
+READINGS = MOMENTS + len(READING)
 
 
 class Trend:

@@ -23,6 +23,7 @@ from raygrec.model.glta import GLTA, Phrases
 from raygrec.model.head import positions_at_once
 from raygrec.model.last_layer import Asked
 from raygrec.model.prompts import Symbols
+from raygrec.model.trend import READINGS
 from raygrec.train.accelerators import HOST_ADAM, HOST_LINK, NETWORK, Accelerator
 from raygrec.train.engine import BUCKET, FEW, frozen_matrices
 from raygrec.train.settings import GALRecRun, GLTARun, RunConfig, run_config
@@ -381,7 +382,8 @@ def _model(config: GLTARun | GALRecRun, sizes: Sizes) -> GLTA | GALRec:
         symbols = Symbols(backbone.vocabulary, items, users, HOPS)
         return GALRec(config.model, backbone, symbols, nodes, texts, 1.0)
     symbols = Symbols(backbone.vocabulary, items, users, config.model.slots)
-    model = GLTA(config.model, backbone, symbols, nodes, texts, 1.0)
+    trend = torch.empty(READINGS, items) if config.model.trend is not None else None
+    model = GLTA(config.model, backbone, symbols, nodes, texts, 1.0, trend_MI=trend)
     model.train_stage_3(bool(config.model.item_alignment and config.alignment.epochs))
     return model
 

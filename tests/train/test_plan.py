@@ -99,6 +99,15 @@ def test_parameters_and_tables_are_those_of_the_real_model(recipe, changes, tiny
     assert state_bytes(work, Setting(0), 1, 2)[0]["weights"] == weights + 2 * work.trained
 
 
+def test_a_trend_is_a_table_of_its_own(tiny_store, tiny_backbone, tmp_path):
+    with_trend, without = (
+        config_of("glta", tiny_store, tiny_backbone, tmp_path / "run", model={"trend": trend}) for trend in (0.3, None)
+    )
+    sizes = Sizes(users=10, items=1000, interactions=100, shown=8)
+    more = work_of(with_trend, sizes, "cpu").fixed - work_of(without, sizes, "cpu").fixed
+    assert more == 4 * (64 + 2) * 1000  # fp32, before 64 parts of training and when validation and test are read
+
+
 @pytest.mark.parametrize("recipe", ["glta", "galrec"])
 def test_no_prompt_is_longer_than_the_longest(recipe, tiny_store, tiny_backbone, tmp_path):
     import numpy as np
