@@ -2,6 +2,7 @@
 
     python -m bench.galrec hops RUN          2-D distribution, uniformity and alignment of a finished run's hops
     python -m bench.galrec degrees RUN …     N@10 of finished runs of one store by how well known the target is
+    python -m bench.galrec gradients RUN …   what L0 to L3 ask of the language model, beside what validation asks
     python -m bench.galrec sweep             effect of τ, queue length and neighbour counts, on the demo's store
 
 Figures go to docs/figures/, numbers to docs/results/. Needs the extra `figures`.
@@ -37,6 +38,9 @@ def main() -> None:
     seen.add_argument("--users", type=int, default=3000)
     known = commands.add_parser("degrees")
     known.add_argument("runs", type=Path, nargs="+")
+    asked = commands.add_parser("gradients")
+    asked.add_argument("runs", type=Path, nargs="+")
+    asked.add_argument("--users", type=int, default=2560)
     swept = commands.add_parser("sweep")
     swept.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args()
@@ -45,6 +49,8 @@ def main() -> None:
         hops(arguments.run, arguments.users)
     elif arguments.command == "degrees":
         degrees(arguments.runs)
+    elif arguments.command == "gradients":
+        gradients(arguments.runs, arguments.users)
     else:
         sweep(arguments.seeds)
 
@@ -129,6 +135,70 @@ def degrees(runs: list[Path]) -> None:
     told = {"command": f"python -m bench.galrec degrees {' '.join(map(str, runs))}", "store": store.path.name}
     counts = np.bincount(group, minlength=len(DEGREES)).tolist()
     write("galrec_degrees.json", {**told, "from": list(DEGREES), "users": counts, "ndcg@10": found, "apart": paired})
+
+
+def gradients(runs: list[Path], count: int) -> None:
+    """Of each run, for every term: its mean, its gradient's cosine to that of the loss on validation targets, and to
+    its own on other users, over the language model's parameters.
+
+    A cosine of 0 says that a small step against the term's gradient leaves the validation loss as it is. The contrast
+    is L1 to L3 of the model with itself: in-batch candidates of 128 users, whatever the run was trained with; nothing
+    is dropped out. The cosine to other users is what noise leaves of a term's own direction.
+    """
+    found = {run.name: asked_of_the_language_model(run, count) for run in runs}
+    command = f"python -m bench.galrec gradients {' '.join(map(str, runs))}"
+    write("galrec_gradients.json", {"command": command, "users": count, "runs": found})
+
+
+def asked_of_the_language_model(run: Path, count: int) -> dict[str, Any]:
+    """{term: {mean, cosine to validation, cosine to itself on other users, length beside validation's}}."""
+    import torch
+
+    from raygrec.draws import Draws
+    from raygrec.serve.topk import FinishedRun
+    from raygrec.train.assembly import load_model
+
+    finished = FinishedRun(run)
+    contrast = {"l1": 1.0, "l2": 1.0, "l3": 1.0, "queue": 0, "momentum": None, "users": 1.0, "items": 1.0}
+    changed = finished.config.model.contrast.model_copy(update=contrast)
+    of = finished.config.model.model_copy(update={"contrast": changed})
+    config = finished.config.model_copy(update={"model": of})
+    model, prompts = load_model(config, finished.folder, finished.store)
+    table = model.backbone.model.get_input_embeddings().weight
+    tuned = [parameter.requires_grad_() for parameter in model.backbone.parameters() if parameter is not table]
+    train, valid = (finished.store.interactions(split) for split in ("train", "valid"))
+    users = np.flatnonzero((train.lengths >= 2) & (valid.lengths > 0))
+    users = users[Draws(0).permutation(len(users))[:count]]
+    names = (*model.terms, "validation")
+    sums = torch.zeros(2, len(names), sum(parameter.numel() for parameter in tuned), dtype=torch.float64)
+    values, counts = torch.zeros(2, len(names), dtype=torch.float64), torch.zeros(2, len(names), dtype=torch.float64)
+    for number, part in enumerate(np.array_split(users, -(-len(users) // 128))):
+        asked = prompts.training(part, Draws(number))
+        logits = model.slot_logits(prompts.recommending(part, train.take(part)))[:, 0]
+        wanted = torch.from_numpy(np.asarray(valid.indices)[valid.indptr[part]].astype(np.int64))
+        loss = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
+        losses = torch.cat([model(asked), loss[None]])
+        for term in range(len(names)):
+            found = torch.autograd.grad(losses[term], tuned, retain_graph=True, materialize_grads=True)
+            sums[number % 2, term] += torch.cat([one.flatten() for one in found]).double()
+        model.after_update()  # nothing is queued, so nothing is kept
+        values[number % 2] += losses.detach().double()
+        counts[number % 2] += torch.cat([asked.counts, torch.tensor([float(len(part))])])
+    halves = sums / counts[:, :, None]
+    whole = sums.sum(0) / counts.sum(0)[:, None]
+
+    def cosine(one: torch.Tensor, other: torch.Tensor) -> float:
+        return float(torch.nn.functional.cosine_similarity(one, other, dim=0))
+
+    return {
+        name: {
+            "mean": float(values[:, term].sum() / counts[:, term].sum()),
+            "validation": cosine(whole[term], whole[-1]),
+            "itself": cosine(*halves[:, term]),
+            "length": float(whole[term].norm() / whole[-1].norm()),
+        }
+        for term, name in enumerate(names)
+    }
 
 
 def sweep(seeds: list[int]) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,13 @@ def write_report(results: Path, out: Path, suites: dict[str, Any]) -> None:
     contrast = results / "speed" / "contrast.json"
     if contrast.exists():
         sections.append(_contrast(json.loads(contrast.read_text())))
-    for name, section in (("galrec_hops", _hops), ("galrec_degrees", _degrees), ("galrec_sweep", _effects)):
+    analyses = {
+        "galrec_hops": _hops,
+        "galrec_degrees": _degrees,
+        "galrec_gradients": _gradients,
+        "galrec_sweep": _effects,
+    }
+    for name, section in analyses.items():
         if (file := results / f"{name}.json").exists():
             one = json.loads(file.read_text())
             sections.append("\n".join([section(one), *outdated([one])]))
@@ -204,6 +211,26 @@ def _degrees(found: dict[str, Any]) -> str:
         lines.append(f"| {group} | {users:,} | {cells} |")
     apart = "; ".join(f"{name} {mean:+.4f} ± {error:.4f}" for name, (mean, error) in found["apart"].items())
     lines.append(f"\nAll test users, against {names[0]} (± standard error of the difference over users): {apart}.")
+    return "\n".join(lines) + "\n"
+
+
+def _gradients(found: dict[str, Any]) -> str:
+    """What each term of the loss asks of the language model."""
+    lines = [
+        "## What the terms ask of the language model\n",
+        f"Of finished runs, on {found['users']:,} users, each 128 of them their own candidates: a term's mean, and the "
+        "cosines of its gradient over the language model's parameters, to that of the loss on the validation targets "
+        "(below 0, training on the term works against it) and to its own on other users (what noise leaves of it). "
+        f"Chance is {math.log(128):.2f} for L1 and L2, twice that for L3. `{found['command']}`, in the folder that "
+        "`bench.quality` keeps its runs in (RAYGREC_WORK).\n",
+        "| run | term | mean | cosine to validation's | to its own |",
+        "|---|---|---:|---:|---:|",
+    ]
+    titles = {"cross_entropy": "L0, training", "l1": "L1", "l2": "L2", "l3": "L3", "validation": "L0, validation"}
+    for run, terms in found["runs"].items():
+        for term, title in titles.items():
+            one = terms[term]
+            lines.append(f"| {run} | {title} | {one['mean']:.2f} | {one['validation']:+.2f} | {one['itself']:+.2f} |")
     return "\n".join(lines) + "\n"
 
 
