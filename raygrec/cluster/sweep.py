@@ -110,6 +110,7 @@ def _anywhere(sweep: SweepConfig) -> tuple[SweepConfig, RunConfig]:
 def _search(sweep: SweepConfig, folder: SweepFolder, example: RunConfig) -> None:
     """Runs the trials that have not ended. What Ray Tune keeps is pickled and never read: the trials' folders tell
     searcher and scheduler what they knew before a stop."""
+    folder.reopen_failed()
     ended = {outcome.trial: place for outcome, place in folder.trials() if outcome.status in ENDED}
     named = points(sweep)
     if named is not None:

@@ -5,7 +5,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -189,6 +189,13 @@ class SweepFolder:
         folders = [TrialFolder(path.parent) for path in self.path.glob("trials/*/outcome.json")]
         found = [(folder.outcome(), folder) for folder in folders]
         yield from sorted(((one, folder) for one, folder in found if one), key=lambda pair: pair[0].number)
+
+    def reopen_failed(self) -> None:
+        """Trials that a fault has ended which need not come again, such as a node's loss, have not ended."""
+        for outcome, place in self.trials():
+            _, recurs = place.failure() or ("", False)
+            if outcome.status == "failed" and not recurs:
+                place.ended(replace(outcome, status="unfinished"))
 
     def point(self, trial: str) -> Point:
         """The point of a trial that has begun."""

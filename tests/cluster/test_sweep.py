@@ -132,6 +132,25 @@ def test_an_interrupted_sweep_chooses_nothing(local_ray, space):
     assert statuses(folder) == [] and not folder.best_file.exists()
 
 
+def test_a_failure_that_need_not_recur_is_tried_again_and_no_other(local_ray, space):
+    from raygrec.cluster.space import read_sweep
+    from raygrec.cluster.sweep import _anywhere, run_sweep
+
+    content = yaml.safe_load(space.read_text()) | {"space": {"train.lr": {"choice": [GOOD, BROKEN]}}}
+    space.write_text(yaml.safe_dump(content))
+    sweep = read_sweep(space, ["scheduler.name=none", "train.epochs=1"])
+    folder = SweepFolder(sweep.out)
+    folder.start(_anywhere(sweep)[0], resume=False)
+    for number, (lr, reason) in enumerate([(GOOD, "the node was lost"), (BROKEN, "the loss is nan")]):
+        place = folder.trial({"train.lr": lr})
+        place.ended(Outcome(place.path.name, number, {"train.lr": lr}, "failed", reason))
+        place.failed(reason, recurs=lr == BROKEN)
+    run_sweep(sweep, resume=True)
+    trials = pd.read_parquet(folder.path / "trials.parquet")
+    assert trials[["status", "reason"]].values.tolist() == [["finished", ""], ["failed", "the loss is nan"]]
+    assert not folder.trial({"train.lr": BROKEN}).run(0).exists()
+
+
 def test_a_sweep_without_room_is_refused_with_the_arithmetic(space, tmp_path):
     from raygrec.cluster.space import read_sweep
     from raygrec.cluster.sweep import run_sweep

@@ -71,6 +71,19 @@ def test_the_best_is_a_trial_that_ended_and_trains_as_it_stands(folder):
     assert best.cluster.workers == 3
 
 
+def test_failures_that_need_not_recur_are_open_again(folder):
+    for number, recurs in enumerate((True, False, None), 3):  # None: the trial's own process was lost
+        point = {"train.lr": number / 1000}
+        place = folder.trial(point)
+        place.ended(Outcome(place.path.name, number, point, "failed", "why"))
+        if recurs is not None:
+            place.failed("why", recurs)
+    folder.reopen_failed()
+    found = [(outcome.status, outcome.reason) for outcome, _ in folder.trials()]
+    assert found[:3] == [("finished", ""), ("pruned", ""), ("running", "")]
+    assert found[3:] == [("failed", "why"), ("unfinished", "why"), ("unfinished", "why")]
+
+
 def test_a_folder_is_claimed_once_and_resumed_by_the_same_search_alone(sweep, tmp_path):
     folder = SweepFolder(sweep.out)
     kept = folder.start(sweep, resume=False)
