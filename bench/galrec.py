@@ -173,16 +173,16 @@ def asked_of_the_language_model(run: Path, count: int) -> dict[str, Any]:
     sums = torch.zeros(2, len(names), sum(parameter.numel() for parameter in tuned), dtype=torch.float64)
     values, counts = torch.zeros(2, len(names), dtype=torch.float64), torch.zeros(2, len(names), dtype=torch.float64)
     for number, part in enumerate(np.array_split(users, -(-len(users) // 128))):
-        asked = prompts.training(part, Draws(number))
-        logits = model.slot_logits(prompts.recommending(part, train.take(part)))[:, 0]
-        wanted = torch.from_numpy(np.asarray(valid.indices)[valid.indptr[part]].astype(np.int64))
+        asked = prompts.training(part, Draws(number)).to(table.device)
+        logits = model.slot_logits(prompts.recommending(part, train.take(part)).to(table.device))[:, 0]
+        wanted = torch.from_numpy(np.asarray(valid.indices)[valid.indptr[part]].astype(np.int64)).to(table.device)
         loss = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
         losses = torch.cat([model(asked), loss[None]])
         for term in range(len(names)):
             found = torch.autograd.grad(losses[term], tuned, retain_graph=True, materialize_grads=True)
-            sums[number % 2, term] += torch.cat([one.flatten() for one in found]).double()
+            sums[number % 2, term] += torch.cat([one.flatten() for one in found]).double().cpu()
         model.after_update()  # nothing is queued, so nothing is kept
-        values[number % 2] += losses.detach().double()
+        values[number % 2] += losses.detach().double().cpu()
         counts[number % 2] += torch.cat([asked.counts, torch.tensor([float(len(part))])])
     halves = sums / counts[:, :, None]
     whole = sums.sum(0) / counts.sum(0)[:, None]

@@ -1,6 +1,7 @@
 """Language-model backbones: loading by name or path, token embeddings, hidden states, generation."""
 
 import importlib.util
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -266,9 +267,11 @@ class Backbone(nn.Module):
 
         Those of a last layer that computes asked positions alone may be kept: they are the first that are needed.
         """
-        self.model.gradient_checkpointing_enable(
-            {"use_reentrant": False, "context_fn": lambda: (nullcontext(), self._with(self._keys_B, self._asked))}
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of its new name, which not all of 5 has
+            self.model.gradient_checkpointing_enable(
+                {"use_reentrant": False, "context_fn": lambda: (nullcontext(), self._with(self._keys_B, self._asked))}
+            )
         self.model.train()  # `transformers` does it in training mode only
         self._checkpointed = True
 

@@ -1,4 +1,5 @@
-"""What a GPU computes, against the CPU. These tests start processes that see the GPUs; all others see none."""
+"""What a GPU computes, against the CPU, in processes that see the GPUs, where there are some: all other tests see none.
+And what meets on a GPU that is only pretended."""
 
 import subprocess
 import sys
@@ -6,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from raygrec.serve.topk import evaluate_run, recommend_all
 from raygrec.train.assembly import prepare_run
 from raygrec.train.folder import RunFolder
 from raygrec.train.local import train_here
+from tests.pretend import pretended_gpu
 from tests.tiny import make_store
 from tests.train.workers import tiny_config, tiny_galrec_config, tiny_graph_config, tiny_sequential_config
 
@@ -31,6 +34,39 @@ dist.init_process_group("nccl", init_method=f"file://{folder.path}/meeting", ran
 run(folder.config(), folder, Silent(), distributed=True)
 dist.destroy_process_group()
 """
+
+
+VARIANTS = {
+    "glta": {},
+    "glta, tied head": {"model": {"head": "tied", "user_vector": "full"}, "graph": {"folds": 2}},
+    "glta, in time": {"model": {"trend": 0.3, "order": False}, "evaluate": {"decoding": "autoregressive"}},
+    "glta, checkpointed": {"engine": {"precision": "bf16", "activation_checkpointing": True}},
+    "galrec": {"engine": {"precision": "bf16"}},
+    "galrec, adapters": {
+        "model": {
+            "tuning": "lora",
+            "title_tokens": 2,
+            "readout": "hop2",
+            "contrast": {"momentum": 0.9, "projection": 8},
+        },
+        "graph": {"folds": 2},
+    },
+    "galrec, texts alone": {"model": {"tuning": "frozen", "graph_vectors": False, "contrast": {"queue": 0}}},
+    "sequential": {"model": {"filter": "frequency", "predicts": "newest", "text_vectors": True}},
+    "graph": {"graph": {"text_weight": 0.1}},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_meets_is_on_one_device(variant, tiny_store, tiny_backbone, tmp_path):
+    make, changes = RECIPES[variant.split(",")[0]], VARIANTS[variant]
+    split = "global-time" if "trend" in changes.get("model", {}) else "leave-one-out"
+    store = make_store(tmp_path, split)  # node and text vectors, kept in the store, are to be made there, too
+    config = make(store.path, tiny_backbone, tmp_path / "run", **changes)
+    with pretended_gpu():
+        found = train_here(config)
+        assert evaluate_run(config.out) == {split: pytest.approx(found[split]) for split in ("valid", "test")}
+        recommend_all(config.out, 3, tmp_path / "lists.parquet")
 
 
 def assert_same_losses(found: Path, expected: Path) -> None:
