@@ -151,7 +151,8 @@ def gradients(runs: list[Path], count: int) -> None:
 
 
 def asked_of_the_language_model(run: Path, count: int) -> dict[str, Any]:
-    """{term: {mean, cosine to validation, cosine to itself on other users, length beside validation's}}."""
+    """{term: {mean, cosine to validation, cosine to itself on other users, length beside validation's}}, and how the
+    run was made."""
     import torch
 
     from raygrec.draws import Draws
@@ -190,7 +191,9 @@ def asked_of_the_language_model(run: Path, count: int) -> dict[str, Any]:
     def cosine(one: torch.Tensor, other: torch.Tensor) -> float:
         return float(torch.nn.functional.cosine_similarity(one, other, dim=0))
 
-    return {
+    own = finished.config.model.contrast
+    made = {"epochs": finished.config.train.epochs, "lambdas": [own.l1, own.l2, own.l3]}
+    return made | {
         name: {
             "mean": float(values[:, term].sum() / counts[:, term].sum()),
             "validation": cosine(whole[term], whole[-1]),

@@ -218,19 +218,21 @@ def _gradients(found: dict[str, Any]) -> str:
     """What each term of the loss asks of the language model."""
     lines = [
         "## What the terms ask of the language model\n",
-        f"Of finished runs, on {found['users']:,} users, each 128 of them their own candidates: a term's mean, and the "
+        "Of runs of `jobs/galrec.yaml` with so many epochs and weights `model.contrast.l1`, `l2`, `l3`, on "
+        f"{found['users']:,} users, each 128 of them their own candidates: a term's mean, and the "
         "cosines of its gradient over the language model's parameters, to that of the loss on the validation targets "
         "(below 0, training on the term works against it) and to its own on other users (what noise leaves of it). "
         f"Chance is {math.log(128):.2f} for L1 and L2, twice that for L3. `{found['command']}`, in the folder that "
         "`bench.quality` keeps its runs in (RAYGREC_WORK).\n",
-        "| run | term | mean | cosine to validation's | to its own |",
-        "|---|---|---:|---:|---:|",
+        "| epochs | λ1, λ2, λ3 | term | mean | cosine to validation's | to its own |",
+        "|---:|---|---|---:|---:|---:|",
     ]
     titles = {"cross_entropy": "L0, training", "l1": "L1", "l2": "L2", "l3": "L3", "validation": "L0, validation"}
-    for run, terms in found["runs"].items():
+    for run in found["runs"].values():
+        made = f"{run['epochs']} | {', '.join(f'{weight:g}' for weight in run['lambdas'])}"
         for term, title in titles.items():
-            one = terms[term]
-            lines.append(f"| {run} | {title} | {one['mean']:.2f} | {one['validation']:+.2f} | {one['itself']:+.2f} |")
+            one = run[term]
+            lines.append(f"| {made} | {title} | {one['mean']:.2f} | {one['validation']:+.2f} | {one['itself']:+.2f} |")
     return "\n".join(lines) + "\n"
 
 
