@@ -173,8 +173,9 @@ def plan(
     from raygrec.train.plan import sizes_of, table
     from raygrec.train.settings import run_config
 
+    gpu = accelerator(gpu_type)  # or an error, before a store is looked for
     checked = run_config(apply_overrides(read_yaml(config), overrides or []), str(config))
-    found = make(checked, sizes_of(checked, users, items, interactions), gpus, accelerator(gpu_type), price, mfu)
+    found = make(checked, sizes_of(checked, users, items, interactions), gpus, gpu, price, mfu)
     if not as_json:
         print("\n".join(table(found)))
     _print(found, as_json)
