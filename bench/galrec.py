@@ -151,23 +151,21 @@ def gradients(runs: list[Path], count: int) -> None:
 
 
 def asked_of_the_language_model(run: Path, count: int) -> dict[str, Any]:
-    """{term: {mean, cosine to validation, cosine to itself on other users, length beside validation's}}, and how the
-    run was made."""
+    """{term: {mean, cosine to validation, cosine to itself on other users}}, and how the run was made."""
     import torch
 
     from raygrec.draws import Draws
     from raygrec.serve.topk import FinishedRun
     from raygrec.train.assembly import load_model
 
-    finished = FinishedRun(run)
+    finished = FinishedRun(run)  # or an error, where the run has not ended or its store is another
+    config, store, own = finished.config, finished.store, finished.config.model.contrast
     contrast = {"l1": 1.0, "l2": 1.0, "l3": 1.0, "queue": 0, "momentum": None, "users": 1.0, "items": 1.0}
-    changed = finished.config.model.contrast.model_copy(update=contrast)
-    of = finished.config.model.model_copy(update={"contrast": changed})
-    config = finished.config.model_copy(update={"model": of})
-    model, prompts = load_model(config, finished.folder, finished.store)
+    changed = config.model.model_copy(update={"contrast": own.model_copy(update=contrast)})
+    model, prompts = load_model(config.model_copy(update={"model": changed}), finished.folder, store)
     table = model.backbone.model.get_input_embeddings().weight
     tuned = [parameter.requires_grad_() for parameter in model.backbone.parameters() if parameter is not table]
-    train, valid = (finished.store.interactions(split) for split in ("train", "valid"))
+    train, valid = (store.interactions(split) for split in ("train", "valid"))
     users = np.flatnonzero((train.lengths >= 2) & (valid.lengths > 0))
     users = users[Draws(0).permutation(len(users))[:count]]
     names = (*model.terms, "validation")
@@ -191,14 +189,12 @@ def asked_of_the_language_model(run: Path, count: int) -> dict[str, Any]:
     def cosine(one: torch.Tensor, other: torch.Tensor) -> float:
         return float(torch.nn.functional.cosine_similarity(one, other, dim=0))
 
-    own = finished.config.model.contrast
-    made = {"epochs": finished.config.train.epochs, "lambdas": [own.l1, own.l2, own.l3]}
+    made = {"epochs": config.train.epochs, "lambdas": [own.l1, own.l2, own.l3]}
     return made | {
         name: {
             "mean": float(values[:, term].sum() / counts[:, term].sum()),
             "validation": cosine(whole[term], whole[-1]),
             "itself": cosine(*halves[:, term]),
-            "length": float(whole[term].norm() / whole[-1].norm()),
         }
         for term, name in enumerate(names)
     }

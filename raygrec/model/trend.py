@@ -54,7 +54,7 @@ class Trend:
 
 
 def _log_shares(known: np.ndarray, size: int, num_items: int) -> np.ndarray:
-    newest = known[-size:] if len(known) else known
+    newest = known[-size:]
     earlier = (np.bincount(known, minlength=num_items) + 1) / (len(known) + num_items)
     window = np.bincount(newest, minlength=num_items) / max(len(newest), 1)
     share = (1 - EARLIER) * window + EARLIER * earlier if len(known) else earlier

@@ -58,7 +58,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_what_meets_is_on_one_device(variant, tiny_store, tiny_backbone, tmp_path):
+def test_what_meets_is_on_one_device(variant, tiny_backbone, tmp_path):
     make, changes = RECIPES[variant.split(",")[0]], VARIANTS[variant]
     split = "global-time" if "trend" in changes.get("model", {}) else "leave-one-out"
     store = make_store(tmp_path, split)  # node and text vectors, kept in the store, are to be made there, too
