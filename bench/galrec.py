@@ -3,7 +3,7 @@
     python -m bench.galrec hops RUN          2-D distribution, uniformity and alignment of a finished run's hops
     python -m bench.galrec degrees RUN …     N@10 of finished runs of one store by how well known the target is
     python -m bench.galrec gradients RUN …   what L0 to L3 ask of the language model, beside what validation asks
-    python -m bench.galrec sweep             effect of τ, queue length and neighbour counts, on the demo's store
+    python -m bench.galrec effects           of τ, queue length and neighbour counts, from the files of `galrec-parts`
 
 Figures go to docs/figures/, numbers to docs/results/. Needs the extra `figures`.
 """
@@ -11,22 +11,22 @@ Figures go to docs/figures/, numbers to docs/results/. Needs the extra `figures`
 import argparse
 import json
 import statistics
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.quality import RESULTS, ROOT, WORK, raygrec
+from bench.quality import RESULTS, ROOT, SUITES
+from bench.report import effects_of
 
 FIGURES = ROOT / "docs" / "figures"
 COLOURS = ("#0072b2", "#e69f00", "#009e73")
 NAMES = ("0-hop: the user's own node", "1-hop: its items", "2-hop: users who share items")
 DEGREES = (0, 3, 6, 12, 25, 50)  # users that a test target has in training, from so many on
-SWEEP: dict[str, tuple[str, list[float]]] = {
-    "model.contrast.temperature": ("temperature τ", [0.02, 0.05, 0.1, 0.2, 0.5, 1.0]),
-    "model.contrast.queue": ("queue length K", [0, 256, 1024, 4096]),
-    "model.neighbours.two_hop": ("two-hop neighbours", [0, 1, 2, 4, 8]),
+LABELS = {
+    "model.contrast.temperature": "temperature τ",
+    "model.contrast.queue": "queue length K",
+    "model.neighbours.two_hop": "two-hop neighbours",
 }
 
 
@@ -41,8 +41,7 @@ def main() -> None:
     asked = commands.add_parser("gradients")
     asked.add_argument("runs", type=Path, nargs="+")
     asked.add_argument("--users", type=int, default=2560)
-    swept = commands.add_parser("sweep")
-    swept.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    commands.add_parser("effects")
     arguments = parser.parse_args()
     FIGURES.mkdir(exist_ok=True)
     if arguments.command == "hops":
@@ -52,7 +51,7 @@ def main() -> None:
     elif arguments.command == "gradients":
         gradients(arguments.runs, arguments.users)
     else:
-        sweep(arguments.seeds)
+        effects()
 
 
 def hops(run: Path, count: int) -> None:
@@ -200,71 +199,31 @@ def asked_of_the_language_model(run: Path, count: int) -> dict[str, Any]:
     }
 
 
-def sweep(seeds: list[int]) -> None:
-    """One run per value and seed; what has a run already is not made again."""
-    store = demo_store()
-    found: dict[str, list[dict[str, Any]]] = {}
-    for key, (_, values) in SWEEP.items():
-        found[key] = []
-        for value in values:
-            metrics = [trained(store, key, value, seed) for seed in seeds]
-            found[key].append({"value": value, **{s: [m[s]["ndcg@10"] for m in metrics] for s in ("valid", "test")}})
-    command = f"python -m bench.galrec sweep --seeds {' '.join(map(str, seeds))}"
-    write("galrec_sweep.json", {"command": command, "seeds": seeds, "effects": found})
-    draw_sweep(found)
-
-
-def demo_store() -> Path:
-    """The store that `raygrec demo` makes."""
-    from raygrec.config import validate
-    from raygrec.data.options import PrepareOptions
-    from raygrec.data.prepare import prepare
-    from raygrec.data.synthetic import write_demo
-
-    store = WORK / "stores" / "demo"
-    if not store.exists():
-        source = write_demo(WORK / "stores" / "demo-source", 1500, 800)
-        prepare(validate(PrepareOptions, {"format": "table", "path": source, "out": store}, "demo"))
-    return store
-
-
-def trained(store: Path, key: str, value: float, seed: int) -> dict[str, Any]:
-    """metrics.json of the demo's GAL-Rec with one setting changed."""
-    from raygrec.cluster.demo import GALREC, SETTINGS, SHARED
-    from raygrec.config import apply_overrides
-
-    out = WORK / "galrec-sweep" / f"{key.rsplit('.', 1)[1]}-{value}-s{seed}"
-    if not (out / "metrics.json").exists():
-        content = {"recipe": "galrec", "store": str(store), "out": str(out), "seed": seed, **GALREC}
-        content |= {name: SETTINGS[name] for name in SHARED}
-        file = out.parent / f"{out.name}.yaml"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(apply_overrides(content, [f"{key}={value}"]), default=str))
-        more = ["--resume"] if out.exists() else []
-        subprocess.run(raygrec("train", file, "--local", *more), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    return json.loads((out / "metrics.json").read_text())
-
-
-def draw_sweep(found: dict[str, list[dict[str, Any]]]) -> None:
+def effects() -> None:
+    """N@10 by the values of each key, as differences to the job's run with the same seed: seeds have validation users
+    of their own."""
     import matplotlib.pyplot as plt
 
+    files = sorted((RESULTS / "galrec-parts").glob("*.json"))
+    found = effects_of(SUITES["galrec-parts"], [json.loads(file.read_text()) for file in files])
     figure, panels = plt.subplots(1, len(found), figsize=(11, 3.4), sharey=True, layout="constrained")
     for panel, (key, points) in zip(panels, found.items(), strict=True):
         places = range(len(points))
         for split, colour in (("valid", COLOURS[0]), ("test", COLOURS[1])):
-            means = [statistics.fmean(point[split]) for point in points]
-            spread = [statistics.stdev(point[split]) if len(point[split]) > 1 else 0.0 for point in points]
+            apart = [list(point[split].values()) for point in points]
+            means = [statistics.fmean(values) for values in apart]
+            spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in apart]
             panel.errorbar(places, means, spread, color=colour, marker="o", capsize=3, label=split)
+        panel.axhline(0, color="black", lw=0.8)
         panel.set_xticks(places, [f"{point['value']:g}" for point in points])
-        panel.set_xlabel(SWEEP[key][0])
+        panel.set_xlabel(LABELS[key])
         panel.grid(axis="y", alpha=0.3)
-    panels[0].set_ylabel("N@10")
+    panels[0].set_ylabel("N@10, apart from the job's")
     panels[0].legend(frameon=False)
-    seeds = len(next(iter(found.values()))[0]["valid"])
-    over = f"mean over {seeds} seeds ± standard deviation" if seeds > 1 else "one seed"
-    figure.suptitle(f"GAL-Rec on the demo's store: {over}", fontsize=11)
-    figure.savefig(FIGURES / "galrec_sweep.png", dpi=130)
-    print(FIGURES / "galrec_sweep.png")
+    seeds = sorted({seed for points in found.values() for point in points for seed in point["test"]})
+    figure.suptitle(f"GAL-Rec on Amazon Beauty, five epochs: mean ± standard deviation over {len(seeds)} seeds")
+    figure.savefig(FIGURES / "galrec_effects.png", dpi=130)
+    print(FIGURES / "galrec_effects.png")
 
 
 def write(name: str, content: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -40,7 +40,7 @@ STORES = {
 class Cell:
     """One method or variant: a job, and how it differs from it."""
 
-    kind: Literal["method", "ours", "baseline", "ablation", "trap"]
+    kind: Literal["method", "ours", "baseline", "ablation", "trap", "effect"]
     job: str | None
     """None: EASE, in closed form."""
     settings: tuple[str, ...] = ()
@@ -51,7 +51,7 @@ class Cell:
 @dataclass(frozen=True)
 class Suite:
     """What is compared on one data set. The one cell of kind `method` is the paper's as we read it, which ablations
-    and traps differ from; `ours` departs from it."""
+    and traps differ from; `ours` departs from it; an `effect` has another value of one key."""
 
     title: str
     store: str
@@ -60,6 +60,8 @@ class Suite:
     note: str = ""
     spared: str = ""
     """What spares the method the traps."""
+    effects: dict[str, dict[float, str]] = field(default_factory=dict)
+    """The values of a key whose effect is drawn, and the cells that have them."""
 
     @property
     def method(self) -> str:
@@ -117,7 +119,7 @@ def galrec(title: str, store: str, published: str) -> Suite:
 
 
 def galrec_parts(title: str, store: str) -> Suite:
-    def cell(kind: Literal["method", "ours", "ablation"], *settings: str) -> Cell:
+    def cell(kind: Literal["method", "ours", "ablation", "effect"], *settings: str) -> Cell:
         return Cell(kind, "galrec.yaml", ("train.epochs=5", *settings))
 
     one_hop = "[{side: user, anchor: 1, weight: l2}, {side: item, anchor: 1, weight: l3}]"
@@ -140,11 +142,25 @@ def galrec_parts(title: str, store: str) -> Suite:
         "GAL-Rec without tuning of the LM": cell("ablation", "model.tuning=frozen"),
         "GAL-Rec without pretraining of the LM": cell("ablation", "backbone.pretrained=false"),
     }
+    effects = {
+        "model.contrast.temperature": {0.1: "GAL-Rec"},
+        "model.contrast.queue": {0: "GAL-Rec without queue", 1024: "GAL-Rec"},
+        "model.neighbours.two_hop": {0: "GAL-Rec without two-hop neighbours", 4: "GAL-Rec"},
+    }
+    others = {
+        "model.contrast.temperature": (0.05, 0.2, 0.5, 1.0),
+        "model.contrast.queue": (256, 4096),
+        "model.neighbours.two_hop": (1, 8),
+    }
+    for key, values in others.items():
+        for value in values:
+            name = f"GAL-Rec, {key}={value}"
+            cells[name], effects[key][value] = cell("effect", f"{key}={value}"), name
     note = (
         "Half the epochs of the job, for the method and for what it is without. The job recommends at the newest "
         "history item, which sees the history alone: hops act through what the contrast teaches the language model."
     )
-    return Suite(title, store, cells, note=note)
+    return Suite(title, store, cells, note=note, effects=effects)
 
 
 def searched() -> dict[str, Cell]:
@@ -181,7 +197,7 @@ def main() -> None:
     run = commands.add_parser("run", help="make what is missing")
     run.add_argument("suite", choices=SUITES)
     run.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    run.add_argument("--cells", nargs="+", help="by default all but the traps")
+    run.add_argument("--cells", nargs="+", help="by default all but traps and effects")
     run.add_argument("--decodings", nargs="*", help="besides `first`; by default all")
     run.add_argument("--threads", type=int, default=2)
     commands.add_parser("report", help="write docs/RESULTS.md")
@@ -192,7 +208,7 @@ def main() -> None:
         write_report(RESULTS, ROOT / "docs" / "RESULTS.md", SUITES)
         return
     suite = SUITES[arguments.suite]
-    names = arguments.cells or [name for name, cell in suite.cells.items() if cell.kind != "trap"]
+    names = arguments.cells or [name for name, cell in suite.cells.items() if cell.kind not in ("trap", "effect")]
     unknown = set(names) - set(suite.cells)
     if unknown:
         parser.error(f"cell '{min(unknown)}': expected one of {', '.join(suite.cells)}")
@@ -288,6 +304,20 @@ def prepare(name: str) -> Path:
         layout, folder, options = STORES[name]
         source = Path(os.environ["RAYGREC_DATA"]) / folder
         call(raygrec("prepare", layout, source, "--out", store, *options), dict(os.environ))
+    return store
+
+
+def demo_store() -> Path:
+    """The store that `raygrec demo` makes."""
+    from raygrec.config import validate
+    from raygrec.data.options import PrepareOptions
+    from raygrec.data.prepare import prepare as make_store
+    from raygrec.data.synthetic import write_demo
+
+    store = WORK / "stores" / "demo"
+    if not store.exists():
+        source = write_demo(WORK / "stores" / "demo-source", 1500, 800)
+        make_store(validate(PrepareOptions, {"format": "table", "path": source, "out": store}, "demo"))
     return store
 
 

@@ -29,7 +29,6 @@ def write_report(results: Path, out: Path, suites: dict[str, Any]) -> None:
         "galrec_hops": _hops,
         "galrec_degrees": _degrees,
         "galrec_gradients": _gradients,
-        "galrec_sweep": _effects,
     }
     for name, section in analyses.items():
         if (file := results / f"{name}.json").exists():
@@ -97,6 +96,8 @@ def _suite(suite: Any, found: list[dict[str, Any]]) -> str:
     ]
     if method and done("ablation"):
         lines += ["### What each part adds\n", _signs(method, {name: by_name[name] for name in done("ablation")})]
+    if done("effect"):
+        lines.append(_effects(suite, found))
     if done("trap"):
         lines += [
             "### Node embeddings that know the training targets\n",
@@ -147,9 +148,8 @@ def _signs(full: list[dict[str, Any]], ablations: dict[str, list[dict[str, Any]]
     for name, found in ablations.items():
         lost = [reference[r["seed"]] - r["metrics"]["test"][METRIC] for r in found if r["seed"] in reference]
         if lost:
-            spread = f" ± {statistics.stdev(lost):.4f}" if len(lost) > 1 else ""
             helped = f"{sum(value > 0 for value in lost)} of {len(lost)}"
-            lines.append(f"| {name.split(' without ')[1]} | {statistics.fmean(lost):+.4f}{spread} | {helped} |")
+            lines.append(f"| {name.split(' without ')[1]} | {_mean(lost)} | {helped} |")
     return "\n".join(lines) + "\n"
 
 
@@ -236,19 +236,43 @@ def _gradients(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _effects(found: dict[str, Any]) -> str:
-    """What single settings of GAL-Rec do."""
+def effects_of(suite: Any, found: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Key -> for each value that has runs: value, and per split and seed its N@10 less that of the method's run."""
+    runs = {(result["variant"], result["seed"]): result["metrics"] for result in found}
+    effects = {}
+    for key, cells in suite.effects.items():
+        effects[key] = []
+        for value, name in sorted(cells.items()):
+            seeds = [seed for variant, seed in runs if variant == name and (suite.method, seed) in runs]
+            apart = {
+                split: {
+                    seed: runs[name, seed][split][METRIC] - runs[suite.method, seed][split][METRIC] for seed in seeds
+                }
+                for split in ("valid", "test")
+            }
+            if seeds:
+                effects[key].append({"value": value, **apart})
+    return effects
+
+
+def _effects(suite: Any, found: list[dict[str, Any]]) -> str:
+    """What single settings do."""
     lines = [
-        "## What GAL-Rec's settings do\n",
-        f"The demo's store, seeds {', '.join(map(str, found['seeds']))}: `{found['command']}`.\n",
-        "| key | value | validation N@10 | test N@10 |",
-        "|---|---:|---:|---:|",
+        "### What its settings do\n",
+        f"N@10 less that of {suite.method} with the same seed. `python -m bench.galrec effects` draws it.\n",
+        "| key | value | validation | test | seeds |",
+        "|---|---:|---:|---:|---:|",
     ]
-    for key, points in found["effects"].items():
+    for key, points in effects_of(suite, found).items():
         for point in points:
-            means = " | ".join(f"{statistics.fmean(point[split]):.4f}" for split in ("valid", "test"))
-            lines.append(f"| `{key}` | {point['value']:g} | {means} |")
-    return "\n".join(lines) + "\n\n![Effect of each setting](figures/galrec_sweep.png)\n"
+            apart = " | ".join(_mean(list(point[split].values())) for split in ("valid", "test"))
+            lines.append(f"| `{key}` | {point['value']:g} | {apart} | {len(point['test'])} |")
+    return "\n".join(lines) + "\n\n![Effect of each setting](figures/galrec_effects.png)\n"
+
+
+def _mean(values: list[float]) -> str:
+    """Of differences, with their spread over seeds."""
+    return f"{statistics.fmean(values):+.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
 
 
 def _sweep(found: dict[str, dict[str, Any]]) -> str:

@@ -135,7 +135,7 @@ def search(method: str, folder: Path, job_settings: list[str]) -> dict[str, Any]
     """What a search on Beauty finds by validation, and the figure of every key's effect."""
     (space, job_file), store, trials = SPACES[method], prepare("beauty"), 12
     settings = [f"job={job_file}", f"trials={trials}", "searcher.startup=6", "seed=1", *job_settings]
-    settings += ["concurrency=2", "cluster.workers=1"]
+    settings += ["concurrency=2", "cluster.workers=1", "engine.zero_stage=0"]  # one worker has none to share with
     resumed = ["--resume"] if folder.exists() else []
     subprocess.run(raygrec("tune", space, f"out={folder}", f"store={store}", *settings, *resumed), cwd=ROOT, check=True)
     table = pd.read_parquet(folder / "trials.parquet")

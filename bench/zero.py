@@ -7,8 +7,7 @@ import json
 import shutil
 import subprocess
 
-from bench.galrec import demo_store
-from bench.quality import RESULTS, ROOT, WORK, raygrec
+from bench.quality import RESULTS, ROOT, WORK, demo_store, raygrec
 
 WORKERS = 2
 SETTINGS = [

@@ -19,8 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from bench.galrec import demo_store
-from bench.quality import WORK
+from bench.quality import WORK, demo_store
 from bench.speed.measure import FLOPS, MATMUL, compared, in_turns, spread, write
 from bench.speed.ready import FEW, ready
 from bench.speed.step import ALONE, OURS, TRAINER, Glued, Steps
