@@ -152,6 +152,7 @@ def search(method: str, folder: Path, job_settings: list[str]) -> dict[str, Any]
         "epochs": float(table["epochs"].sum()),
         "shared_epoch": drawn.shared_epoch,
         "job": {
+            "file": job_file,
             "score": float(job["score"]),
             "early": early[job["trial"]],
             "epochs": float(job["epochs"]),
