@@ -311,10 +311,10 @@ def _searches(searches: dict[str, dict[str, Any]]) -> str:
     """What sweeps on Beauty found by validation, beside the jobs that they began with, all with as many trials."""
     lines = [
         "## How the methods were tuned\n",
-        "Each by a search on Amazon Beauty with the same budget, trials of one seed: TPE and ASHA (none for a graph "
-        "alone), the job as it stood among the first; validation N@10. `at epoch`: what job and best have where all "
-        "trials are, since ASHA may have ended the job there. `adopted`: today's job has the best. Amazon Toys has "
-        "Beauty's settings.\n",
+        "What the table has, by a search on Amazon Beauty with the same budget for each, trials of one seed: TPE and "
+        "ASHA (none for a graph alone), the job as it stood among the first; validation N@10. `at epoch`: what job and "
+        "best have where all trials are, since ASHA may have ended the job there. `adopted`: today's job has the best. "
+        "Amazon Toys has Beauty's settings.\n",
         "| `python -m bench.sweep` | trials | epochs in all | job | best | at epoch | job | best | adopted |",
         "|---|---|---:|---:|---:|---:|---:|---:|---|",
     ]
