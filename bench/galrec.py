@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from bench.quality import RESULTS, ROOT, SUITES
-from bench.report import effects_of
+from bench.report import effects_of, read_results
 
 FIGURES = ROOT / "docs" / "figures"
 COLOURS = ("#0072b2", "#e69f00", "#009e73")
@@ -204,15 +204,13 @@ def effects() -> None:
     of their own."""
     import matplotlib.pyplot as plt
 
-    files = sorted((RESULTS / "galrec-parts").glob("*.json"))
-    found = effects_of(SUITES["galrec-parts"], [json.loads(file.read_text()) for file in files])
+    found = effects_of(SUITES["galrec-parts"], read_results(RESULTS / "galrec-parts"))
     figure, panels = plt.subplots(1, len(found), figsize=(11, 3.4), sharey=True, layout="constrained")
     for panel, (key, points) in zip(panels, found.items(), strict=True):
         places = range(len(points))
         for split, colour in (("valid", COLOURS[0]), ("test", COLOURS[1])):
-            apart = [list(point[split].values()) for point in points]
-            means = [statistics.fmean(values) for values in apart]
-            spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in apart]
+            means = [statistics.fmean(point[split]) for point in points]
+            spread = [statistics.stdev(point[split]) if len(point[split]) > 1 else 0.0 for point in points]
             panel.errorbar(places, means, spread, color=colour, marker="o", capsize=3, label=split)
         panel.axhline(0, color="black", lw=0.8)
         panel.set_xticks(places, [f"{point['value']:g}" for point in points])

@@ -13,6 +13,7 @@ from raygrec.evaluate.tables import Row, markdown_table
 from raygrec.model.galrec import ContrastConfig
 from raygrec.train.settings import run_config
 
+ROOT = Path(__file__).parent.parent
 METRIC = "ndcg@10"
 
 
@@ -20,8 +21,7 @@ def write_report(results: Path, out: Path, suites: dict[str, Any]) -> None:
     """Writes one section per suite of which a model of ours has results. suites: name -> `bench.quality.Suite`."""
     sections = [HEADER]
     for name, suite in suites.items():
-        found = [json.loads(file.read_text()) for file in sorted((results / name).glob("*.json"))]
-        found = _of_the_same_runs(suite, found)
+        found = _of_the_same_runs(suite, read_results(results / name))
         kinds = {suite.cells[result["variant"]].kind for result in found}
         if kinds & {"method", "ours"}:
             sections.append(_suite(suite, found))
@@ -60,6 +60,11 @@ means over seeds ± sample standard deviation. All methods, LightGCN too, may re
 interactions at test time. LightGCN is tuned on validation and is the very one whose embeddings GLTA reads in the same
 run. `RAYGREC_DATA` names the folder of the raw data. Cells that a table does not show have not been run.
 """
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """What the files of a suite hold."""
+    return [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
 
 
 def _suite(suite: Any, found: list[dict[str, Any]]) -> str:
@@ -240,20 +245,17 @@ def _gradients(found: dict[str, Any]) -> str:
 
 
 def effects_of(suite: Any, found: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Key -> for each value that has runs: value, and per split and seed its N@10 less that of the method's run."""
+    """Key -> for each value that has runs: value, and per split their N@10 less that of the method's runs, by seed."""
     runs = {(result["variant"], result["seed"]): result["metrics"] for result in found}
-    effects = {}
+    effects: dict[str, list[dict[str, Any]]] = {key: [] for key in suite.effects}
     for key, cells in suite.effects.items():
-        effects[key] = []
         for value, name in sorted(cells.items()):
-            seeds = [seed for variant, seed in runs if variant == name and (suite.method, seed) in runs]
+            pairs = [(runs[name, seed], runs.get((suite.method, seed))) for variant, seed in runs if variant == name]
             apart = {
-                split: {
-                    seed: runs[name, seed][split][METRIC] - runs[suite.method, seed][split][METRIC] for seed in seeds
-                }
+                split: [one[split][METRIC] - own[split][METRIC] for one, own in pairs if own]
                 for split in ("valid", "test")
             }
-            if seeds:
+            if apart["test"]:
                 effects[key].append({"value": value, **apart})
     return effects
 
@@ -268,7 +270,7 @@ def _effects(suite: Any, found: list[dict[str, Any]]) -> str:
     ]
     for key, points in effects_of(suite, found).items():
         for point in points:
-            apart = " | ".join(_mean(list(point[split].values())) for split in ("valid", "test"))
+            apart = " | ".join(_mean(point[split]) for split in ("valid", "test"))
             lines.append(f"| `{key}` | {point['value']:g} | {apart} | {len(point['test'])} |")
     return "\n".join(lines) + "\n\n![Effect of each setting](figures/galrec_effects.png)\n"
 
@@ -345,11 +347,11 @@ def _searches(searches: dict[str, dict[str, Any]]) -> str:
 
 def _adopted(found: dict[str, Any]) -> bool:
     """Whether today's job is the best point, floats to two digits."""
-    job = run_config(read_yaml(Path(found["job"]["file"])), found["job"]["file"])
-    values = {key: operator.attrgetter(key)(job) for key in found["best"]["point"]}
+    file = found["job"]["file"]
+    job = run_config(read_yaml(ROOT / file), file)
+    pairs = [(operator.attrgetter(key)(job), value) for key, value in found["best"]["point"].items()]
     return all(
-        math.isclose(values[key], value, rel_tol=0.05) if isinstance(value, float) else values[key] == value
-        for key, value in found["best"]["point"].items()
+        math.isclose(now, value, rel_tol=0.05) if isinstance(value, float) else now == value for now, value in pairs
     )
 
 
