@@ -21,9 +21,10 @@ from raygrec.data.filters import first_occurrences
 from raygrec.draws import Draws
 from raygrec.model.backbone import passes
 from raygrec.model.dropout import prompt_dropout
-from raygrec.model.head import TiedHead
+from raygrec.model.head import Cells, TiedHead
 from raygrec.model.nodes import scaled_texts
-from raygrec.model.prompts import Placed, PromptBatch, Symbols, as_targets, padded, truncated
+from raygrec.model.prompts import Placed, PromptBatch, Symbols, as_targets, newest, padded, truncated
+from raygrec.model.successors import SuccessorConfig, SuccessorLogits, Successors
 
 DROPOUT = 1  # what a draw is for: the last counter of every `Draws.uniform` here
 INITIAL_SCALE = 0.02
@@ -48,6 +49,8 @@ class SequentialConfig(StrictConfig):
     count from that, and the filter may look ahead. A pass then holds every beginning of `micro_batch` histories."""
     text_vectors: bool = False
     """A linear map of the frozen language model's text vectors is added to the item embeddings."""
+    successors: SuccessorConfig | None = None
+    """[ours] What other users took after the items of the history, added to the logits (`Successors`)."""
     filter: Literal["none", "frequency"] = "none"
     """`frequency`: BSARec's rescaler of low and high frequencies beside self-attention. [ours] Causal where every item
     predicts."""
@@ -65,7 +68,8 @@ class SequentialConfig(StrictConfig):
     @property
     def name(self) -> str:
         method = "SASRec-CE" if self.filter == "none" else "BSARec-like"
-        return f"{method} + text" if self.text_vectors else method
+        parts = [method, *["text"] * self.text_vectors, *["successors"] * (self.successors is not None)]
+        return " + ".join(parts)
 
 
 class SequencePrompts:
@@ -80,6 +84,9 @@ class SequencePrompts:
         self.max_history, self.predicts = config.max_history, config.predicts
         self.symbols = Symbols(text=0, items=num_items, users=0, slots=0)
         self.train = train
+        self.successors: Successors | None = None
+        if config.successors is not None:
+            self.successors = Successors(train, num_items, config.successors)
 
     def training(self, users: np.ndarray, draws: Draws) -> PromptBatch:
         """Each user's training items but the last; every one predicts the next, unless that came before already."""
@@ -100,13 +107,18 @@ class SequencePrompts:
             answers = torch.from_numpy((history.rows * batch.symbols.shape[1] + place)[answered])
             drawn = draws.uniform(users, DROPOUT)
         keys = torch.from_numpy((drawn * 2**53).astype(np.int64))
-        return replace(batch, answers=answers, targets=targets, dropout_keys=keys)
+        after = self._after(users, history, np.flatnonzero(answered))
+        return replace(batch, answers=answers, targets=targets, dropout_keys=keys, successors=after)
 
     def recommending(
         self, users: np.ndarray, histories: CSR, stage: str = "test", slots: int | None = None
     ) -> PromptBatch:
         """Prompts that show `histories` and answer at their newest item. `stage`, `slots`: as in GLTA, unused."""
-        return self._assemble(truncated(histories, self.max_history))
+        shown = truncated(histories, self.max_history)
+        return replace(self._assemble(shown), successors=self._after(users, shown, newest(shown)))
+
+    def _after(self, users: np.ndarray, shown: CSR, read: np.ndarray) -> Cells | None:
+        return None if self.successors is None else self.successors.after(users, shown, read)
 
     def _assemble(self, history: CSR) -> PromptBatch:
         symbols = padded(history)
@@ -213,6 +225,7 @@ class Sequential(nn.Module):
         self.norm = nn.LayerNorm(config.width)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.head = TiedHead(symbols.items)
+        self.successors = None if config.successors is None else SuccessorLogits()
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=INITIAL_SCALE)
@@ -222,12 +235,16 @@ class Sequential(nn.Module):
     def forward(self, batch: PromptBatch) -> torch.Tensor:
         """Cross-entropy summed over the batch's answer positions; divide by their global count."""
         rows_Id = self.table()
-        return self.head(self.hidden(batch, rows_Id).at(batch.answers), rows_Id, batch.targets)
+        answers_Pd = self.hidden(batch, rows_Id).at(batch.answers)
+        return self.head(answers_Pd, rows_Id, batch.targets, added=self._added(batch))
 
     def slot_logits(self, batch: PromptBatch, slots: int | None = None) -> torch.Tensor:
         """Logits [B, 1, I] at the newest item."""
         rows_Id = self.table()
-        return self.head(self.hidden(batch, rows_Id).at(batch.slots[:, 0]), rows_Id)[:, None]
+        return self.head(self.hidden(batch, rows_Id).at(batch.slots[:, 0]), rows_Id, added=self._added(batch))[:, None]
+
+    def _added(self, batch: PromptBatch) -> Cells | None:
+        return None if self.successors is None else self.successors(batch.successors)
 
     def hidden(self, batch: PromptBatch, rows_Id: torch.Tensor) -> Placed:
         """Last hidden states, by `passes` on prompts of like length."""

@@ -31,10 +31,12 @@ from raygrec.model.prompts import (
     embed_symbols,
     expand,
     join_rows,
+    newest,
     padded,
     repeated,
     truncated,
 )
+from raygrec.model.successors import SuccessorConfig, Successors
 
 HOPS = 3
 # What a draw is for: the second counter of every `Draws.uniform` here or a later one; neighbours have the use first.
@@ -127,6 +129,8 @@ class GALRecConfig(StrictConfig):
     title_tokens: int = Field(0, ge=0, le=64)
     """External embeddings: so many first tokens of its title follow an item's token in a user's history and in the
     item's own prompt. An item's last token names the next."""
+    successors: SuccessorConfig | None = None
+    """[ours] What other users took after the items of the history, added to the logits (`Successors`)."""
     head: Literal["linear", "tied"] = "tied"
     """`tied`: an item is recommended by the inner product of the hidden state with its own token (`ItemProjector`), as
     masked language models name words; in `linear` its row has a node map, text map and free part of its own."""
@@ -137,9 +141,10 @@ class GALRecConfig(StrictConfig):
 
     @property
     def name(self) -> str:
-        """That of the method in tables; without node vectors and contrast it reads no graph."""
-        reads_graph = self.graph_vectors or self.contrast.compared or not self.text_vectors
-        return "GAL-Rec" if reads_graph else "GAL-Rec, texts alone"
+        """That of the method in tables; without node vectors and contrast the language model reads no graph."""
+        if self.graph_vectors or self.contrast.compared or not self.text_vectors:
+            return "GAL-Rec" if self.successors is None else "GAL-Rec + successors"
+        return "GAL-Rec, texts alone" if self.successors is None else "GAL-Rec, texts and successors"
 
     @property
     def longest_prompt(self) -> int:
@@ -210,6 +215,9 @@ class HopPrompts:
         self.opening = opening
         self.train = train
         self.sampler = NeighbourSampler(train, by_item, config.neighbours)
+        self.successors: Successors | None = None
+        if config.successors is not None:
+            self.successors = Successors(train, symbols.items, config.successors)
         self.causal = True
         self.tables = np.zeros(len(train), dtype=np.int64)
         # Every user's training target, not only those of a batch: prompts must not depend on their batch.
@@ -239,7 +247,11 @@ class HopPrompts:
         nothing = CSR(np.zeros(len(users) + 1, dtype=np.int64), np.zeros(0, dtype=np.int32))
         none = np.zeros(0, dtype=np.int64)
         two_hops = np.full(len(users), self.config.readout == "hop2")
-        return self._assemble(users, histories, nothing, none, Draws(0), two_hops, np.zeros_like(two_hops))
+        batch = self._assemble(users, histories, nothing, none, Draws(0), two_hops, np.zeros_like(two_hops))
+        if self.successors is None:
+            return batch
+        shown = truncated(histories, self.config.max_history)
+        return replace(batch, successors=self.successors.after(users, shown, newest(shown)))
 
     def describing(self, users: np.ndarray, histories: CSR, draws: Draws) -> HopBatch:
         """Prompts that show `histories` and have all hops, for `GALRec.representations`."""
@@ -311,7 +323,7 @@ class HopPrompts:
         readout = {"history": last_of_one, "hop1": hop1, "hop2": hop2}[self.config.readout][: len(users)]
         own_places = (columns >= first) & (columns <= first + own.lengths[:, None])
         hops = np.where(np.stack([whole, whole, has_two], axis=1), np.stack([hop0, hop1, hop2], axis=1), -1)
-        answers, targets = _targets(history, shown, target, first_of_one[shown.rows] + item_ends, readout)
+        answers, read, targets = _targets(history, shown, target, first_of_one[shown.rows] + item_ends, readout)
         return HopBatch(
             symbols=torch.from_numpy(symbols),
             segments=torch.from_numpy(levels),
@@ -328,6 +340,7 @@ class HopPrompts:
             num_users=len(users),
             contrasted=torch.from_numpy(np.concatenate([contrasted, np.full(len(items), True)])),
             anchors=self._anchors(int(contrasted.sum()), len(items)),
+            successors=None if self.successors is None else self.successors.after(users, shown, read),
         )
 
     def _anchors(self, users: int, items: int) -> tuple[int, int, int]:
@@ -343,9 +356,9 @@ class HopPrompts:
 
 def _targets(
     history: CSR, shown: CSR, target: CSR, item_ends: np.ndarray, readout: np.ndarray
-) -> tuple[np.ndarray, Targets]:
+) -> tuple[np.ndarray, np.ndarray, Targets]:
     """The position in `item_ends` of every shown item predicts the next, and so does the read-out; an item that came
-    before is none."""
+    before is none. Also the newest entry of `shown` that each position knows, −1 where there is none."""
     whole = join_rows([history, target])
     first_shown = whole.indptr[:-1] + history.lengths - shown.lengths
     offset = np.arange(len(whole.indices)) - first_shown[whole.rows]
@@ -355,8 +368,9 @@ def _targets(
     before = shown.indptr[whole.rows[following]] + offset[following] - 1
     positions = [item_ends[before], readout[whole.rows[final]]]
     items = [whole.indices[following], whole.indices[final]]
-    answers, rows = np.unique(np.concatenate(positions), return_inverse=True)
-    return answers, as_targets(rows, np.concatenate(items), len(answers))
+    answers, places, rows = np.unique(np.concatenate(positions), return_index=True, return_inverse=True)
+    read = np.concatenate([before, newest(shown)[whole.rows[final]]])[places]
+    return answers, read, as_targets(rows, np.concatenate(items), len(answers))
 
 
 def _where(kept: np.ndarray, rows: CSR) -> CSR:
@@ -412,7 +426,8 @@ class GALRec(GraphReader):
         token_scale: float,
     ) -> None:
         read = (tuned(backbone, config), symbols, nodes, item_texts, token_scale)
-        super().__init__(*read, config.head == "tied", config.dropout, equal=config.equal_nodes)
+        kinds = config.head == "tied", config.dropout
+        super().__init__(*read, *kinds, equal=config.equal_nodes, successors=config.successors is not None)
         self.config = config
         contrast = config.contrast
         self.terms = {"cross_entropy": 1.0, "l1": contrast.l1, "l2": contrast.l2, "l3": contrast.l3}
@@ -525,7 +540,7 @@ class GALRec(GraphReader):
     def slot_logits(self, batch: HopBatch, slots: int | None = None) -> torch.Tensor:
         """Logits [B, 1, I] at the read-out position."""
         hidden = self.hidden(batch, asked=batch.slots[:, 0]).at(batch.slots[:, 0])
-        return self.matched(hidden, batch.tables[: len(hidden)])[:, None]
+        return self.matched(hidden, batch.tables[: len(hidden)], successors=batch.successors)[:, None]
 
     def hidden(self, batch: HopBatch, hops: int = HOPS, asked: torch.Tensor | None = None) -> Placed:
         """Last hidden states, of these flat positions or of all; of each prompt up to the task token of its first

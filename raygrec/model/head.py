@@ -1,6 +1,7 @@
 """The GLLM head: hidden states to logits over the whole catalogue, and their cross-entropy a part at a time."""
 
-from typing import NamedTuple
+from copy import copy
+from typing import NamedTuple, Self
 
 import torch
 from torch import nn
@@ -79,9 +80,10 @@ class CatalogueHead(nn.Module):
         targets: "Targets | None" = None,
         own: OwnNodes | None = None,
         trend_MI: torch.Tensor | None = None,
+        added: "Cells | None" = None,
     ) -> torch.Tensor:
         """See `matched`."""
-        return matched(self.query(hidden_PD), rows_Ir, self.bias, targets, own, trend_MI)
+        return matched(self.query(hidden_PD), rows_Ir, self.bias, targets, own, trend_MI, added)
 
 
 class TiedHead(nn.Module):
@@ -98,9 +100,10 @@ class TiedHead(nn.Module):
         targets: "Targets | None" = None,
         own: OwnNodes | None = None,
         trend_MI: torch.Tensor | None = None,
+        added: "Cells | None" = None,
     ) -> torch.Tensor:
         """See `matched`."""
-        return matched(queries_Pr, rows_Ir, self.bias, targets, own, trend_MI)
+        return matched(queries_Pr, rows_Ir, self.bias, targets, own, trend_MI, added)
 
 
 def _row_map(source: int, width: int) -> nn.Linear:
@@ -116,20 +119,23 @@ def matched(
     targets: "Targets | None",
     own: OwnNodes | None = None,
     trend_MI: torch.Tensor | None = None,
+    added: "Cells | None" = None,
 ) -> torch.Tensor:
     """What a head returns: logits Z = q Rᵀ + b [P, I], or with targets their cross-entropy (`catalogue_cross_entropy`).
 
     own: a part of R that `rows_Ir` leaves out. trend_MI: for the cross-entropy, what is added to the logits at each
-    of the moments that `Targets.moments` counts.
+    of the moments that `Targets.moments` counts. added: what some logits have besides.
     """
     if targets is not None:
-        return catalogue_cross_entropy(queries_Pr, rows_Ir, bias_I, targets, own=own, trend_MI=trend_MI)
+        return catalogue_cross_entropy(queries_Pr, rows_Ir, bias_I, targets, own=own, trend_MI=trend_MI, added=added)
     logits_PI = torch.addmm(bias_I.to(queries_Pr.dtype), queries_Pr, rows_Ir.T.to(queries_Pr.dtype))
     if own is not None:
         queries_Pd = queries_Pr @ own.map_dr.T.to(queries_Pr.dtype)
         for table in own.tables_P.unique():
             mine = (own.tables_P == table).nonzero()[:, 0]
             logits_PI[mine] += queries_Pd[mine] @ own.nodes_KId[table].T.to(queries_Pd.dtype)
+    if added is not None:
+        logits_PI = logits_PI.index_put(added.places, added.weights.to(logits_PI.dtype), accumulate=True)
     return logits_PI
 
 
@@ -141,18 +147,20 @@ def catalogue_cross_entropy(
     at_once: int | None = None,
     own: OwnNodes | None = None,
     trend_MI: torch.Tensor | None = None,
+    added: "Cells | None" = None,
 ) -> torch.Tensor:
     """Sum over positions of −Σ_i w_i log softmax(Z)_i, over the full catalogue; Z = q Rᵀ + b, plus a row of the trend.
 
     The logits of `at_once` positions stand in memory (default: `positions_at_once`): each part of the positions leaves
     its gradient behind in the forward pass (softmax(Z) − w, times R and q), and its logits are gone. None is computed
-    twice. own: a part of R that `rows_Ir` leaves out. Returns fp32 [].
+    twice. own: a part of R that `rows_Ir` leaves out. added: what some logits have besides, no cell of them twice.
+    Returns fp32 [].
     """
     at_once = positions_at_once(len(rows_Ir), rows_Ir.device.type) if at_once is None else at_once
     made, starts = torch.is_grad_enabled(), range(0, len(queries_Pr), at_once)
     if own is None:
         parts = [(start, start + at_once, []) for start in starts]
-        return _CrossEntropy.apply(queries_Pr, None, rows_Ir, bias_I, targets, trend_MI, parts, made)
+        return _cross_entropy(queries_Pr, None, rows_Ir, bias_I, targets, trend_MI, added, parts, made)
     order = own.tables_P.argsort(stable=True)
     ends = own.tables_P.bincount(minlength=len(own.nodes_KId)).cumsum(0).tolist()
     tables = list(zip([0, *ends[:-1]], ends, own.nodes_KId.to(queries_Pr.dtype), strict=True))
@@ -170,12 +178,30 @@ def catalogue_cross_entropy(
     ]
     queries_Pr = queries_Pr.index_select(0, order)
     queries_Pd = queries_Pr @ own.map_dr.T.to(queries_Pr.dtype)
-    return _CrossEntropy.apply(queries_Pr, queries_Pd, rows_Ir, bias_I, targets.take(order), trend_MI, parts, made)
+    added = None if added is None else added.take(order)
+    return _cross_entropy(queries_Pr, queries_Pd, rows_Ir, bias_I, targets.take(order), trend_MI, added, parts, made)
 
 
 def positions_at_once(num_items: int, device: str) -> int:
     """How many positions' logits may stand in memory of a device of that kind, as torch calls it."""
     return max((ON_A_CPU if device == "cpu" else LOGITS_AT_ONCE) // num_items, FEWEST_AT_ONCE)
+
+
+def _cross_entropy(
+    queries_Pr: torch.Tensor,
+    queries_Pd: torch.Tensor | None,
+    rows_Ir: torch.Tensor,
+    bias_I: torch.Tensor,
+    targets: "Targets",
+    trend_MI: torch.Tensor | None,
+    added: "Cells | None",
+    parts: list[tuple[int, int, list[tuple[int, int, torch.Tensor]]]],
+    with_gradients: bool,
+) -> torch.Tensor:
+    # Tensors that have a gradient must stand among the arguments by themselves.
+    weights = None if added is None else added.weights
+    given = queries_Pr, queries_Pd, rows_Ir, bias_I, weights, targets, trend_MI, added, parts, with_gradients
+    return _CrossEntropy.apply(*given)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -185,31 +211,38 @@ class _CrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, queries_Pr, queries_Pd, rows_Ir, bias_I, targets, trend_MI, parts, with_gradients):  # noqa: ANN001
+    def forward(ctx, queries_Pr, queries_Pd, rows_Ir, bias_I, weights_C, targets, trend_MI, added, parts, made):  # noqa: ANN001
         kind = queries_Pr.dtype
         # The bias as one more column of R, against ones.
         rows_Is = torch.cat([rows_Ir, bias_I[:, None]], dim=1).to(kind)
         queries_Ps = torch.cat([queries_Pr, queries_Pr.new_ones(len(queries_Pr), 1)], dim=1)
         total = queries_Pr.new_zeros((), dtype=torch.float32)
-        if with_gradients:
+        if made:
             by_queries_Pr = torch.empty_like(queries_Pr)
             by_queries_Pd = None if queries_Pd is None else torch.empty_like(queries_Pd)
             by_rows_Is = torch.zeros_like(rows_Is, dtype=torch.float32)
+            by_weights_C = None if added is None else torch.empty_like(weights_C)
         with torch.autocast(queries_Pr.device.type, enabled=False):
             for start, stop, own in parts:
                 part_ps = queries_Ps[start:stop]
-                part = targets.slice(start, start + len(part_ps))
+                part = targets.part(start, start + len(part_ps))
                 places = (part.rows, part.items)
                 logits_pI = part_ps @ rows_Is.T
                 for first, end, nodes_Id in own:
                     logits_pI[first - start : end - start].addmm_(queries_Pd[first:end], nodes_Id.T)
                 if part.moments is not None:
                     logits_pI += trend_MI[part.moments].to(kind)
+                if added is not None:
+                    first, last = added.indptr[[start, start + len(part)]].tolist()
+                    cells = added.part(start, start + len(part)).places
+                    logits_pI.index_put_(cells, weights_C[first:last].to(kind), accumulate=True)
                 log_shares_pI = logits_pI.float().log_softmax(dim=1)
                 total -= (log_shares_pI[places] * part.weights).sum()
-                if not with_gradients:
+                if not made:
                     continue
                 excess_pI = log_shares_pI.exp_().index_put_(places, -part.weights, accumulate=True).to(kind)
+                if added is not None:
+                    by_weights_C[first:last] = excess_pI[cells]
                 by_queries_Pr[start:stop] = excess_pI @ rows_Is[:, :-1]
                 for first, end, nodes_Id in own:
                     by_queries_Pd[first:end] = excess_pI[first - start : end - start] @ nodes_Id
@@ -217,33 +250,25 @@ class _CrossEntropy(torch.autograd.Function):
                     by_rows_Is.addmm_(excess_pI.T, part_ps)
                 else:
                     by_rows_Is += excess_pI.T @ part_ps
-        if with_gradients:
+        if made:
             by_rows_Ir, by_bias_I = by_rows_Is[:, :-1].to(rows_Ir.dtype), by_rows_Is[:, -1].to(bias_I.dtype)
-            saved = by_queries_Pr, by_rows_Ir, by_bias_I
-            ctx.save_for_backward(*saved, *([] if by_queries_Pd is None else [by_queries_Pd]))
+            ctx.save_for_backward(by_queries_Pr, by_queries_Pd, by_rows_Ir, by_bias_I, by_weights_C)
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, scale):  # noqa: ANN001
-        by_queries_Pr, by_rows_Ir, by_bias_I, *own = (gradient * scale for gradient in ctx.saved_tensors)
-        return by_queries_Pr, own[0] if own else None, by_rows_Ir, by_bias_I, None, None, None, None
+        found = [None if gradient is None else gradient * scale for gradient in ctx.saved_tensors]
+        return *found, *[None] * 5
 
 
-class Targets:
-    """What answer positions must predict: position p has `items[indptr[p]:indptr[p + 1]]`.
+class Cells:
+    """Some items of each of P positions, with weights: position p has `items[indptr[p]:indptr[p + 1]]`."""
 
-    The weights of a position's items add to 1. moments: [positions], when it is to be predicted, where that matters
-    (`model/trend.py`).
-    """
-
-    def __init__(
-        self, indptr: torch.Tensor, items: torch.Tensor, weights: torch.Tensor, moments: torch.Tensor | None = None
-    ) -> None:
+    def __init__(self, indptr: torch.Tensor, items: torch.Tensor, weights: torch.Tensor) -> None:
         self.indptr = indptr
         self.items = items
         self.weights = weights
-        self.moments = moments
 
     def __len__(self) -> int:
         return len(self.indptr) - 1
@@ -254,21 +279,52 @@ class Targets:
         counts = self.indptr.diff()
         return torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=len(self.items))
 
-    def slice(self, start: int, stop: int) -> "Targets":
-        first, last = int(self.indptr[start]), int(self.indptr[stop])
-        indptr = self.indptr[start : stop + 1] - self.indptr[start]
-        moments = None if self.moments is None else self.moments[start:stop]
-        return Targets(indptr, self.items[first:last], self.weights[first:last], moments)
+    @property
+    def places(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions and items of the entries, as an index of [P, I]."""
+        return self.rows, self.items
 
-    def take(self, positions: torch.Tensor) -> "Targets":
+    def weighing(self, weights: torch.Tensor) -> "Cells":
+        """The same items with other weights."""
+        return Cells(self.indptr, self.items, weights)
+
+    def part(self, start: int, stop: int) -> Self:
+        """Those of the positions from `start` to `stop`."""
+        first, last = int(self.indptr[start]), int(self.indptr[stop])
+        return self._of(self.indptr[start : stop + 1] - self.indptr[start], slice(first, last), slice(start, stop))
+
+    def take(self, positions: torch.Tensor) -> Self:
         """Those of some positions, in that order."""
         counts = self.indptr.diff()[positions]
         indptr = nn.functional.pad(counts.cumsum(0), (1, 0))
         offsets = torch.repeat_interleave(self.indptr[positions] - indptr[:-1], counts)
-        entries = offsets + torch.arange(len(offsets), device=offsets.device)
-        moments = None if self.moments is None else self.moments[positions]
-        return Targets(indptr, self.items[entries], self.weights[entries], moments)
+        return self._of(indptr, offsets + torch.arange(len(offsets), device=offsets.device), positions)
 
-    def to(self, device: torch.device | str) -> "Targets":
-        moments = None if self.moments is None else self.moments.to(device)
-        return Targets(self.indptr.to(device), self.items.to(device), self.weights.to(device), moments)
+    def to(self, device: torch.device | str) -> Self:
+        """All of it on that device."""
+        kept = copy(self)
+        vars(kept).update({name: value.to(device) for name, value in vars(self).items() if value is not None})
+        return kept
+
+    def _of(self, indptr: torch.Tensor, entries: torch.Tensor | slice, positions: torch.Tensor | slice) -> Self:
+        kept = copy(self)
+        kept.indptr, kept.items, kept.weights = indptr, self.items[entries], self.weights[entries]
+        return kept
+
+
+class Targets(Cells):
+    """What answer positions must predict; the weights of a position's items add to 1.
+
+    moments: [positions], when it is to be predicted, where that matters (`model/trend.py`).
+    """
+
+    def __init__(
+        self, indptr: torch.Tensor, items: torch.Tensor, weights: torch.Tensor, moments: torch.Tensor | None = None
+    ) -> None:
+        super().__init__(indptr, items, weights)
+        self.moments = moments
+
+    def _of(self, indptr: torch.Tensor, entries: torch.Tensor | slice, positions: torch.Tensor | slice) -> Self:
+        kept = super()._of(indptr, entries, positions)
+        kept.moments = None if self.moments is None else self.moments[positions]
+        return kept

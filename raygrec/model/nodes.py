@@ -8,8 +8,9 @@ from raygrec.data.arrays import CSR
 from raygrec.graph.lightgcn import NodeEmbeddings, propagate_users
 from raygrec.model.backbone import Backbone
 from raygrec.model.dropout import keyed_dropout
-from raygrec.model.head import ROW_SCALE, CatalogueHead, ItemRows, OwnNodes, Targets, TiedHead
+from raygrec.model.head import ROW_SCALE, CatalogueHead, Cells, ItemRows, OwnNodes, Targets, TiedHead
 from raygrec.model.prompts import Placed, PromptBatch, Symbols
+from raygrec.model.successors import SuccessorLogits
 
 # Standard deviations of what a projector reads. Adam moves an item's trained offset as fast whatever stands beside it:
 # small nodes leave it the room to correct what they remember of the very edges that are to be predicted.
@@ -168,6 +169,7 @@ class GraphReader(nn.Module):
     it is tuned; both stay fixed. dropout: share of the hidden states' entries that the head does not see in training,
     and half that share of the node tokens'. free: items have something of their own in their tokens. equal: their node
     vectors have the same length. trend_MI: `Trend.log_shares_MI`, added to the logits of a moment.
+    successors: whether prompts have them, and they have logits.
     """
 
     def __init__(
@@ -182,6 +184,7 @@ class GraphReader(nn.Module):
         free: bool = True,
         equal: bool = False,
         trend_MI: torch.Tensor | None = None,
+        successors: bool = False,
     ) -> None:
         super().__init__()
         self.symbols, self.backbone, self.dropout = symbols, backbone, dropout
@@ -191,6 +194,7 @@ class GraphReader(nn.Module):
         self.register_buffer("trend_MI", trend_MI, persistent=False)
         self.item_projector = ItemProjector(*shown, backbone.width, token_scale, tied, free)
         self.user_projector = projector(self.nodes.width, backbone.width, token_scale)
+        self.successors = SuccessorLogits() if successors else None
         self.head = TiedHead(symbols.items) if tied else CatalogueHead(backbone.width, *shown)
 
     def item_rows(self, items_n: torch.Tensor, tables_n: torch.Tensor) -> torch.Tensor:
@@ -216,18 +220,25 @@ class GraphReader(nn.Module):
         rows, columns = batch.answers // width, batch.answers % width
         if batch.dropout_keys is not None:
             answers_PD = keyed_dropout(answers_PD, self.dropout, batch.dropout_keys[rows], columns, use=1)
-        return self.matched(answers_PD, batch.tables[rows], batch.targets)
+        return self.matched(answers_PD, batch.tables[rows], batch.targets, batch.successors)
 
-    def matched(self, hidden_PD: torch.Tensor, tables_P: torch.Tensor, targets: Targets | None = None) -> torch.Tensor:
+    def matched(
+        self,
+        hidden_PD: torch.Tensor,
+        tables_P: torch.Tensor,
+        targets: Targets | None = None,
+        successors: Cells | None = None,
+    ) -> torch.Tensor:
         """Logits [P, I] of hidden states, against items whose nodes are of the given fits; with targets their
         cross-entropy, as `catalogue_cross_entropy`."""
+        added = None if self.successors is None else self.successors(successors)
         tied = isinstance(self.head, TiedHead)
         rows = self.item_projector.rows if tied else self.head.rows
         read = self.item_projector.queries(hidden_PD) if tied else hidden_PD
         nodes = self.nodes
         if len(nodes.items_KId) == 1:
-            return self.head(read, rows(nodes.items_Id, self.item_texts), targets, trend_MI=self.trend_MI)
+            return self.head(read, rows(nodes.items_Id, self.item_texts), targets, None, self.trend_MI, added)
         # Asked of the module, and not read off its weight, which ZeRO-3 has only while it is called.
         map_dr = rows.from_node(torch.eye(nodes.width, dtype=nodes.items_KId.dtype, device=nodes.items_KId.device))
         own = OwnNodes(nodes.items_KId, tables_P, map_dr)
-        return self.head(read, rows(None, self.item_texts), targets, own, self.trend_MI)
+        return self.head(read, rows(None, self.item_texts), targets, own, self.trend_MI, added)

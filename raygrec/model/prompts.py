@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from raygrec.data.arrays import CSR
-from raygrec.model.head import Targets
+from raygrec.model.head import Cells, Targets
 
 PAD = -1
 
@@ -49,7 +49,8 @@ class PromptBatch:
     the one on all edges. user_kept: [B] bool, False where the user token is dropped out.
     dropout_keys: [B] int64 that the masks of dropout follow from; None where nothing is dropped. prefix: how many first
     columns are the same text in all prompts, in segment 0 and without a target. moment: when what is not in training
-    is read (`model/trend.py`), where that matters.
+    is read (`model/trend.py`), where that matters. successors: of the answer positions in training, of the first slots
+    in other prompts (`model/successors.py`), where the model reads them.
     """
 
     symbols: torch.Tensor
@@ -64,6 +65,7 @@ class PromptBatch:
     dropout_keys: torch.Tensor | None = None
     prefix: int = 0
     moment: int | None = None
+    successors: Cells | None = None
 
     def to(self, device: torch.device | str) -> Self:
         return replace(self, **{name: value.to(device) for name, value in vars(self).items() if hasattr(value, "to")})
@@ -165,6 +167,11 @@ def truncated(rows: CSR, length: int, keep: str = "last") -> CSR:
     indptr = np.concatenate([[0], np.cumsum(kept)])
     starts = rows.indptr[:-1] if keep == "first" else rows.indptr[1:] - kept
     return CSR(indptr, rows.indices[np.repeat(starts - indptr[:-1], kept) + np.arange(indptr[-1])])
+
+
+def newest(rows: CSR) -> np.ndarray:
+    """[rows]: the last entry of each, −1 where it is empty."""
+    return np.where(rows.lengths > 0, rows.indptr[1:] - 1, -1)
 
 
 def padded(rows: CSR, multiple: int = 1) -> np.ndarray:

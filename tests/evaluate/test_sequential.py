@@ -21,6 +21,7 @@ KINDS = {
     "filter": {"filter": "frequency", "cutoff": 3},
     "both": {"filter": "frequency", "text_vectors": True},
     "newest": {"filter": "frequency", "cutoff": 3, "predicts": "newest"},
+    "successors": {"successors": {"steps": 2}},
 }
 
 
@@ -258,9 +259,10 @@ def test_a_row_does_not_depend_on_its_batch(kind):
     prompter = prompts_of(**KINDS[kind])
     users = np.arange(len(HISTORIES))
     with torch.no_grad():
-        together = model.slot_logits(shown(HISTORIES))
+        together = model.slot_logits(prompter.recommending(users, CSR.from_lists(HISTORIES)))
         for row, history in enumerate(HISTORIES):
-            torch.testing.assert_close(model.slot_logits(shown([history]))[0], together[row], rtol=1e-4, atol=1e-4)
+            alone = model.slot_logits(prompter.recommending(users[[row]], CSR.from_lists([history])))
+            torch.testing.assert_close(alone[0], together[row], rtol=1e-4, atol=1e-4)
         # The masks of dropout neither: a batch cut in two has the same loss, and so has one in another order.
         whole = model(prompter.training(users, Draws(1, 2)))
         parts = sum(model(prompter.training(part, Draws(1, 2))) for part in (users[2:], users[:2]))
@@ -277,9 +279,34 @@ def test_the_loss_is_the_cross_entropy_of_every_target():
         torch.testing.assert_close(model(batch), expected)
 
 
+@pytest.mark.parametrize("predicts", ["every", "newest"])
+def test_successors_of_what_a_position_has_read_are_added_to_its_logits(predicts):
+    settings = {"predicts": predicts, "dropout": 0.0, "max_history": 4}
+    train = [[0, 1, 2, 3, 4, 5], [1, 3, 2], [5, 4, 1, 2], [2, 6]]
+    prompter, model = prompts_of(train, successors={}, **settings), model_of(successors={}, **settings)
+    batch = prompter.training(np.array([0, 2, 3]), Draws(0))
+    plain = model_of(**settings)
+    plain.load_state_dict(model.state_dict(), strict=False)
+    cut, read = CSR.from_lists([[1, 2, 3, 4], [5, 4, 1], [2]]), np.arange(8)
+    found = model.successors(prompter.successors.after(np.array([0, 2, 3]), cut, read))
+    assert found.indptr.diff().tolist() == [2, 3, 3, 4, 0, 1, 4, 3]
+    with torch.no_grad():
+        rows = plain.table()
+        at = plain.head(plain.hidden(batch, rows).at(batch.answers), rows)
+        expected = at.index_put(found.places, found.weights, accumulate=True)
+        torch.testing.assert_close(
+            model(batch), functional.cross_entropy(expected, batch.targets.items, reduction="sum")
+        )
+        # Recommending, the newest item's are.
+        shown = prompter.recommending(np.array([0]), CSR.from_lists([[1, 2, 3, 4]]))
+        one = found.part(3, 4)
+        expected = plain.slot_logits(shown)[0].index_put((one.rows, one.items), one.weights, accumulate=True)
+        torch.testing.assert_close(model.slot_logits(shown)[0], expected)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_dropout_falls_on_every_sublayer_with_a_mask_of_its_own(kind, monkeypatch):
-    model, prompter = model_of(**KINDS[kind]), prompts_of()
+    model, prompter = model_of(**KINDS[kind]), prompts_of(**KINDS[kind])
     seen = []
 
     def recorded(values: torch.Tensor, rate: float, keys: torch.Tensor, use: int) -> torch.Tensor:
@@ -294,13 +321,14 @@ def test_dropout_falls_on_every_sublayer_with_a_mask_of_its_own(kind, monkeypatc
     # Embeddings, and in each of two layers attention, (filter,) inner and outer feed-forward.
     assert len(set(seen)) == len(seen) == 1 + 2 * (4 if model.config.filter == "frequency" else 3)
     seen.clear()
-    model.slot_logits(shown(HISTORIES))
+    model.slot_logits(shown(HISTORIES, **KINDS[kind]))
     assert not seen
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_reach_every_parameter(kind):
-    model, prompter = model_of(**KINDS[kind]), prompts_of()
+    others = [[3, 5, 4], [11, 2, 6]]  # have successors of what the first have taken
+    model, prompter = model_of(**KINDS[kind]), prompts_of([*HISTORIES, *others], **KINDS[kind])
     model(prompter.training(np.arange(4), Draws(0))).backward()
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad and parameter.grad.abs().max() > 0, name

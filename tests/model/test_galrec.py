@@ -634,6 +634,50 @@ def test_the_terms_of_the_loss(pairs, projection, backbone):
     assert list(model.terms) == ["cross_entropy", "l1", "l2", "l3"]
 
 
+@pytest.mark.parametrize("readout", ["history", "hop2"])
+def test_successors_of_what_a_position_has_read_are_added_to_its_logits(readout, backbone):
+    """Also where items with a title of several tokens are read, some of them not, and two positions have one target."""
+    train = random_rows(3)
+    prompter = hop_prompts(train, successors={}, readout=readout, max_history=3, title_tokens=1)
+    model, users = model_of(prompter, backbone), np.arange(14)
+    batch = prompter.training(users, Draws(0))
+    added = [found.part(p, p + 1) for found in [model.successors(batch.successors)] for p in range(len(found))]
+    assert sum(len(cells.items) for cells in added) > 50
+    shown = [train[user][max(len(train[user]) - 4, 0) : -1] for user in users]
+    with torch.no_grad():
+        hidden = model.hidden(batch).padded()
+        expected, width = 0.0, batch.symbols.shape[1]
+        for place, cells in zip(batch.answers.tolist(), added, strict=True):
+            row, column = divmod(place, width)
+            # How many of its items stand up to here: each is an item and a token of its title.
+            known = int(
+                ((batch.symbols[row, : column + 1] >= TEXT) & (batch.symbols[row, : column + 1] < TEXT + ITEMS)).sum()
+            )
+            known -= readout == "hop2" and len(shown[row]) < known
+            history = CSR.from_lists([shown[row][:known]])
+            alone = model.successors(prompter.successors.after(users[[row]], history, np.array([known - 1])))
+            assert cells.items.tolist() == alone.items.tolist()
+            torch.testing.assert_close(cells.weights, alone.weights)
+            logits = expected_logits(model, hidden[row, column][None], batch.tables[row])
+            logits[0, cells.items] += cells.weights
+            for item, weight in answers(batch)[row][column].items():
+                expected -= weight * logits.log_softmax(1)[0, item]
+        torch.testing.assert_close(model(batch)[0], expected)
+        recommending = prompter.recommending(users[:2], CSR.from_lists([shown[0], []]))
+        found = model.slot_logits(recommending)[:, 0]
+        model.successors = None
+        plain = model.slot_logits(recommending)[:, 0]
+    assert torch.equal(found[1], plain[1])
+    assert ((found - plain)[0].nonzero()[:, 0].tolist()) == added_to(prompter, shown[0])
+
+
+def added_to(prompter: HopPrompts, history: np.ndarray) -> list[int]:
+    """The items that others took after those of user 0's history."""
+    return prompter.successors.after(
+        np.array([0]), CSR.from_lists([history]), np.array([len(history) - 1])
+    ).items.tolist()
+
+
 @pytest.mark.parametrize("sees_user", [True, False])
 @pytest.mark.parametrize("readout", ["history", "hop1", "hop2"])
 def test_where_nothing_is_contrasted_prompts_are_read_up_to_the_last_answer(readout, sees_user, backbone):

@@ -2,7 +2,16 @@ import pytest
 import torch
 from torch.nn import functional
 
-from raygrec.model.head import CatalogueHead, ItemRows, OwnNodes, Targets, TiedHead, catalogue_cross_entropy, matched
+from raygrec.model.head import (
+    CatalogueHead,
+    Cells,
+    ItemRows,
+    OwnNodes,
+    Targets,
+    TiedHead,
+    catalogue_cross_entropy,
+    matched,
+)
 
 POSITIONS, WIDTH, ITEMS, NODE_WIDTH, TEXT_WIDTH = 7, 5, 11, 3, 4
 
@@ -184,6 +193,30 @@ def test_each_position_has_the_trend_of_its_moment(tables, at_once):
         torch.testing.assert_close(found, gradient)
 
 
+@pytest.mark.parametrize("tables", [None, [0, 2, 2, 0, 2, 0, 0]], ids=["one fit", "fits"])
+@pytest.mark.parametrize("at_once", [2, 100])
+def test_some_logits_have_something_added(tables, at_once):
+    """Values and gradients, of what is added too, are those of dense logits plus it."""
+    hidden, nodes, texts = example()
+    weights = torch.randn(6, requires_grad=True)
+    added = Cells(torch.tensor([0, 2, 2, 3, 3, 3, 6, 6]), torch.tensor([0, 4, 3, 1, 10, 7]), weights)
+    hidden.requires_grad_()
+    head, wanted, own = head_of(), torch.tensor([0, 10, 3, 3, 7, 1, 2]), None
+    if tables is not None:
+        own = OwnNodes(torch.stack([nodes, nodes.flip(0), torch.randn_like(nodes)]), torch.tensor(tables), torch.eye(3))
+    rows = head.rows(nodes if own is None else None, texts)
+    dense = head(hidden, rows, None, own) + torch.zeros(POSITIONS, ITEMS).index_put((added.rows, added.items), weights)
+    torch.testing.assert_close(head(hidden, rows, None, own, added=added), dense)
+    expected, targets = functional.cross_entropy(dense, wanted, reduction="sum"), single_targets(wanted)
+    loss = catalogue_cross_entropy(head.query(hidden), rows, head.bias, targets, at_once, own, added=added)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(head(hidden, rows, targets, own, added=added), expected)
+    leaves = [weights, hidden, *head.parameters()]
+    gradients = (torch.autograd.grad(one, leaves, retain_graph=True, allow_unused=True) for one in (loss, expected))
+    for found, gradient in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, gradient)
+
+
 def test_in_bf16_loss_is_fp32_and_gradients_are_near_those_of_fp32():
     hidden, nodes, texts = example()
     head, targets = head_of(), single_targets(torch.arange(POSITIONS))
@@ -267,9 +300,9 @@ def test_rows_start_as_functions_of_node_and_text():
 
 def test_slices_of_targets():
     targets = Targets(torch.tensor([0, 2, 2, 5]), torch.tensor([4, 3, 2, 1, 0]), torch.ones(5))
-    part = targets.slice(1, 3)
+    part = targets.part(1, 3)
     assert len(part) == 2
     assert part.indptr.tolist() == [0, 0, 3]
     assert part.items.tolist() == [2, 1, 0]
     assert part.rows.tolist() == [1, 1, 1]
-    assert len(targets.slice(3, 3)) == 0
+    assert len(targets.part(3, 3)) == 0

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from raygrec.data.arrays import CSR
-from raygrec.model.head import Targets
+from raygrec.model.head import Cells, Targets
 from raygrec.model.prompts import (
     PAD,
     PromptBatch,
@@ -115,9 +115,11 @@ def test_every_position_attends_to_something_and_none_to_padding():
 
 def test_moving_a_batch_moves_all_of_it():
     still = batch_of([[1, 2]], [[0, 0]])
-    unmoved = ("targets", "prefix", "moment")
+    unmoved = ("targets", "prefix", "moment", "successors")
     assert still.to("meta").dropout_keys is None
     still.targets.moments = torch.zeros(len(still.targets), dtype=torch.int64)
-    moved = replace(still, dropout_keys=torch.zeros(1, dtype=torch.int64)).to("meta")
+    cells = Cells(torch.zeros(2, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0))
+    moved = replace(still, dropout_keys=torch.zeros(1, dtype=torch.int64), successors=cells).to("meta")
     assert {value.device.type for name, value in vars(moved).items() if name not in unmoved} == {"meta"}
-    assert {value.device.type for value in vars(moved.targets).values()} == {"meta"}
+    for part in (moved.targets, moved.successors):
+        assert {value.device.type for value in vars(part).values()} == {"meta"}

@@ -52,7 +52,8 @@ VARIANTS = {
         "graph": {"folds": 2},
     },
     "galrec, texts alone": {"model": {"tuning": "frozen", "graph_vectors": False, "contrast": {"queue": 0}}},
-    "sequential": {"model": {"filter": "frequency", "predicts": "newest", "text_vectors": True}},
+    "galrec, successors": {"model": {"successors": {}}, "graph": {"folds": 2}},
+    "sequential": {"model": {"filter": "frequency", "predicts": "newest", "text_vectors": True, "successors": {}}},
     "graph": {"graph": {"text_weight": 0.1}},
 }
 

@@ -230,12 +230,12 @@ def test_offloading_does_not_change_galrec(galrec_alone, tiny_store, tiny_backbo
     assert folder.metrics()["test"] == pytest.approx(galrec_alone.metrics()["test"], abs=1e-6)
 
 
-LORA = {"tuning": "lora", "lora": {"rank": 2}, "head": "tied"}
+LORA = {"tuning": "lora", "lora": {"rank": 2}, "head": "tied", "successors": {}}
 
 
 @pytest.fixture(scope="module")
 def lora_alone(tiny_store, tiny_backbone, tmp_path_factory) -> RunFolder:
-    """GAL-Rec with adapters, in one process."""
+    """GAL-Rec with adapters and successors, in one process."""
     config = tiny_galrec_config(tiny_store.path, tiny_backbone, tmp_path_factory.mktemp("lora") / "run", model=LORA)
     train_here(config)
     return RunFolder(config.out)
@@ -251,8 +251,8 @@ def test_adapters_are_all_that_is_trained_and_kept_of_the_language_model(lora_al
     assert all(value.abs().max() > 1e-3 for name, value in tuned.items() if ".lora_B." in name)
 
 
-@pytest.mark.parametrize(("workers", "zero_stage"), [(2, 3)])
-def test_workers_and_zero_stages_do_not_change_adapters(
+@pytest.mark.parametrize(("workers", "zero_stage"), [(2, 3), (4, 2)])
+def test_workers_and_zero_stages_do_not_change_adapters_and_successors(
     lora_alone, tiny_store, tiny_backbone, tmp_path, workers, zero_stage
 ):
     config = tiny_galrec_config(

@@ -1,0 +1,91 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from raygrec.data.arrays import CSR
+from raygrec.model.head import Cells
+from raygrec.model.successors import SuccessorConfig, SuccessorLogits, Successors
+
+ITEMS = 6
+TRAIN = [[0, 1, 2, 3], [1, 2, 4], [0, 2, 5, 1], [], [3]]
+
+
+def found(cells: Cells) -> list[dict[int, float]]:
+    """Each position's items and their weights."""
+    parts = [cells.part(p, p + 1) for p in range(len(cells))]
+    return [dict(zip(part.items.tolist(), part.weights.tolist(), strict=True)) for part in parts]
+
+
+def after(rows: list[list[int]], histories: list[list[int]], read: list[int], **changes: object) -> list:
+    """What stands after the entries `read` of the users' histories, who are the rows' first."""
+    config = SuccessorConfig(**changes)
+    shown = CSR.from_lists(histories)
+    successors = Successors(CSR.from_lists(rows), ITEMS, config)
+    return found(successors.after(np.arange(len(histories)), shown, np.array(read, dtype=np.int64)))
+
+
+def plainly(rows: list[list[int]], user: int, history: list[int], steps: int, decay: float) -> dict[int, float]:
+    """One user, item and step after the other."""
+    counts: dict[int, float] = {}
+    for other, items in enumerate(rows):
+        for place, item in enumerate(items):
+            for age, known in enumerate(reversed(history)):
+                if other == user or known != item or decay**age < 0.01:
+                    continue
+                for step, later in enumerate(items[place + 1 : place + 1 + steps], 1):
+                    counts[later] = counts.get(later, 0.0) + decay**age / step
+    return counts
+
+
+def test_successors_by_hand():
+    """User 0 has taken 0 and 1; after 1 user 1 took 2, then 4, and after 0 user 2 took 2, then 5 and 1."""
+    newest, empty = after(TRAIN, [[0, 1], []], [1, -1], steps=3, decay=0.5)
+    assert newest == pytest.approx({2: 1 + 0.5, 4: 1 / 2, 5: 0.5 / 2, 1: 0.5 / 3})
+    assert empty == {}
+    assert after(TRAIN, [[0, 1]], [0], steps=1) == [{2: 1.0}]  # of 0 alone; what user 0 did is not counted
+
+
+@pytest.mark.parametrize(("steps", "decay"), [(1, 0.5), (3, 0.5), (9, 0.9), (2, 0.005)])
+def test_against_plain_loops_with_repeats_and_at_every_place(steps, decay):
+    rng = np.random.default_rng(steps)
+    rows = [rng.integers(0, ITEMS, length).tolist() for length in rng.integers(0, 7, 12)]
+    successors = Successors(CSR.from_lists(rows), ITEMS, SuccessorConfig(steps=steps, decay=decay))
+    users = rng.permutation(12)
+    # Histories go on with what is no training item of the user.
+    histories = [rows[user] + rng.integers(0, ITEMS, 2).tolist() for user in users]
+    shown = CSR.from_lists(histories)
+    cells = found(successors.after(users, shown, np.arange(len(shown.indices))))
+    places = [
+        (user, history[: n + 1]) for user, history in zip(users, histories, strict=True) for n in range(len(history))
+    ]
+    for cell, (user, history) in zip(cells, places, strict=True):
+        assert cell == pytest.approx(plainly(rows, user, history, steps, decay), rel=1e-5)
+
+
+def test_what_a_user_took_is_known_from_others_alone():
+    """Whatever else the user has taken later, before, or twice, the user's own successors stay."""
+    others = [row for row in TRAIN[1:]]
+    seen = [after([own, *others], [[0, 1]], [1]) for own in ([0, 1], [0, 1, 5, 4], [5, 0, 1, 0, 3], [4])]
+    assert all(one == seen[0] for one in seen)
+
+
+def test_without_interactions_there_is_nothing():
+    assert after([[], []], [[0, 1], []], [1, -1]) == [{}, {}]
+    assert after(TRAIN, [[], []], [-1, -1]) == [{}, {}]
+    assert after(TRAIN, [[1], []], []) == []
+
+
+def test_their_logits_by_hand_and_what_trains_them():
+    cells = Cells(torch.tensor([0, 2, 3]), torch.tensor([4, 1, 0]), torch.tensor([0.5, 3.0, 1.0]))
+    model = SuccessorLogits()
+    model.trained.data = torch.tensor([0.7, math.log(2.0)])
+    logits = model(cells)
+    assert logits.indptr is cells.indptr and logits.items is cells.items
+    expected = [0.7 * math.log(1 + s / 2) for s in (0.5, 3.0, 1.0)]
+    torch.testing.assert_close(logits.weights, torch.tensor(expected))
+    (gradient,) = torch.autograd.grad(logits.weights.sum(), model.trained)
+    by_share = sum(math.log(1 + s / 2) for s in (0.5, 3.0, 1.0))
+    by_floor = sum(-0.7 * s / (2 + s) for s in (0.5, 3.0, 1.0))
+    torch.testing.assert_close(gradient, torch.tensor([by_share, by_floor]))
