@@ -42,7 +42,7 @@ class Cell:
 
     kind: Literal["method", "ours", "baseline", "ablation", "trap", "effect"]
     job: str | None
-    """None: EASE, in closed form."""
+    """None: one of `bench.closed`, which trains nothing."""
     settings: tuple[str, ...] = ()
     shares: bool = False
     """GLTA: differs in nothing that the early stages read, and goes on from where prompts become whole."""
@@ -105,16 +105,23 @@ def galrec(title: str, store: str, published: str) -> Suite:
         return Cell("baseline", job)
 
     cells = {
+        "Successors alone": Cell("baseline", None),
         "RLMRec-Con": baseline("rlmrec.yaml"),
         "SASRec-CE": baseline("sasrec.yaml"),
         "SASRec-CE + text": baseline("sasrec-text.yaml"),
         "BSARec-like": baseline("bsarec.yaml"),
         "GAL-Rec": Cell("method", "galrec.yaml"),
         "GAL-Rec, texts alone": Cell("ours", "galrec-texts.yaml"),
+        "GAL-Rec, texts and successors": Cell("ours", "galrec-successors.yaml"),
+        "SASRec-CE + text + successors": Cell("ours", "sasrec-text.yaml", ("model.successors={}",)),
         **searched(),
         "GAL-Rec as it was, nodes fitted on all edges": Cell("trap", "galrec.yaml", AS_IT_WAS),
     }
-    note = f"Published under the same protocol, N@10: {published}. `texts alone` has neither node vectors nor contrast."
+    note = (
+        f"Published under the same protocol, N@10: {published}. `texts alone` has neither node vectors nor contrast. "
+        "`successors`: what other users took next, added to the logits; a baseline has it, too, below ours, to tell what "
+        "the language model adds."
+    )
     return Suite(title, store, cells, note=note, spared="five folds")
 
 
@@ -234,7 +241,7 @@ def one(suite_name: str, name: str, seed: int, threads: int, decodings: Sequence
         return
     out = WORK / suite_name / file.stem
     if cell.job is None:
-        write_ease(suite_name, name, seed, file)
+        write_closed(suite_name, name, seed, file)
         return
     settings = [f"store={prepare(suite.store)}", f"out={out}", f"seed={seed}", *cell.settings]
     if cell.shares and not out.exists():
@@ -258,11 +265,11 @@ def one(suite_name: str, name: str, seed: int, threads: int, decodings: Sequence
     write_result(file, suite_name, name, seed, command=command, metrics=metrics, history=history, seconds=seconds)
 
 
-def write_ease(suite: str, name: str, seed: int, file: Path) -> None:
-    from bench.ease import ease_metrics
+def write_closed(suite: str, name: str, seed: int, file: Path) -> None:
+    from bench.closed import METHODS
 
-    command = f"python -m bench.quality run {suite} --cells {name}"
-    write_result(file, suite, name, seed, command=command, metrics=ease_metrics(prepare(SUITES[suite].store), seed))
+    command = shlex.join(["python", "-m", "bench.quality", "run", suite, "--cells", name])
+    write_result(file, suite, name, seed, command=command, metrics=METHODS[name](prepare(SUITES[suite].store), seed))
 
 
 def write_result(file: Path, suite: str, name: str, seed: int, **found: Any) -> None:
