@@ -119,8 +119,8 @@ def galrec(title: str, store: str, published: str) -> Suite:
     }
     note = (
         f"Published under the same protocol, N@10: {published}. `texts alone` has neither node vectors nor contrast. "
-        "`successors`: what other users took next, added to the logits; a baseline has it, too, below ours, to tell what "
-        "the language model adds."
+        "`successors`: what other users took next, added to the logits; a baseline has it, too, below ours, to "
+        "tell what the language model adds."
     )
     return Suite(title, store, cells, note=note, spared="five folds")
 
