@@ -27,6 +27,7 @@ from raygrec.train.folder import RunFolder
 SPACE = "tune_spaces/smoke.yaml"
 SPACES = {  # searched with the same number of trials
     "galrec": ("tune_spaces/galrec.yaml", "jobs/galrec.yaml"),
+    "galrec-successors": ("tune_spaces/galrec-successors.yaml", "jobs/galrec-successors.yaml"),
     "sasrec": ("tune_spaces/sasrec.yaml", "jobs/sasrec.yaml"),
     "sasrec-text": ("tune_spaces/sasrec.yaml", "jobs/sasrec-text.yaml"),
     "bsarec": ("tune_spaces/bsarec.yaml", "jobs/bsarec.yaml"),

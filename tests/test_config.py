@@ -12,12 +12,17 @@ class Engine(StrictConfig):
     zero_stage: int = Field(2, ge=0, le=3)
 
 
+class Track(StrictConfig):
+    address: str = "here"
+
+
 class Run(StrictConfig):
     store: str
     seed: int = 0
     rate: float = 0.1
     ks: tuple[int, ...] = (5, 10)
     engine: Engine = Engine()
+    track: Track | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> "Run":
@@ -47,6 +52,7 @@ def test_a_file_becomes_a_config(tmp_path):
         ({"store": "s", "engin": {}}, "engin", "engine"),
         ({"store": "s", "engine": {"zero_stge": 1}}, "engine.zero_stge", "engine.zero_stage"),
         ({"store": "s", "precision": "bf16"}, "precision", "engine.precision"),
+        ({"store": "s", "track": {"adress": "there"}}, "track.adress", "track.address"),
     ],
 )
 def test_an_unknown_key_names_the_nearest_known_one(content, key, nearest):
