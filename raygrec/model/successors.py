@@ -1,5 +1,7 @@
 """What other users took next after the items of a history: the graph's two-hop paths in order of time, at the head."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from pydantic import Field
@@ -8,6 +10,9 @@ from torch import nn
 from raygrec.config import StrictConfig
 from raygrec.data.arrays import CSR
 from raygrec.model.head import Cells
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 FAINTEST = 0.01  # items of a history with a smaller weight are not looked at
 NOTHING = 1e-6  # what rounding leaves where a user's own steps are all there were
@@ -32,19 +37,8 @@ class Successors:
 
     def __init__(self, train: CSR, num_items: int, config: SuccessorConfig) -> None:
         """train: CSR of each user's training items in time order."""
-        from scipy import sparse
-
-        items, users = np.asarray(train.indices).astype(np.int64), train.rows
-        place = np.arange(len(items)) - train.indptr[users]
-        self.num_items, self.config = num_items, config
-        self.edges, edge_of = np.unique(users * num_items + items, return_inverse=True)
-        later = [np.flatnonzero(place >= k) for k in range(1, config.steps + 1)]
-        to = np.concatenate(later)
-        steps = np.repeat(np.arange(1, config.steps + 1), [len(some) for some in later])
-        # Every item's successors, and below them what a user's own steps are of these, a row for each edge.
-        places = np.concatenate([items[to - steps], num_items + edge_of[to - steps]]), np.tile(items[to], 2)
-        shape = num_items + len(self.edges), num_items
-        self._matrix = sparse.csr_array((np.concatenate([1 / steps, -1 / steps]), places), shape)
+        self.train, self.num_items, self.steps = train, num_items, config.steps
+        self._all = self._counts(train, np.asarray(train.indices), num_items)
         self._weights = config.decay ** np.arange(1 + int(np.log(FAINTEST) / np.log(config.decay)))
 
     def after(self, users: np.ndarray, shown: CSR, read: np.ndarray) -> Cells:
@@ -52,19 +46,19 @@ class Successors:
 
         users: [B]. shown: [B] rows of their items, in time order.
         """
-        from scipy import sparse
-
+        taken = self.train.take(users)
+        edges, edge_of = np.unique(taken.rows * self.num_items + taken.indices, return_inverse=True)
+        own = self._counts(taken, edge_of, len(edges))
         entries_PA = read[:, None] - np.arange(len(self._weights))
         rows_P = shown.rows[read] if len(shown.indices) else np.zeros(len(read), dtype=np.int64)
         positions, ages = ((read >= 0)[:, None] & (entries_PA >= shown.indptr[rows_P][:, None])).nonzero()
         items = np.asarray(shown.indices)[entries_PA[positions, ages]].astype(np.int64)
-        keys = users[rows_P[positions]] * self.num_items + items
-        edges = np.searchsorted(self.edges, keys)
-        own = self.edges[np.minimum(edges, len(self.edges) - 1)] == keys if len(self.edges) else edges < 0
         weights = self._weights[ages]
-        places = np.concatenate([positions, positions[own]]), np.concatenate([items, self.num_items + edges[own]])
-        shape = len(read), self._matrix.shape[0]
-        found = sparse.csr_array((np.concatenate([weights, weights[own]]), places), shape) @ self._matrix
+        found = _rows(weights, positions, items, (len(read), self.num_items)) @ self._all
+        keys = rows_P[positions] * self.num_items + items
+        mine = np.isin(keys, edges)
+        places = np.searchsorted(edges, keys[mine])
+        found -= _rows(weights[mine], positions[mine], places, (len(read), len(edges))) @ own
         found.data[found.data < NOTHING] = 0
         found.eliminate_zeros()
         found.sort_indices()
@@ -73,6 +67,20 @@ class Successors:
             torch.from_numpy(found.indices.astype(np.int64)),
             torch.from_numpy(found.data.astype(np.float32)),
         )
+
+    def _counts(self, taken: CSR, row_of: np.ndarray, num_rows: int) -> "csr_array":
+        """Σ_k 1/k · # of the items k steps after an entry, [num_rows, I]; `row_of` [entries]: the row of each."""
+        place = np.arange(len(taken.indices)) - taken.indptr[taken.rows]
+        later = [np.flatnonzero(place >= k) for k in range(1, self.steps + 1)]
+        to, steps = np.concatenate(later), np.repeat(np.arange(1, self.steps + 1), list(map(len, later)))
+        return _rows(1 / steps, row_of[to - steps], np.asarray(taken.indices)[to], (num_rows, self.num_items))
+
+
+def _rows(values: np.ndarray, rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]) -> "csr_array":
+    """A sparse matrix; values of the same place are added up."""
+    from scipy.sparse import csr_array
+
+    return csr_array((values, (rows, columns)), shape)
 
 
 class SuccessorLogits(nn.Module):

@@ -44,7 +44,7 @@ def model_of(**changes: object) -> Sequential:
 
 def shown(rows: list[list[int]], **changes: object) -> PromptBatch:
     """Prompts that show the given histories."""
-    return prompts_of(**changes).recommending(np.arange(len(rows)), CSR.from_lists(rows))
+    return prompts_of(rows, **changes).recommending(np.arange(len(rows)), CSR.from_lists(rows))
 
 
 def logits(model: Sequential, batch: PromptBatch) -> torch.Tensor:
