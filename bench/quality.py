@@ -114,7 +114,6 @@ def galrec(title: str, store: str, published: str) -> Suite:
         "GAL-Rec, texts alone": Cell("ours", "galrec-texts.yaml"),
         "GAL-Rec, texts and successors": Cell("ours", "galrec-successors.yaml"),
         "SASRec-CE + text + successors": Cell("ours", "sasrec-text.yaml", ("model.successors={}",)),
-        **searched(),
         "GAL-Rec as it was, nodes fitted on all edges": Cell("trap", "galrec.yaml", AS_IT_WAS),
     }
     note = (
@@ -168,16 +167,6 @@ def galrec_parts(title: str, store: str) -> Suite:
         "history item, which sees the history alone: hops act through what the contrast teaches the language model."
     )
     return Suite(title, store, cells, note=note, effects=effects)
-
-
-def searched() -> dict[str, Cell]:
-    """GAL-Rec with what `python -m bench.sweep search galrec` found by validation on Beauty."""
-    file = RESULTS / "sweep" / "search-galrec.json"
-    if not file.exists():
-        return {}
-    found = json.loads(file.read_text())
-    point = [f"{key}={json.dumps(value)}" for key, value in found["best"]["point"].items()]
-    return {"GAL-Rec, as searched": Cell("ours", "galrec.yaml", (*found["settings"], *point))}
 
 
 EASE = {"EASE": Cell("baseline", None)}
