@@ -169,20 +169,25 @@ def _traps(rows: dict[str, list[dict[str, Any]]]) -> str:
         return "No seed has all rows.\n"
     lines = ["| node vectors | training loss | validation N@10 | test N@10 | seeds |", "|---|---:|---:|---:|---:|"]
     for name, found in rows.items():
+        mark = " †" if any("outdated" in result for result in found) else ""
         loss = statistics.fmean([record for r in found for record in [r["history"][-1]["loss"]]])
         valid, test = (statistics.fmean(r["metrics"][split][METRIC] for r in found) for split in ("valid", "test"))
-        lines.append(f"| {name} | {loss:.3f} | {valid:.4f} | {test:.4f} | {len(found)} |")
+        lines.append(f"| {name}{mark} | {loss:.3f} | {valid:.4f} | {test:.4f} | {len(found)} |")
     return "\n".join(lines) + "\n"
 
 
 def _contrast(found: dict[str, Any]) -> str:
-    one = next(case for case in found["cases"] if case["case"] == f"K = {ContrastConfig().queue:,}")
-    ratio = one["ratio"]
+    def ratio(case: str) -> str:
+        one = next(one["ratio"] for one in found["cases"] if one["case"] == case)
+        return f"×{one['median']:.2f} (×{one['low']:.2f} to ×{one['high']:.2f})"
+
+    queue = f"K = {ContrastConfig().queue:,}"
     return (
-        "## What GAL-Rec's contrast costs\n\n"
-        f"A training step with L1, L2, L3 and the default queues ({one['case']}) against one with L0 alone, on the "
-        f"same users, taken in turns, {ratio['rounds']} times: ×{ratio['median']:.2f} (×{ratio['low']:.2f} to "
-        f"×{ratio['high']:.2f}). `{found['command']}`.\n"
+        "## What contrast and successors cost\n\n"
+        f"A training step with L1, L2, L3 and the default queues ({queue}) against one with L0 alone: {ratio(queue)}. "
+        "One of texts and successors against one of texts alone: "
+        f"{ratio('texts and successors against texts alone')}. The same users, taken in turns; CPU time. "
+        f"`{found['command']}`.\n"
     )
 
 

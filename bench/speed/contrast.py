@@ -1,4 +1,4 @@
-"""Row 9: what GAL-Rec's contrast and its queue add to a training step."""
+"""Row 9: what GAL-Rec's contrast and its queue, and successors, add to a training step."""
 
 import torch
 
@@ -9,6 +9,7 @@ LENGTHS = (0, 1024, 8192, 65_536)
 ROUNDS = 7
 PROJECTION = 128  # as MoCo's
 ALONE = "L0 alone"
+TEXTS, SUCCESSORS = "texts alone", "texts and successors"
 
 
 def main() -> None:
@@ -23,11 +24,14 @@ def main() -> None:
         for queue in one.model.queues.values():  # as after many steps
             rows = torch.randn_like(queue.rows())
             queue.enqueue(rows, torch.arange(len(rows)) % len(one.trainable))
+    sides[TEXTS] = ready("galrec-texts.yaml", store, "galrec-texts", FEW)
+    sides[SUCCESSORS] = ready("galrec-successors.yaml", store, "galrec-successors", FEW)
     runs = {name: lambda number, one=one: one.step(one.users(number), number) for name, one in sides.items()}
     seconds = in_turns(runs, ROUNDS)
-    cases = [compared(name, seconds, ALONE, name) for name in list(sides)[1:]]
+    cases = [compared(name, seconds, ALONE, name) for name in wanted]
     # Anchors and positives of both pairs of a side meet all K rows: forward, and the anchors' gradient.
     cases.append(compared(f"{longest} against {none}", seconds, none, longest))
+    cases.append(compared(f"{SUCCESSORS} against {TEXTS}", seconds, TEXTS, SUCCESSORS))
     write(
         "contrast",
         {
