@@ -244,7 +244,8 @@ class Sequential(nn.Module):
         return self.head(self.hidden(batch, rows_Id).at(batch.slots[:, 0]), rows_Id, added=self._added(batch))[:, None]
 
     def _added(self, batch: PromptBatch) -> Cells | None:
-        return None if self.successors is None else self.successors(batch.successors)
+        found = batch.successors
+        return None if self.successors is None else found.weighing(self.successors(found.weights))
 
     def hidden(self, batch: PromptBatch, rows_Id: torch.Tensor) -> Placed:
         """Last hidden states, by `passes` on prompts of like length."""

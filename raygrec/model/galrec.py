@@ -21,7 +21,7 @@ from raygrec.graph.lightgcn import NodeEmbeddings
 from raygrec.graph.neighbours import NeighbourConfig, NeighbourSampler
 from raygrec.model.backbone import Backbone, LoRAConfig
 from raygrec.model.contrast import EMPTY, MomentumCopy, NegativeQueue, contrast_terms
-from raygrec.model.head import Targets
+from raygrec.model.head import Cells, Targets
 from raygrec.model.nodes import GraphReader
 from raygrec.model.prompts import (
     Placed,
@@ -235,10 +235,10 @@ class HopPrompts:
         items = self._lent_items(users, history, draws) if self._contrasts("item") else np.zeros(0, dtype=np.int64)
         contrasted = (draws.uniform(users, CONTRASTED) < self.config.contrast.users) & self._contrasts("user")
         two_hops = contrasted | (self.config.readout == "hop2")
-        batch = self._assemble(users, history, target, items, draws, two_hops, contrasted)
+        batch, shown, read = self._assemble(users, history, target, items, draws, two_hops, contrasted)
         nodes = np.concatenate([users, items + len(self.train)])
         keys = (draws.uniform(nodes, np.arange(len(nodes)) >= len(users), DROPOUT) * 2**53).astype(np.int64)
-        return replace(batch, dropout_keys=torch.from_numpy(keys))
+        return replace(batch, dropout_keys=torch.from_numpy(keys), successors=self._after(users, shown, read))
 
     def recommending(
         self, users: np.ndarray, histories: CSR, stage: str = "test", slots: int | None = None
@@ -247,18 +247,18 @@ class HopPrompts:
         nothing = CSR(np.zeros(len(users) + 1, dtype=np.int64), np.zeros(0, dtype=np.int32))
         none = np.zeros(0, dtype=np.int64)
         two_hops = np.full(len(users), self.config.readout == "hop2")
-        batch = self._assemble(users, histories, nothing, none, Draws(0), two_hops, np.zeros_like(two_hops))
-        if self.successors is None:
-            return batch
-        shown = truncated(histories, self.config.max_history)
-        return replace(batch, successors=self.successors.after(users, shown, newest(shown)))
+        batch, shown, _ = self._assemble(users, histories, nothing, none, Draws(0), two_hops, np.zeros_like(two_hops))
+        return replace(batch, successors=self._after(users, shown, newest(shown)))
 
     def describing(self, users: np.ndarray, histories: CSR, draws: Draws) -> HopBatch:
         """Prompts that show `histories` and have all hops, for `GALRec.representations`."""
         nothing = CSR(np.zeros(len(users) + 1, dtype=np.int64), np.zeros(0, dtype=np.int32))
         none = np.zeros(0, dtype=np.int64)
         every = np.ones(len(users), dtype=bool)
-        return self._assemble(users, histories, nothing, none, draws, every, ~every)
+        return self._assemble(users, histories, nothing, none, draws, every, ~every)[0]
+
+    def _after(self, users: np.ndarray, shown: CSR, read: np.ndarray) -> Cells | None:
+        return None if self.successors is None else self.successors.after(users, shown, read)
 
     def _contrasts(self, side: str) -> bool:
         return bool(self.config.contrast.active(side))
@@ -277,7 +277,8 @@ class HopPrompts:
         draws: Draws,
         two_hops: np.ndarray,
         contrasted: np.ndarray,
-    ) -> HopBatch:
+    ) -> tuple[HopBatch, CSR, np.ndarray]:
+        """The prompts, the part of `history` that they show, and the newest entry of it that each answer knows."""
         base, top, first = self.symbols, self.config.max_history + 1, len(self.opening)
         sees_user = self.config.history_sees_user
         shown = truncated(history, self.config.max_history)
@@ -324,7 +325,7 @@ class HopPrompts:
         own_places = (columns >= first) & (columns <= first + own.lengths[:, None])
         hops = np.where(np.stack([whole, whole, has_two], axis=1), np.stack([hop0, hop1, hop2], axis=1), -1)
         answers, read, targets = _targets(history, shown, target, first_of_one[shown.rows] + item_ends, readout)
-        return HopBatch(
+        batch = HopBatch(
             symbols=torch.from_numpy(symbols),
             segments=torch.from_numpy(levels),
             slots=torch.from_numpy(readout[:, None]),
@@ -340,8 +341,8 @@ class HopPrompts:
             num_users=len(users),
             contrasted=torch.from_numpy(np.concatenate([contrasted, np.full(len(items), True)])),
             anchors=self._anchors(int(contrasted.sum()), len(items)),
-            successors=None if self.successors is None else self.successors.after(users, shown, read),
         )
+        return batch, shown, read
 
     def _anchors(self, users: int, items: int) -> tuple[int, int, int]:
         sides = {pair.weight: users if pair.side == "user" else items for pair in self.config.contrast.pairs}
@@ -441,9 +442,8 @@ class GALRec(GraphReader):
             self.projection = nn.Sequential(*layers)
         self.slow = None
         if contrast.momentum is not None and contrast.compared:
-            trained = {
-                name: p for name, p in self.named_parameters() if p.requires_grad and not name.startswith("head.")
-            }
+            unread = "head.", "successors."
+            trained = {n: p for n, p in self.named_parameters() if p.requires_grad and not n.startswith(unread)}
             self.slow = MomentumCopy(trained, contrast.momentum)
         # With a momentum encoder the two-hop segments are its own to read: no anchor sees them.
         last = [pair.anchor if self.slow is not None else max(pair.anchor, pair.positive) for pair in contrast.compared]

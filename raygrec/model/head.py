@@ -124,7 +124,8 @@ def matched(
     """What a head returns: logits Z = q Rᵀ + b [P, I], or with targets their cross-entropy (`catalogue_cross_entropy`).
 
     own: a part of R that `rows_Ir` leaves out. trend_MI: for the cross-entropy, what is added to the logits at each
-    of the moments that `Targets.moments` counts. added: what some logits have besides.
+    of the moments that `Targets.moments` counts. added: what some logits have besides, cells of P positions, none of
+    them twice.
     """
     if targets is not None:
         return catalogue_cross_entropy(queries_Pr, rows_Ir, bias_I, targets, own=own, trend_MI=trend_MI, added=added)
@@ -153,8 +154,8 @@ def catalogue_cross_entropy(
 
     The logits of `at_once` positions stand in memory (default: `positions_at_once`): each part of the positions leaves
     its gradient behind in the forward pass (softmax(Z) − w, times R and q), and its logits are gone. None is computed
-    twice. own: a part of R that `rows_Ir` leaves out. added: what some logits have besides, no cell of them twice.
-    Returns fp32 [].
+    twice. own: a part of R that `rows_Ir` leaves out. added: what some logits have besides, fp32 cells of P positions,
+    none of them twice. Returns fp32 [].
     """
     at_once = positions_at_once(len(rows_Ir), rows_Ir.device.type) if at_once is None else at_once
     made, starts = torch.is_grad_enabled(), range(0, len(queries_Pr), at_once)
@@ -222,6 +223,7 @@ class _CrossEntropy(torch.autograd.Function):
             by_queries_Pd = None if queries_Pd is None else torch.empty_like(queries_Pd)
             by_rows_Is = torch.zeros_like(rows_Is, dtype=torch.float32)
             by_weights_C = None if added is None else torch.empty_like(weights_C)
+        last = 0  # of the cells that have been added
         with torch.autocast(queries_Pr.device.type, enabled=False):
             for start, stop, own in parts:
                 part_ps = queries_Ps[start:stop]
@@ -233,16 +235,16 @@ class _CrossEntropy(torch.autograd.Function):
                 if part.moments is not None:
                     logits_pI += trend_MI[part.moments].to(kind)
                 if added is not None:
-                    first, last = added.indptr[[start, start + len(part)]].tolist()
-                    cells = added.part(start, start + len(part)).places
-                    logits_pI.index_put_(cells, weights_C[first:last].to(kind), accumulate=True)
+                    cells = added.part(start, start + len(part))
+                    begun, last = last, last + len(cells.items)
+                    logits_pI.index_put_(cells.places, weights_C[begun:last].to(kind), accumulate=True)
                 log_shares_pI = logits_pI.float().log_softmax(dim=1)
                 total -= (log_shares_pI[places] * part.weights).sum()
                 if not made:
                     continue
                 excess_pI = log_shares_pI.exp_().index_put_(places, -part.weights, accumulate=True).to(kind)
                 if added is not None:
-                    by_weights_C[first:last] = excess_pI[cells]
+                    by_weights_C[begun:last] = excess_pI[cells.places]
                 by_queries_Pr[start:stop] = excess_pI @ rows_Is[:, :-1]
                 for first, end, nodes_Id in own:
                     by_queries_Pd[first:end] = excess_pI[first - start : end - start] @ nodes_Id

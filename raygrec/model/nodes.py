@@ -231,7 +231,7 @@ class GraphReader(nn.Module):
     ) -> torch.Tensor:
         """Logits [P, I] of hidden states, against items whose nodes are of the given fits; with targets their
         cross-entropy, as `catalogue_cross_entropy`."""
-        added = None if self.successors is None else self.successors(successors)
+        added = None if self.successors is None else successors.weighing(self.successors(successors.weights))
         tied = isinstance(self.head, TiedHead)
         rows = self.item_projector.rows if tied else self.head.rows
         read = self.item_projector.queries(hidden_PD) if tied else hidden_PD

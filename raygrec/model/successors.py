@@ -21,18 +21,19 @@ NOTHING = 1e-6  # what rounding leaves where a user's own steps are all there we
 class SuccessorConfig(StrictConfig):
     """Which steps count. [ours]"""
 
-    steps: int = Field(3, ge=1)
+    steps: int = Field(3, ge=1, le=100)
     """How many of the items after an item are its successors, the k-th with weight 1/k."""
-    decay: float = Field(0.5, gt=0, lt=1)
+    decay: float = Field(0.5, gt=0, le=0.99)
     """Weight of each item of a history as a share of the weight of the one after it."""
 
 
 class Successors:
-    """[ours] s_j = Σ_a γ^a Σ_k 1/k · #{users v ≠ u that took j k steps after h_{n−a}} for the items h_1 … h_n of a
-    user u: paths item, user, later item in the training graph, none of them over u.
+    """[ours] s_j = Σ_a γ^a Σ_k 1/k · #{times that a user v ≠ u took j k steps after h_{n−a}} for the items h_1 … h_n of
+    a user u: paths item, user, later item in the training graph, none of them over u.
 
     What a user took is thus never known from the user, in training as little as later. Needs interactions in time
-    order.
+    order. For sparse graphs: a position's cells grow with what follows its items, some 200 of 12,101 items on Amazon
+    Beauty, 550 of 1,573 on MovieLens-100K.
     """
 
     def __init__(self, train: CSR, num_items: int, config: SuccessorConfig) -> None:
@@ -44,12 +45,16 @@ class Successors:
     def after(self, users: np.ndarray, shown: CSR, read: np.ndarray) -> Cells:
         """s [P positions] where it is not zero, for histories that end at the entries `read` [P] of `shown`; −1: empty.
 
-        users: [B]. shown: [B] rows of their items, in time order.
+        users: [B]. shown: [B] rows of their items, in time order. Raises ValueError where these are not as many: a
+        row's own steps are known by its user.
         """
+        if len(users) != len(shown):
+            raise ValueError(f"{len(users)} users but {len(shown)} rows of items")
         taken = self.train.take(users)
         edges, edge_of = np.unique(taken.rows * self.num_items + taken.indices, return_inverse=True)
         own = self._counts(taken, edge_of, len(edges))
-        entries_PA = read[:, None] - np.arange(len(self._weights))
+        ages = min(len(self._weights), int(shown.lengths.max(initial=0)))
+        entries_PA = read[:, None] - np.arange(ages)
         rows_P = shown.rows[read] if len(shown.indices) else np.zeros(len(read), dtype=np.int64)
         positions, ages = ((read >= 0)[:, None] & (entries_PA >= shown.indptr[rows_P][:, None])).nonzero()
         items = np.asarray(shown.indices)[entries_PA[positions, ages]].astype(np.int64)
@@ -61,7 +66,6 @@ class Successors:
         found -= _rows(weights[mine], positions[mine], places, (len(read), len(edges))) @ own
         found.data[found.data < NOTHING] = 0
         found.eliminate_zeros()
-        found.sort_indices()
         return Cells(
             torch.from_numpy(found.indptr.astype(np.int64)),
             torch.from_numpy(found.indices.astype(np.int64)),
@@ -90,7 +94,7 @@ class SuccessorLogits(nn.Module):
         super().__init__()
         self.trained = nn.Parameter(torch.tensor([0.5, 0.0]))  # α, log ε
 
-    def forward(self, found: Cells) -> Cells:
-        """The logits of these cells, in fp32."""
+    def forward(self, found_C: torch.Tensor) -> torch.Tensor:
+        """[C] fp32 logits of cells with these s [C]."""
         share, floor = self.trained.float().unbind()
-        return found.weighing(share * (found.weights * (-floor).exp()).log1p())
+        return share * (found_C * (-floor).exp()).log1p()

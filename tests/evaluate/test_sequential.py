@@ -14,6 +14,7 @@ from raygrec.model.backbone import passes
 from raygrec.model.prompts import PAD, PromptBatch
 
 ITEMS = 12
+OTHERS = [[3, 5, 4], [11, 2, 6]]  # have successors of what HISTORIES have
 HISTORIES = [[3, 5, 7, 3, 9], [0, 1], [4, 11, 2, 8, 10, 6, 0], [5]]
 KINDS = {
     "plain": {},
@@ -256,7 +257,7 @@ def test_an_empty_history_reads_no_item():
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_does_not_depend_on_its_batch(kind):
     model = model_of(**KINDS[kind])
-    prompter = prompts_of(**KINDS[kind])
+    prompter = prompts_of([*HISTORIES, *OTHERS], **KINDS[kind])
     users = np.arange(len(HISTORIES))
     with torch.no_grad():
         together = model.slot_logits(prompter.recommending(users, CSR.from_lists(HISTORIES)))
@@ -288,7 +289,8 @@ def test_successors_of_what_a_position_has_read_are_added_to_its_logits(predicts
     plain = model_of(**settings)
     plain.load_state_dict(model.state_dict(), strict=False)
     cut, read = CSR.from_lists([[1, 2, 3, 4], [5, 4, 1], [2]]), np.arange(8)
-    found = model.successors(prompter.successors.after(np.array([0, 2, 3]), cut, read))
+    found = prompter.successors.after(np.array([0, 2, 3]), cut, read)
+    found = found.weighing(model.successors(found.weights))
     assert found.indptr.diff().tolist() == [2, 3, 3, 4, 0, 1, 4, 3]
     with torch.no_grad():
         rows = plain.table()
@@ -297,8 +299,8 @@ def test_successors_of_what_a_position_has_read_are_added_to_its_logits(predicts
         torch.testing.assert_close(
             model(batch), functional.cross_entropy(expected, batch.targets.items, reduction="sum")
         )
-        # Recommending, the newest item's are.
-        shown = prompter.recommending(np.array([0]), CSR.from_lists([[1, 2, 3, 4]]))
+        # Recommending, of the newest of the items that are shown.
+        shown = prompter.recommending(np.array([0]), CSR.from_lists([[5, 6, 1, 2, 3, 4]]))
         one = found.part(3, 4)
         expected = plain.slot_logits(shown)[0].index_put((one.rows, one.items), one.weights, accumulate=True)
         torch.testing.assert_close(model.slot_logits(shown)[0], expected)
@@ -327,8 +329,7 @@ def test_dropout_falls_on_every_sublayer_with_a_mask_of_its_own(kind, monkeypatc
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_reach_every_parameter(kind):
-    others = [[3, 5, 4], [11, 2, 6]]  # have successors of what the first have taken
-    model, prompter = model_of(**KINDS[kind]), prompts_of([*HISTORIES, *others], **KINDS[kind])
+    model, prompter = model_of(**KINDS[kind]), prompts_of([*HISTORIES, *OTHERS], **KINDS[kind])
     model(prompter.training(np.arange(4), Draws(0))).backward()
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad and parameter.grad.abs().max() > 0, name

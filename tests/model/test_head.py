@@ -193,6 +193,22 @@ def test_each_position_has_the_trend_of_its_moment(tables, at_once):
         torch.testing.assert_close(found, gradient)
 
 
+def test_what_is_added_in_bf16_is_near_that_of_fp32():
+    hidden, nodes, texts = example()
+    head, targets = head_of(), single_targets(torch.arange(POSITIONS))
+    found = []
+    for kind in (torch.float32, torch.bfloat16):
+        weights = torch.tensor([1.0, -2.0, 0.5, 3.0, 1.5, -1.0], requires_grad=True)
+        added = Cells(torch.tensor([0, 2, 2, 3, 3, 3, 6, 6]), torch.tensor([0, 4, 3, 1, 10, 7]), weights)
+        head = head.to(kind)
+        loss = head(hidden.to(kind), head.rows(nodes.to(kind), texts.to(kind)), targets, added=added)
+        loss.backward()
+        assert loss.dtype == weights.grad.dtype == torch.float32
+        found.append(torch.cat([loss.detach()[None], weights.grad]))
+    assert found[0][1:].abs().min() > 0
+    torch.testing.assert_close(found[1], found[0], rtol=0.03, atol=0.01)
+
+
 @pytest.mark.parametrize("tables", [None, [0, 2, 2, 0, 2, 0, 0]], ids=["one fit", "fits"])
 @pytest.mark.parametrize("at_once", [2, 100])
 def test_some_logits_have_something_added(tables, at_once):

@@ -64,6 +64,12 @@ def test_against_plain_loops_with_repeats_and_at_every_place(steps, decay):
         assert cell == pytest.approx(plainly(rows, user, history, steps, decay), rel=1e-5)
 
 
+def test_rows_of_other_users_are_refused():
+    successors = Successors(CSR.from_lists(TRAIN), ITEMS, SuccessorConfig())
+    with pytest.raises(ValueError, match="1 users but 2 rows of items"):
+        successors.after(np.array([0]), CSR.from_lists([[0], [1]]), np.array([0, 1]))
+
+
 def test_what_a_user_took_is_known_from_others_alone():
     """Whatever else the user has taken later, before, or twice, the user's own successors stay."""
     others = [row for row in TRAIN[1:]]
@@ -78,14 +84,12 @@ def test_without_interactions_there_is_nothing():
 
 
 def test_their_logits_by_hand_and_what_trains_them():
-    cells = Cells(torch.tensor([0, 2, 3]), torch.tensor([4, 1, 0]), torch.tensor([0.5, 3.0, 1.0]))
     model = SuccessorLogits()
     model.trained.data = torch.tensor([0.7, math.log(2.0)])
-    logits = model(cells)
-    assert logits.indptr is cells.indptr and logits.items is cells.items
+    logits = model(torch.tensor([0.5, 3.0, 1.0]))
     expected = [0.7 * math.log(1 + s / 2) for s in (0.5, 3.0, 1.0)]
-    torch.testing.assert_close(logits.weights, torch.tensor(expected))
-    (gradient,) = torch.autograd.grad(logits.weights.sum(), model.trained)
+    torch.testing.assert_close(logits, torch.tensor(expected))
+    (gradient,) = torch.autograd.grad(logits.sum(), model.trained)
     by_share = sum(math.log(1 + s / 2) for s in (0.5, 3.0, 1.0))
     by_floor = sum(-0.7 * s / (2 + s) for s in (0.5, 3.0, 1.0))
     torch.testing.assert_close(gradient, torch.tensor([by_share, by_floor]))
