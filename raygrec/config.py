@@ -2,21 +2,47 @@
 
 import difflib
 import re
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidatorFunctionWrapHandler, field_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from raygrec.errors import InputError
 
+NAMED = 5  # keys of a section, at most, that a message names
+BOUNDS = {"ge", "gt", "le", "lt"}
+
 
 class StrictConfig(BaseModel):
-    """A config section: immutable; an unknown key is an error, and so is a number that is not finite."""
+    """A config section: immutable; an unknown key is an error, and so is a number that is not finite, or true or false
+    where a number is wanted."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _truths_are_no_numbers(cls, given: Any, make: ValidatorFunctionWrapHandler) -> Any:
+        made = make(given)
+        if wrong := list(_truths_as_numbers(given, made)):
+            raise ValidationError.from_exception_data(cls.__name__, wrong)
+        return made
+
+
+def _truths_as_numbers(given: Any, made: Any, place: tuple[int | str, ...] = ()) -> Iterator[InitErrorDetails]:
+    if isinstance(given, bool) and isinstance(made, int | float) and not isinstance(made, bool):
+        wanted = "a whole number" if isinstance(made, int) else "a number"
+        yield InitErrorDetails(type=PydanticCustomError("truth", f"expected {wanted}"), loc=place, input=given)
+    elif isinstance(given, dict) and isinstance(made, dict):
+        for key, value in given.items():
+            yield from _truths_as_numbers(value, made.get(key), (*place, key))
+    elif isinstance(given, list | tuple) and isinstance(made, list | tuple):
+        for number, values in enumerate(zip(given, made, strict=False)):
+            yield from _truths_as_numbers(*values, (*place, number))
 
 
 C = TypeVar("C", bound=StrictConfig)
@@ -114,12 +140,49 @@ def _first_problem(model: type[BaseModel], error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"key '{key}' is missing"
     message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "model_type":
+        message = _section_wanted(model, first["loc"])
+    elif isinstance(first["input"], bool) and BOUNDS & first.get("ctx", {}).keys():
+        message = "expected a number"
     return f"key '{key}': {message} (got {first['input']!r})" if key else message
 
 
+def _section_wanted(model: type[BaseModel], place: tuple[int | str, ...]) -> str:
+    """What is right where something else than a section was given."""
+    kinds: list[Any] = [model]
+    for part in place:
+        kinds = next(_inside(kind, part) for kind in kinds if _inside(kind, part))
+    section = next(kind for kind in kinds if _is_section(kind))
+    names = list(section.model_fields)
+    choices = [f"a section of keys ({', '.join([*names[:NAMED], *['…'] * (len(names) > NAMED)])})"]
+    with suppress(ValidationError):
+        section()
+        choices.append("{} for its defaults")
+    choices += ["null"] * (type(None) in kinds)
+    return f"expected {', '.join(choices[:-1])}{', or ' * (len(choices) > 1)}{choices[-1]}"
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _kinds(annotation: Any) -> list[Any]:
+    """What a value may be: a section that may be left out is `X | None`."""
+    return list(get_args(annotation)) if isinstance(annotation, UnionType) else [annotation]
+
+
+def _inside(kind: Any, part: int | str) -> list[Any]:
+    """What stands at a key of a section or mapping, or at a place of a tuple."""
+    if _is_section(kind):
+        return _kinds(kind.model_fields[part].annotation)
+    values = get_args(kind)
+    return _kinds(values[get_origin(kind) is dict]) if values else []
+
+
 def nearest_key(key: str, known: list[str]) -> str:
-    """The end of a message about an unknown key, with the known one that is most like it."""
-    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    """The end of a message about an unknown key, with the known one that is most like it, but no section around it."""
+    around = {one for one in known if key.startswith(f"{one}.") and any(k.startswith(f"{one}.") for k in known)}
+    nearest = difflib.get_close_matches(key, [one for one in known if one not in around], n=1, cutoff=0.0)
     return f"; the nearest known key is '{nearest[0]}'" if nearest else ""
 
 
@@ -136,9 +199,7 @@ def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     keys: list[str] = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
-        annotation = field.annotation
-        # A section that may be left out is `X | None`.
-        for kind in get_args(annotation) if isinstance(annotation, UnionType) else [annotation]:
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
+        for kind in _kinds(field.annotation):
+            if _is_section(kind):
                 keys += known_keys(kind, f"{prefix}{name}.")
     return keys

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pytest
 from pydantic import Field, ValidationError, model_validator
@@ -16,6 +17,24 @@ class Track(StrictConfig):
     address: str = "here"
 
 
+class Pair(StrictConfig):
+    side: Literal["user", "item"]
+
+
+class Values(StrictConfig):
+    """All kinds of fields that a number, or true and false, may stand in."""
+
+    count: int = Field(1, ge=1)
+    share: float | None = Field(None, ge=0, lt=1)
+    stage: Literal[0, 1, 2] = 2
+    betas: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] | None = None
+    counts: dict[str, int] = Field(default_factory=dict)
+    pairs: tuple[Pair, ...] = ()
+    flag: bool = False
+    any: float | int | str | bool | None = None
+    points: dict[str, int | bool | tuple[float | bool, ...]] = Field(default_factory=dict)
+
+
 class Run(StrictConfig):
     store: str
     seed: int = 0
@@ -23,6 +42,7 @@ class Run(StrictConfig):
     ks: tuple[int, ...] = (5, 10)
     engine: Engine = Engine()
     track: Track | None = None
+    values: Values | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> "Run":
@@ -53,6 +73,8 @@ def test_a_file_becomes_a_config(tmp_path):
         ({"store": "s", "engine": {"zero_stge": 1}}, "engine.zero_stge", "engine.zero_stage"),
         ({"store": "s", "precision": "bf16"}, "precision", "engine.precision"),
         ({"store": "s", "track": {"adress": "there"}}, "track.adress", "track.address"),
+        ({"store": "s", "track": {"x": 1}}, "track.x", "track.address"),  # not the section that it stands in
+        ({"store": "s", "engine": {"precision": "bf16", "x": 1}}, "engine.x", "engine.precision"),
     ],
 )
 def test_an_unknown_key_names_the_nearest_known_one(content, key, nearest):
@@ -71,7 +93,23 @@ def test_an_unknown_key_names_the_nearest_known_one(content, key, nearest):
             "run.yaml: key 'engine.zero_stage': Input should be less",
         ),
         ({"store": "s", "ks": [5, "x"]}, "run.yaml: key 'ks.1': Input should be a valid integer"),
-        ({"store": "s", "engine": 3}, "run.yaml: key 'engine': Input should be a valid dictionary"),
+        (
+            {"store": "s", "engine": 3},
+            "run.yaml: key 'engine': expected a section of keys (precision, zero_stage), or {} for its defaults",
+        ),
+        (
+            {"store": "s", "track": "there"},
+            "run.yaml: key 'track': expected a section of keys (address), {} for its defaults, or null (got 'there')",
+        ),
+        (
+            {"store": "s", "values": [1]},
+            "run.yaml: key 'values': expected a section of keys (count, share, stage, betas, counts, …), {} for its "
+            "defaults, or null (got [1])",
+        ),
+        (
+            {"store": "s", "values": {"pairs": [{"side": "user"}, 3]}},
+            "run.yaml: key 'values.pairs.1': expected a section of keys (side) (got 3)",
+        ),
     ],
 )
 def test_a_wrong_value_is_named_with_its_key(content, message):
@@ -79,6 +117,34 @@ def test_a_wrong_value_is_named_with_its_key(content, message):
         validate(Run, content, "run.yaml")
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "key", "message"),
+    [
+        ({"count": True}, "count", "expected a whole number (got True)"),
+        ({"count": False}, "count", "expected a number (got False)"),
+        ({"share": False}, "share", "expected a number (got False)"),
+        ({"share": True}, "share", "expected a number (got True)"),
+        ({"stage": True}, "stage", "expected a whole number (got True)"),
+        ({"betas": [0.5, True]}, "betas.1", "expected a number (got True)"),
+        ({"counts": {"a": 1, "b": False}}, "counts.b", "expected a whole number (got False)"),
+    ],
+)
+def test_true_and_false_are_no_numbers(values, key, message):
+    with pytest.raises(InputError) as error:
+        validate(Run, {"store": "s", "values": values}, "run.yaml")
+    assert str(error.value) == f"run.yaml: key 'values.{key}': {message}"
+    with pytest.raises(ValidationError):
+        Values(**values)
+
+
+def test_true_and_false_are_taken_where_they_are_wanted():
+    points = {"a": True, "b": 1, "c": [False, 0.5]}
+    values = validate(Values, {"flag": True, "any": False, "points": points, "count": 3}, "run.yaml")
+    assert (values.flag, values.any, values.points) == (True, False, {"a": True, "b": 1, "c": (False, 0.5)})
+    assert type(values.points["b"]) is int
+    assert type(values.any) is type(values.points["a"]) is bool
 
 
 def test_a_rule_over_several_keys_speaks_for_itself():

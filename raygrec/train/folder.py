@@ -27,7 +27,10 @@ from raygrec.train.settings import RunConfig, run_config
 KEEP = 2  # checkpoints
 STEP_DIGITS = 8
 METRICS = "metrics.json"
-MAY_DIFFER = {"cluster", "out", "upload", "upload_checkpoints", "track"}
+MAY_DIFFER: dict[str, Any] = {
+    **dict.fromkeys(("cluster", "out", "upload", "upload_checkpoints", "track"), True),
+    "engine": {"zero_stage", "activation_checkpointing", "offload_optimizer", "offload_parameters"},
+}
 LOCK, WRITER_LOCK = ".lock", ".writer.lock"  # of the process that started the run, and of its rank 0
 
 
@@ -114,7 +117,8 @@ class RunFolder:
     def start(self, config: RunConfig, resume: bool) -> None:
         """Claims the folder; an existing run is refused unless `resume`, and then its config must be the same.
 
-        `MAY_DIFFER` names what may be another: a run may go on with more workers, and tell others how it is doing.
+        `MAY_DIFFER` names what may be another: a run may go on with more workers, spread or hold its state in another
+        way, which changes no more than rounding, and tell others how it is doing. The folder keeps the new config.
         """
         if self.config_file.exists():
             if not resume:
@@ -146,13 +150,10 @@ class RunFolder:
             raise InputError(f"{self.path}: cannot be a run folder ({error.strerror or error})") from None
 
     def _refuse_other(self, config: RunConfig) -> None:
-        before, given = (
-            flat(with_absolute_paths(one).model_dump(mode="json", exclude=MAY_DIFFER))
-            for one in (self.config(), config)
-        )
-        for key in (key for key, value in given.items() if before.get(key) != value):
+        before, given = (_of_the_result(with_absolute_paths(one)) for one in (self.config(), config))
+        for key in (key for key in given | before if before.get(key) != given.get(key)):
             raise InputError(
-                f"{self.config_file}: the run was started with {key}={before.get(key)}, now it is {given[key]}; "
+                f"{self.config_file}: the run was started with {key}={before.get(key)}, now it is {given.get(key)}; "
                 "resume with the run's own config, or name another out"
             )
 
@@ -314,6 +315,14 @@ class RunFolder:
         """The final metrics, or None while the run has not finished."""
         file = self.path / METRICS
         return _read_json(file) if file.exists() else None
+
+
+def _of_the_result(config: RunConfig) -> dict[str, Any]:
+    """What a run's result depends on, by dotted key."""
+    found = flat(config.model_dump(mode="json", exclude=MAY_DIFFER))
+    if not config.backbone.pretrained:
+        found["engine.zero_stage"] = config.engine.zero_stage  # ZeRO 3 draws random weights in another order
+    return found
 
 
 def _read_json(file: Path) -> Any:

@@ -2,7 +2,8 @@
 
 The model is built of tensors without content, from the same classes as a run's, so its parameters are counted, not
 reckoned; so is what autograd keeps of a forward pass. Rates are datasheets' (`accelerators`), the share of them that
-training reaches (MFU) is assumed; both are told.
+training reaches (MFU) is assumed; both are told. Times are of arithmetic, and of what is sent, alone: a small model
+spends more on prompts, kernel launches, the graph and evaluation.
 """
 
 from dataclasses import asdict, dataclass
@@ -67,6 +68,21 @@ class Sizes:
     interactions: int
     shown: float
     """Mean length of a history, cut to `max_history`."""
+    ordered: bool = True
+    """Whether histories are in the order of time."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A pass of the loop: prompts of an epoch, and a mean one's tokens and FLOP of its forward pass."""
+
+    name: str
+    epochs: int
+    batch: int
+    micro_batch: int
+    prompts: int
+    tokens: float
+    forward: float
 
 
 @dataclass(frozen=True)
@@ -79,7 +95,8 @@ class Work:
     that one user's prompts keep for the backward pass.
     longest: tokens of one prompt at most; most, mean: of all prompts of a user with the longest, and with a mean
     history, each kind of prompt by its share. answers: positions with a target, of the longest history. forward: FLOP
-    of a mean user's prompts; passes: how many times as many training takes.
+    of a mean user's prompts; passes: how many times as many training takes. All this is of the last stage. earlier:
+    those before it, which are taken to train as many parameters. host: bytes of the host's memory that each worker has.
     """
 
     total: int
@@ -96,11 +113,17 @@ class Work:
     answers: int
     forward: float
     passes: int
+    earlier: tuple[Stage, ...] = ()
+    host: int = 0
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """One setting: bytes per GPU and of the host per GPU, and what it does; `micro` is 0 where nothing fits."""
+    """One setting: bytes per GPU and of the host per GPU, and what it does; `micro` is 0 where nothing fits.
+
+    tokens_per_second, hours_per_epoch: of the last stage. stages: hours of an epoch of each stage. hours: of all epochs
+    of all stages.
+    """
 
     stage: int
     offload: str
@@ -114,6 +137,8 @@ class Estimate:
     micro: int
     tokens_per_second: float
     hours_per_epoch: float
+    stages: dict[str, float]
+    hours: float
     refused: str = ""
     """Why the config cannot be run so."""
 
@@ -137,7 +162,7 @@ def sizes_of(config: RunConfig, users: int | None, items: int | None, interactio
         raise InputError(f"{error}, or give --users, --items and --interactions") from None
     train = store.interactions("train")
     shown = float(np.minimum(train.lengths, longest).mean())
-    return Sizes(store.num_users, store.num_items, len(train.indices), shown)
+    return Sizes(store.num_users, store.num_items, len(train.indices), shown, store.ordered)
 
 
 def plan(
@@ -152,8 +177,8 @@ def plan(
     work = work_of(config, sizes, gpu.device)
     estimates = [estimate(config, sizes, work, setting, gpus, gpu, mfu) for setting in SETTINGS]
     possible = [one for one in estimates if one.possible]
-    best = max((one.tokens_per_second for one in possible), default=0.0)
-    chosen = next((one for one in possible if one.tokens_per_second > 0.98 * best), None)
+    least = min((one.hours for one in possible), default=0.0)
+    chosen = next((one for one in possible if 0.98 * one.hours < least), None)
     found: dict[str, Any] = {
         "recipe": config.recipe,
         "sizes": asdict(sizes),
@@ -162,6 +187,8 @@ def plan(
         "precision": config.engine.precision,
         "batch": config.train.batch,
         "epochs": config.train.epochs,
+        "stages": {stage.name: stage.epochs for stage in work.earlier} | {"train": config.train.epochs},
+        "graph": config.reads_graph,
         "rates": f"datasheet: {gpu.rate(config.engine.precision) / 1e12:g} TFLOP/s",
         "mfu": mfu,
         "work": asdict(work),
@@ -170,6 +197,7 @@ def plan(
     }
     if chosen and price is not None:
         found["cost_per_epoch"] = chosen.hours_per_epoch * gpus * price
+        found["cost"] = chosen.hours * gpus * price
     return found
 
 
@@ -181,7 +209,10 @@ def estimate(
     static = sum(held.values()) + work.fixed + work.logits + RESERVED
     share = -(-config.train.batch // gpus)
     micro = int(min(max((gpu.memory * GIB - static) // work.prompt, 0), share))
-    rate = _tokens_per_second(config, work, setting, gpus, gpu, mfu, max(micro, 1))
+    train = config.train
+    last = Stage("train", train.epochs, train.batch, max(micro, 1), sizes.users, work.mean, work.forward)
+    seconds = {one: _seconds(config, work, setting, gpus, gpu, mfu, one) for one in (*work.earlier, last)}
+    hours = {one.name: one.prompts / one.batch * seconds[one] / 3600 for one in seconds}
     activations = max(micro, 1) * work.prompt
     return Estimate(
         setting.stage,
@@ -192,10 +223,12 @@ def estimate(
         activations,
         work.fixed + work.logits + RESERVED,
         static + activations,
-        host,
+        host + work.host,
         micro,
-        rate,
-        sizes.users * work.mean / rate / 3600,
+        last.batch * last.tokens / seconds[last],
+        hours[last.name],
+        hours,
+        sum(one.epochs * hours[one.name] for one in seconds),
         _refusal(config, setting),
     )
 
@@ -230,14 +263,14 @@ def state_bytes(work: Work, setting: Setting, gpus: int, width: int) -> tuple[di
     return held, host
 
 
-def _tokens_per_second(
-    config: RunConfig, work: Work, setting: Setting, gpus: int, gpu: Accelerator, mfu: float, micro: int
+def _seconds(
+    config: RunConfig, work: Work, setting: Setting, gpus: int, gpu: Accelerator, mfu: float, stage: Stage
 ) -> float:
-    """Of all GPUs, padding left out; computing and communicating do not overlap."""
+    """Of an update of a stage, padding left out; computing and communicating do not overlap."""
     width = 2 if config.engine.precision == "bf16" and setting.stage else 4
-    users = config.train.batch / gpus
-    pieces = -(-users // micro)
-    seconds = users * work.passes * work.forward / (gpu.rate(config.engine.precision) * mfu)
+    prompts = stage.batch / gpus
+    pieces = -(-prompts // stage.micro_batch)
+    seconds = prompts * work.passes * stage.forward / (gpu.rate(config.engine.precision) * mfu)
     link = 1e9 * (gpu.link if gpus <= gpu.node else min(gpu.link, NETWORK))
     others = (gpus - 1) / gpus
     seconds += others * width * sent_parameters(work, setting.stage, gpus, pieces) / link
@@ -246,7 +279,7 @@ def _tokens_per_second(
         seconds += share * work.trained * (2 * width / HOST_LINK + 28 / HOST_ADAM) / 1e9
     if setting.parameters:
         seconds += share * 2 * width * work.total * pieces / (HOST_LINK * 1e9)
-    return config.train.batch * work.mean / seconds
+    return seconds
 
 
 def sent_parameters(work: Work, stage: int, gpus: int, pieces: int) -> float:
@@ -287,14 +320,11 @@ def work_of(config: RunConfig, sizes: Sizes, device: str) -> Work:
     with torch.device("meta"):
         model = _model(config, sizes)
     kept = kept_bytes(model.backbone, config, longest, min(longest, round(longest * answers / most)))
-    table = model.backbone.model.get_input_embeddings().weight
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    language_model = sum(p.numel() for p in model.backbone.parameters()) - table.numel()
     wide = 2 if config.engine.precision == "bf16" else 4
     width, rows, tables = model.backbone.width, sizes.items * model.nodes.width, len(model.nodes.items_KId)
-    layers = model.backbone.model.config.num_hidden_layers
-    text = (model.item_texts.shape[1] if model.item_texts is not None else 0) + model.nodes.width
+    text = _read_by_projector(model)
     fixed = sum(b.nbytes for b in model.buffers()) + 4 * 4 * rows  # R, and its gradient as the head makes it
     fixed += 2 * rows * tables if tables > 1 and config.engine.precision == "bf16" else 0  # the fits' nodes in bf16
     if isinstance(model, GALRec):
@@ -308,15 +338,11 @@ def work_of(config: RunConfig, sizes: Sizes, device: str) -> Work:
         fixed += 4 * trained if model.slow is not None else 0
     # Besides, a token keeps what its projector reads, an answer what the head does and its gradient; masks of dropout.
     prompt = most * (kept / longest + 4 * text + width) + answers * (5 * width + 4 * model.nodes.width)
-    forward = mean * (2 * language_model + 4 * layers * width * mean)
-    forward -= max(mean - mean_answers, 0) * 2 * model.backbone.asked_parameters
-    made = text if tables == 1 else text - model.nodes.width  # what R is made of; own nodes are asked by every answer
-    forward += mean_answers * 2 * rows * (1 if tables == 1 else 2) + 2 * rows * made / config.train.micro_batch
     frozen = isinstance(config, GLTARun) or config.model.tuning != "full"
     return Work(
         total,
         trained,
-        language_model,
+        _language_model(model.backbone),
         sum(p.numel() for p in frozen_matrices(model)),
         wide * max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules()),
         int(fixed),
@@ -326,9 +352,62 @@ def work_of(config: RunConfig, sizes: Sizes, device: str) -> Work:
         most,
         mean,
         answers,
-        forward,
+        _forward(model, mean, mean_answers, config.train.micro_batch),
         (2 if frozen else 3) + config.engine.activation_checkpointing,
+        _earlier(config, sizes, model),
+        _successor_bytes(config, sizes),
     )
+
+
+def _language_model(backbone: Backbone) -> int:
+    """Parameters, without the token table."""
+    return sum(p.numel() for p in backbone.parameters()) - backbone.model.get_input_embeddings().weight.numel()
+
+
+def _read_by_projector(model: GLTA | GALRec) -> int:
+    """Entries of what an item's token is made of."""
+    return (model.item_texts.shape[1] if model.item_texts is not None else 0) + model.nodes.width
+
+
+def _forward(model: GLTA | GALRec, tokens: float, answers: float, micro_batch: int) -> float:
+    """FLOP of the forward pass over prompts of so many tokens and answers."""
+    backbone, nodes = model.backbone, model.nodes
+    rows, tables = nodes.items_KId[0].numel(), len(nodes.items_KId)
+    layers = backbone.model.config.num_hidden_layers
+    forward = tokens * (2 * _language_model(backbone) + 4 * layers * backbone.width * tokens)
+    forward -= max(tokens - answers, 0) * 2 * backbone.asked_parameters
+    # What R is made of; own nodes are asked by every answer.
+    made = _read_by_projector(model) - (nodes.width if tables > 1 else 0)
+    return forward + answers * 2 * rows * (1 if tables == 1 else 2) + 2 * rows * made / micro_batch
+
+
+def _earlier(config: GLTARun | GALRecRun, sizes: Sizes, model: GLTA | GALRec) -> tuple[Stage, ...]:
+    """GLTA's stages before the last, with descriptions as long as they may be."""
+    if not isinstance(config, GLTARun):
+        return ()
+    found, words = [], Phrases(load_tokenizer(config.backbone.name), config.model)
+    if config.model.item_alignment and config.alignment.epochs:
+        items = min(config.model.alignment_items, sizes.items)
+        tokens = len(words.begin) + items * (2 + config.model.alignment_tokens)
+        found.append(("alignment", config.alignment, sizes.items // items, tokens, items))
+    if sizes.ordered and config.model.order and config.model.history_loss and config.histories.epochs:
+        tokens = len(words.begin) + len(words.instruction) + sizes.shown
+        found.append(("histories", config.histories, sizes.users, tokens, sizes.shown))
+    return tuple(
+        Stage(
+            name, of.epochs, of.batch, of.micro_batch, prompts, tokens, _forward(model, tokens, asked, of.micro_batch)
+        )
+        for name, of, prompts, tokens, asked in found
+    )
+
+
+def _successor_bytes(config: GLTARun | GALRecRun, sizes: Sizes) -> int:
+    """Of what follows each item, counted once per worker: fp64 in a sparse matrix, at most."""
+    if isinstance(config, GLTARun) or config.model.successors is None:
+        return 0
+    entries = min(config.model.successors.steps * sizes.interactions, sizes.items**2)
+    index = 4 if entries < 2**31 else 8
+    return entries * (8 + index) + (sizes.items + 1) * index
 
 
 def _prompts(config: GLTARun | GALRecRun, sizes: Sizes) -> tuple[int, float, float, int, float]:
@@ -471,15 +550,18 @@ def _verdict(found: dict[str, Any]) -> list[str]:
     setting = [f"engine.zero_stage={best['stage']}"]
     setting += ["engine.offload_optimizer=true"] if best["offload"] != "-" else []
     setting += ["engine.offload_parameters=true"] if best["offload"] == "all" else []
-    hours = best["hours_per_epoch"]
+    stages = (f"{name} {epochs} × {_duration(best['stages'][name])}" for name, epochs in found["stages"].items())
     lines = [
         f"choose: {' '.join(setting)} train.micro_batch={best['micro']}",
-        f"then {_count(best['tokens_per_second'])} tokens/s, {_duration(hours)} an epoch, "
-        f"{_duration(hours * found['epochs'])} for {found['epochs']} epochs at most",
+        f"then at most {_count(best['tokens_per_second'])} tokens/s in train, "
+        f"at least {_duration(best['hours'])} for all epochs:",
+        ", ".join(stages),
     ]
-    if "cost_per_epoch" in found:
-        lines.append(f"cost: {found['cost_per_epoch']:,.2f} USD an epoch")
-    return lines
+    if "cost" in found:
+        cost = f"{found['cost']:,.2f}" if found["cost"] >= 0.01 else "under 0.01"
+        lines.append(f"cost: {cost} USD for all epochs")
+    graph = "LightGCN, " if found["graph"] else ""
+    return [*lines, f"arithmetic only: add prompt assembly, kernel launches, {graph}evaluation"]
 
 
 def _duration(hours: float) -> str:

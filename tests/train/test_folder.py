@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from raygrec.errors import InputError, StorageError
 from raygrec.train import manifest
 from raygrec.train.folder import KEEP, LoopState, RunFolder, with_absolute_paths
-from raygrec.train.settings import RunConfig
+from raygrec.train.settings import RunConfig, run_config
 from tests.test_storage import file_limit, modes, umask
-from tests.train.workers import tiny_config
+from tests.train.workers import tiny_config, tiny_galrec_config
 
 TENSORS = {"param/w": torch.arange(6.0).view(2, 3), "exp_avg/w": torch.zeros(2, 3)}
 
@@ -64,6 +64,64 @@ def test_resuming_with_other_workers_is_recorded(folder, config):
     wider = config.model_copy(update={"cluster": config.cluster.model_copy(update={"workers": 7})})
     folder.start(wider, resume=True)
     assert folder.config() == wider
+
+
+def other_than(config: RunConfig, **sections: dict[str, object]) -> RunConfig:
+    """The config with these settings, checked as one that is given with `--resume`."""
+    content = config.model_dump(mode="json")
+    return run_config(content | {name: content[name] | values for name, values in sections.items()}, "test")
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        {"zero_stage": 0},
+        {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True},
+        {"activation_checkpointing": True},
+    ],
+)
+def test_resuming_with_the_state_spread_or_held_in_another_way_is_recorded(folder, config, engine):
+    other = other_than(config, engine=engine)
+    assert other != config
+    folder.start(other, resume=True)
+    assert folder.config() == other
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"engine": {"precision": "bf16"}}, r"started with engine\.precision=fp32, now it is bf16"),
+        ({"engine": {"zero_stage": 0, "clip": 0.5}}, r"started with engine\.clip=1\.0, now it is 0\.5"),
+        ({"train": {"micro_batch": 6}}, r"started with train\.micro_batch=12, now it is 6"),
+        ({"model": {"successors": {}}}, r"started with model\.successors\.steps=None, now it is 3"),
+        ({"engine": {"zero_stage": 3}}, r"engine\.zero_stage=3 spreads every parameter .* use zero_stage=2 or"),
+    ],
+)
+def test_resuming_refuses_what_changes_the_result(tmp_path, sections, message):
+    slow = {"contrast": {"momentum": 0.9}}
+    config = tiny_galrec_config(tmp_path / "store", tmp_path / "backbone", tmp_path / "run", model=slow)
+    folder = RunFolder(config.out)
+    folder.start(config, resume=False)
+    with pytest.raises(InputError, match=message):
+        folder.start(other_than(config, **sections), resume=True)
+    assert folder.config() == config
+
+
+def test_a_section_that_was_there_may_not_be_left_out(tmp_path):
+    successors = {"successors": {"steps": 2}}
+    config = tiny_galrec_config(tmp_path / "store", tmp_path / "backbone", tmp_path / "run", model=successors)
+    folder = RunFolder(config.out)
+    folder.start(config, resume=False)
+    with pytest.raises(InputError, match=r"started with model\.successors\.steps=2, now it is None"):
+        folder.start(other_than(config, model={"successors": None}), resume=True)
+
+
+def test_random_weights_are_of_a_zero_stage(config):
+    random = other_than(config, backbone={"pretrained": False})
+    folder = RunFolder(config.out)
+    folder.start(random, resume=False)
+    with pytest.raises(InputError, match=r"started with engine\.zero_stage=2, now it is 3"):
+        folder.start(other_than(random, engine={"zero_stage": 3}), resume=True)
 
 
 def test_resuming_from_another_directory(folder, config, monkeypatch):

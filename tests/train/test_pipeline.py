@@ -18,6 +18,7 @@ from raygrec.train import loop
 from raygrec.train.assembly import load_model
 from raygrec.train.folder import RunFolder
 from raygrec.train.local import train_here
+from raygrec.train.settings import RunConfig
 from tests.train.test_trackers import scalars
 from tests.train.workers import (
     run_several,
@@ -334,6 +335,29 @@ def test_galrec_goes_on_with_other_numbers_of_workers(galrec_alone, tiny_store, 
             found = queues(folder)
             for name, value in queues(galrec_alone).items():
                 torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-3, msg=name)
+
+
+def test_galrec_goes_on_under_another_zero_stage(galrec_alone, tiny_store, tiny_backbone, tmp_path):
+    """Cut off and resumed on two workers: parameters, moments and queues are not of a stage, nor of where they are."""
+    ways = {
+        0: {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True},
+        2: {"zero_stage": 0, "activation_checkpointing": True},
+        3: {"zero_stage": 1, "offload_optimizer": True},
+    }
+
+    def made(stage: int, engine: dict[str, object]) -> RunConfig:
+        return tiny_galrec_config(tiny_store.path, tiny_backbone, tmp_path / f"from-{stage}", engine=engine)
+
+    for folder in run_several([made(stage, {"zero_stage": stage}) for stage in ways], 2, stop_after=7):
+        assert folder.metrics() is None
+        assert folder.last_checkpoint("train")[0].step == 6
+    for folder in run_several([made(stage, engine) for stage, engine in ways.items()], 2):
+        np.testing.assert_allclose(curve(folder), curve(galrec_alone), rtol=1e-4)
+        for split in ("valid", "test"):
+            assert folder.metrics()[split] == pytest.approx(galrec_alone.metrics()[split], rel=1e-4)
+        found, expected = final(folder), final(galrec_alone)
+        for name, value in {**expected, **queues(galrec_alone)}.items():
+            torch.testing.assert_close({**found, **queues(folder)}[name], value, rtol=1e-3, atol=1e-3, msg=name)
 
 
 SLOW = {"contrast": {"queue": 20, "users": 0.6, "items": 0.5, "momentum": 0.6}}

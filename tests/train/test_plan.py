@@ -1,16 +1,20 @@
 """Plans: parameters against real models, bytes by hand, the choice, and what is refused."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from raygrec.cli import main
+from raygrec.draws import Draws
 from raygrec.errors import InputError
 from raygrec.model.backbone import Backbone
 from raygrec.model.galrec import tuned
 from raygrec.model.last_layer import Asked
+from raygrec.model.successors import SuccessorConfig, Successors
 from raygrec.train.accelerators import ACCELERATORS, Accelerator, accelerator
 from raygrec.train.assembly import build_model, build_prompts, prepare_run
 from raygrec.train.engine import LocalEngine
@@ -20,6 +24,7 @@ from raygrec.train.plan import (
     SETTINGS,
     Setting,
     Sizes,
+    Stage,
     Work,
     estimate,
     kept_bytes,
@@ -110,10 +115,6 @@ def test_a_trend_is_a_table_of_its_own(tiny_store, tiny_backbone, tmp_path):
 
 @pytest.mark.parametrize("recipe", ["glta", "galrec"])
 def test_no_prompt_is_longer_than_the_longest(recipe, tiny_store, tiny_backbone, tmp_path):
-    import numpy as np
-
-    from raygrec.draws import Draws
-
     config = config_of(recipe, tiny_store, tiny_backbone, tmp_path / "run")
     folder = RunFolder(config.out)
     folder.start(config, resume=False)
@@ -128,10 +129,6 @@ def test_no_prompt_is_longer_than_the_longest(recipe, tiny_store, tiny_backbone,
 @pytest.mark.parametrize(("contrasted", "lending"), [(1.0, 0.0), (0.3, 0.5), (1.0, 1.0)])
 def test_tokens_of_a_user_are_those_of_its_prompts(contrasted, lending, tiny_store, tiny_backbone, tmp_path):
     """Users whose histories are cut; 6 more tokens where one is contrasted, and 11 of the item that it lends."""
-    import numpy as np
-
-    from raygrec.draws import Draws
-
     model = {
         "max_history": 2,
         "neighbours": {"one_hop": 3, "two_hop": 2},
@@ -233,6 +230,68 @@ def test_time_by_hand():
     assert two.tokens_per_second == pytest.approx(64 * 6 / seconds)
 
 
+def test_all_stages_take_their_time():
+    """Each in its own batches: prompts · passes · forward / (rate · MFU), and for each update what is sent."""
+    config = config_with(train={"batch": 64, "epochs": 5})
+    earlier = (Stage("alignment", 2, 32, 8, 100, 9.0, 4e6), Stage("histories", 3, 50, 50, 1000, 4.0, 2e6))
+    one = estimate(
+        config, SIZES, replace(WORK, earlier=earlier), Setting(0), 2, Accelerator(80.0, 2.0, 1.0, 100.0), 0.25
+    )
+    sent = 2 * 4 * 400 * 0.5 / 100e9
+    seconds = {
+        "alignment": 100 / 2 * 3 * 4e6 / 0.25e12 + 100 / 32 * sent,
+        "histories": 1000 / 2 * 3 * 2e6 / 0.25e12 + 1000 / 50 * sent,
+        "train": 1000 / 2 * 3 * 1e6 / 0.25e12 + 1000 / 64 * sent,
+    }
+    assert one.stages == pytest.approx({name: value / 3600 for name, value in seconds.items()})
+    assert one.hours_per_epoch == one.stages["train"]
+    assert one.hours == pytest.approx(sum(map(lambda n, v: n * v / 3600, (2, 3, 5), seconds.values())))
+
+
+def test_the_stages_of_glta_are_those_that_are_trained(tiny_store, tiny_unordered_store, tiny_backbone, tmp_path):
+    def stages(store, **changes: object) -> dict[str, int]:
+        config = config_of("glta", store, tiny_backbone, tmp_path, **changes)
+        return plan(config, sizes_of(config, None, None, None), 1, H100)["stages"]
+
+    assert stages(tiny_store) == {"alignment": 2, "histories": 1, "train": 3}
+    assert stages(tiny_store, model={"item_alignment": False}) == {"histories": 1, "train": 3}
+    for changes in ({"histories": {"epochs": 0}}, {"model": {"history_loss": False}}, {"model": {"order": False}}):
+        assert stages(tiny_store, **changes) == {"alignment": 2, "train": 3}
+    assert stages(tiny_unordered_store) == {"alignment": 2, "train": 3}
+
+
+def test_tokens_of_earlier_stages_are_those_of_their_prompts(tiny_store, tiny_backbone, tmp_path):
+    config = config_of("glta", tiny_store, tiny_backbone, tmp_path / "run")
+    folder = RunFolder(config.out)
+    folder.start(config, resume=False)
+    prepare_run(config, folder)
+    prompts = build_prompts(config, tiny_store, folder)
+    alignment, histories = work_of(config, sizes_of(config, None, None, None), "cpu").earlier
+    items = np.arange(24).reshape(6, 4)
+    longest = prompts.item_tokens.lengths.max()
+    assert alignment.prompts == len(items)
+    assert alignment.tokens - 4 * (24 - min(longest, 24)) >= prompts.alignment(items, Draws(0)).lengths.max()
+    users = np.flatnonzero(prompts.train.lengths >= 2)
+    read = prompts.training(users, Draws(0), whole=False)
+    mean = int(read.lengths.sum()) / len(users)  # of histories from which some items are held out
+    assert mean <= histories.tokens <= 1.5 * mean
+
+
+def test_successors_are_in_the_memory_of_every_host(tiny_store, tiny_backbone, tmp_path):
+    held = {}
+    for steps in (None, 1, 9):
+        model = {"successors": None if steps is None else {"steps": steps}}
+        config = config_of("galrec", tiny_store, tiny_backbone, tmp_path / f"run-{steps}", model=model)
+        sizes = sizes_of(config, None, None, None)
+        held[steps] = work_of(config, sizes, "cpu").host
+        assert all(one["host"] >= held[steps] for one in plan(config, sizes, 4, H100)["settings"])
+    counts = Successors(tiny_store.interactions("train"), tiny_store.num_items, SuccessorConfig(steps=9))._all
+    assert held[None] == 0
+    assert held[1] == sizes.interactions * (8 + 4) + (24 + 1) * 4
+    assert held[9] >= counts.data.nbytes + counts.indices.nbytes + counts.indptr.nbytes
+    assert held[9] == 24**2 * (8 + 4) + (24 + 1) * 4  # every item after every item
+
+
 @pytest.mark.parametrize(("stage", "width"), [(0, 4), (1, 2)])
 def test_what_is_sent_in_bf16(stage, width):
     """Without ZeRO gradients are fp32."""
@@ -272,6 +331,7 @@ def test_the_choice_is_the_simplest_that_fits(tiny_store, tiny_backbone, tmp_pat
     found = plan(config, sizes, 8, H100, price=2.0)
     assert (found["choice"]["stage"], found["choice"]["offload"]) == (0, "-")
     assert found["cost_per_epoch"] == pytest.approx(found["choice"]["hours_per_epoch"] * 8 * 2.0)
+    assert found["cost"] == pytest.approx(found["choice"]["hours"] * 8 * 2.0)
     large = config.model_copy(update={"graph": config.graph.model_copy(update={"dim": 4096})})
     sizes = replace(sizes, items=300_000)  # of which each has an offset, a row and their moments
     totals = {(one["stage"], one["offload"]): one["total"] for one in plan(large, sizes, 8, H100)["settings"]}
@@ -319,6 +379,23 @@ def test_the_table_fits_80_columns(tiny_store, tiny_backbone, tmp_path):
     assert max(map(len, lines)) <= 80
     assert sum(line.startswith("→") for line in lines) == 1
     assert len([line for line in lines if line[5:6].isdigit() and line[1:5].isspace()]) == len(SETTINGS)
+
+
+def test_what_is_told_of_time_and_cost(tiny_store, tiny_backbone, tmp_path):
+    config = config_of("glta", tiny_store, tiny_backbone, tmp_path)
+    found = plan(config, sizes_of(config, None, None, None), 1, H100, 3.5)
+    lines = table(found)
+    assert max(map(len, lines)) <= 80
+    speed, stages, cost, caveat = lines[-4:]
+    assert re.fullmatch(r"then at most [\d.]+ [kM] tokens/s in train, at least [\d.e-]+ s for all epochs:", speed)
+    assert re.fullmatch(r"alignment 2 × [\d.e-]+ s, histories 1 × [\d.e-]+ s, train 3 × [\d.e-]+ s", stages)
+    assert cost == "cost: under 0.01 USD for all epochs"
+    assert caveat == "arithmetic only: add prompt assembly, kernel launches, LightGCN, evaluation"
+    assert table(found | {"cost": 1234.5})[-2] == "cost: 1,234.50 USD for all epochs"
+    without = config_of("galrec", tiny_store, tiny_backbone, tmp_path, model={"graph_vectors": False})
+    lines = table(plan(without, sizes_of(without, None, None, None), 1, H100))
+    assert lines[-1] == "arithmetic only: add prompt assembly, kernel launches, evaluation"
+    assert not any("USD" in line for line in lines)
 
 
 def test_gpus_are_known_by_name():
