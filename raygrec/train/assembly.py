@@ -245,7 +245,8 @@ def build_model(
     if isinstance(config, GraphRun):
         return GraphModel(builder.symbols, nodes, popularity(builder.train, store.num_items))
     torch.manual_seed(config.seed)
-    with loading(config.engine, distributed):
+    # Weights that are drawn must be drawn whole: in pieces they would be others than a reader of the run makes.
+    with loading(config.engine, distributed and config.backbone.pretrained):
         backbone = Backbone(config.backbone)
         scale = token_scale(full_tensor(backbone.model.get_input_embeddings().weight))
     torch.manual_seed(config.seed)

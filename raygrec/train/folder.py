@@ -150,7 +150,10 @@ class RunFolder:
             raise InputError(f"{self.path}: cannot be a run folder ({error.strerror or error})") from None
 
     def _refuse_other(self, config: RunConfig) -> None:
-        before, given = (_of_the_result(with_absolute_paths(one)) for one in (self.config(), config))
+        before, given = (
+            flat(with_absolute_paths(one).model_dump(mode="json", exclude=MAY_DIFFER))
+            for one in (self.config(), config)
+        )
         for key in (key for key in given | before if before.get(key) != given.get(key)):
             raise InputError(
                 f"{self.config_file}: the run was started with {key}={before.get(key)}, now it is {given.get(key)}; "
@@ -315,14 +318,6 @@ class RunFolder:
         """The final metrics, or None while the run has not finished."""
         file = self.path / METRICS
         return _read_json(file) if file.exists() else None
-
-
-def _of_the_result(config: RunConfig) -> dict[str, Any]:
-    """What a run's result depends on, by dotted key."""
-    found = flat(config.model_dump(mode="json", exclude=MAY_DIFFER))
-    if not config.backbone.pretrained:
-        found["engine.zero_stage"] = config.engine.zero_stage  # ZeRO 3 draws random weights in another order
-    return found
 
 
 def _read_json(file: Path) -> Any:

@@ -116,14 +116,6 @@ def test_a_section_that_was_there_may_not_be_left_out(tmp_path):
         folder.start(other_than(config, model={"successors": None}), resume=True)
 
 
-def test_random_weights_are_of_a_zero_stage(config):
-    random = other_than(config, backbone={"pretrained": False})
-    folder = RunFolder(config.out)
-    folder.start(random, resume=False)
-    with pytest.raises(InputError, match=r"started with engine\.zero_stage=2, now it is 3"):
-        folder.start(other_than(random, engine={"zero_stage": 3}), resume=True)
-
-
 def test_resuming_from_another_directory(folder, config, monkeypatch):
     monkeypatch.chdir(folder.path.parent)
     near = tiny_config("store", config.backbone.name, "run")

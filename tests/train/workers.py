@@ -99,7 +99,7 @@ def cut_here(config: RunConfig, updates: int) -> None:
         train_here(config)
 
 
-def tiny_config(store: Path, backbone: Path, out: Path, **changes: object) -> RunConfig:
+def tiny_config(store: Path, backbone: Path, out: Path, /, **changes: object) -> RunConfig:
     """A run of a few dozen updates on the tiny store."""
     return _tiny(
         store,
