@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from raygrec.config import read_yaml
-from raygrec.evaluate.tables import Row, markdown_table
+from raygrec.evaluate.tables import DEFAULT_METRICS, Row, markdown_table
 from raygrec.model.galrec import ContrastConfig
 from raygrec.train.settings import run_config
 
 ROOT = Path(__file__).parent.parent
 METRIC = "ndcg@10"
+OF_ONE_TARGET = ("hit@5", "ndcg@5", "hit@10", "ndcg@10", "mrr@10")  # precision would be a share of the hit rate
 
 
 def write_report(results: Path, out: Path, suites: dict[str, Any]) -> None:
@@ -101,7 +102,7 @@ def _suite(suite: Any, found: list[dict[str, Any]]) -> str:
     lines = [
         f"## {suite.title}\n",
         f"{texts}{processors}; {versions}. {suite.note}\n",
-        markdown_table(rows),
+        markdown_table(rows, OF_ONE_TARGET if example["metrics"]["split"] == "leave-one-out" else DEFAULT_METRICS),
         *outdated(found),
         *_above(suite, by_name[suite.method], rows[: len(in_runs) + len(done("baseline"))]),
         f"One cell: `{example['command']}`; all of them: `python -m bench.quality run {example['suite']} "
