@@ -103,7 +103,7 @@ def _suite(suite: Any, found: list[dict[str, Any]]) -> str:
         f"## {suite.title}\n",
         f"{texts}{processors}; {versions}. {suite.note}\n",
         markdown_table(rows, OF_ONE_TARGET if example["metrics"]["split"] == "leave-one-out" else DEFAULT_METRICS),
-        *outdated(found),
+        *outdated([result for result in found if result["variant"] not in done("trap")]),
         *_above(suite, by_name[suite.method], rows[: len(in_runs) + len(done("baseline"))]),
         f"One cell: `{example['command']}`; all of them: `python -m bench.quality run {example['suite']} "
         f"--seeds 1 2 3`.{_by_name(suite, done('trap') + done('effect'))}\n",
@@ -125,6 +125,7 @@ def _suite(suite: Any, found: list[dict[str, Any]]) -> str:
                     **{name: by_name[name] for name in done("trap")},
                 }
             ),
+            *outdated([result for name in done("trap") for result in by_name[name]]),
         ]
     return "\n".join(lines)
 
