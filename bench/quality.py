@@ -61,7 +61,7 @@ class Suite:
     spared: str = ""
     """What spares the method the traps."""
     shipped: str = ""
-    """The cell of kind `ours` that is set against all others, seeds in pairs."""
+    """The cell of kind `ours` that the others are set against, seeds in pairs."""
     effects: dict[str, dict[float, str]] = field(default_factory=dict)
     """The values of a key whose effect is drawn, and the cells that have them."""
 
@@ -121,8 +121,8 @@ def galrec(title: str, store: str, published: str) -> Suite:
     note = (
         f"Published under the same protocol, N@10: {published}; compare with those, too, since our BSARec-like, with "
         "a causal filter, stays below what its paper says. `texts alone` has neither node vectors nor contrast. "
-        "`successors`: what other users took next, added to the logits (with 12 epochs; without, 10). SASRec has it, "
-        "too, in the row after ours: what is left between the two is the language model's."
+        "`successors`: what other users took next, added to the logits (with 12 epochs; without, 10). SASRec with "
+        "texts and successors, where the table has it, tells what ours has beyond them."
     )
     return Suite(title, store, cells, note=note, spared="five folds", shipped="GAL-Rec, texts and successors")
 

@@ -59,7 +59,7 @@ class DomainConfig(StrictConfig):
     def holds(self, value: Value) -> bool:
         """Whether `value` is one of the domain's."""
         if self.choice is not None:
-            return value in self.choice
+            return any(one == value and isinstance(one, bool) == isinstance(value, bool) for one in self.choice)
         if isinstance(value, bool) or not isinstance(value, int | float):
             return False
         if self.quniform is not None:
@@ -307,7 +307,7 @@ def first_points(sweep: SweepConfig) -> list[Point]:
     run = run_config(base_config(sweep), str(sweep.job))
     found = []
     for given in sweep.searcher.first:
-        point = walk(sweep.space, lambda key, _, given=given: given[key] if key in given else attrgetter(key)(run))
+        point = walk(sweep.space, lambda key, _, given=given: given[key] if key in given else _own_value(run, key))
         for key in given:
             if key not in sweep.space:
                 raise InputError(f"searcher.first: the space has no key '{key}'{nearest_key(key, [*sweep.space])}")
@@ -320,6 +320,14 @@ def first_points(sweep: SweepConfig) -> list[Point]:
                 raise InputError(f"searcher.first: '{key}': {value!r}{whose} is not in {domain}")
         found.append(point)
     return found
+
+
+def _own_value(run: RunConfig, key: str) -> Value:
+    try:
+        return attrgetter(key)(run)
+    except AttributeError:
+        message = f"searcher.first: '{key}': the job has no such section; give it a value in the point"
+        raise InputError(message) from None
 
 
 def walk(space: dict[str, DomainConfig], pick: Callable[[str, DomainConfig], Value]) -> Point:

@@ -118,7 +118,8 @@ class RunFolder:
         """Claims the folder; an existing run is refused unless `resume`, and then its config must be the same.
 
         `MAY_DIFFER` names what may be another: a run may go on with more workers, spread or hold its state in another
-        way, which changes no more than rounding, and tell others how it is doing. The folder keeps the new config.
+        way, which changes no more than rounding, and tell others how it is doing. The folder keeps the new config, but
+        for a finished run.
         """
         if self.config_file.exists():
             if not resume:
@@ -131,7 +132,8 @@ class RunFolder:
             _remove(draft)  # of a process that was killed
         content = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
         with self._as_run_folder():
-            write_whole(self.config_file, content)
+            if self.metrics() is None:
+                write_whole(self.config_file, content)
             self.checkpoints.mkdir(exist_ok=True)
 
     def _make(self) -> None:

@@ -68,8 +68,8 @@ class Sizes:
     interactions: int
     shown: float
     """Mean length of a history, cut to `max_history`."""
-    ordered: bool = True
-    """Whether histories are in the order of time."""
+    ordered: bool | None = None
+    """Whether histories are in the order of time; None: not known, and taken to be."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,8 @@ class Work:
     longest: tokens of one prompt at most; most, mean: of all prompts of a user with the longest, and with a mean
     history, each kind of prompt by its share. answers: positions with a target, of the longest history. forward: FLOP
     of a mean user's prompts; passes: how many times as many training takes. All this is of the last stage. earlier:
-    those before it, which are taken to train as many parameters. host: bytes of the host's memory that each worker has.
+    those before it, which are taken to train as many parameters. host: bytes of the host's memory in which each worker
+    has the counts of successors; counting takes some four times that.
     """
 
     total: int
@@ -175,6 +176,14 @@ def plan(
 ) -> dict[str, Any]:
     """The estimates of all settings, and which would be chosen: the fastest, and of equally fast ones the simplest."""
     work = work_of(config, sizes, gpu.device)
+    updates = {one.name: min(one.batch, one.prompts) for one in work.earlier}
+    updates["train"] = min(config.train.batch, sizes.users)
+    for name, prompts in updates.items():
+        if prompts < gpus:
+            raise InputError(
+                f"{name}: an update of {prompts} prompts has none for some of {gpus} GPUs; plan for fewer, or a larger "
+                f"{name}.batch"
+            )
     estimates = [estimate(config, sizes, work, setting, gpus, gpu, mfu) for setting in SETTINGS]
     possible = [one for one in estimates if one.possible]
     least = min((one.hours for one in possible), default=0.0)
@@ -390,7 +399,7 @@ def _earlier(config: GLTARun | GALRecRun, sizes: Sizes, model: GLTA | GALRec) ->
         items = min(config.model.alignment_items, sizes.items)
         tokens = len(words.begin) + items * (2 + config.model.alignment_tokens)
         found.append(("alignment", config.alignment, sizes.items // items, tokens, items))
-    if sizes.ordered and config.model.order and config.model.history_loss and config.histories.epochs:
+    if sizes.ordered is not False and config.model.order and config.model.history_loss and config.histories.epochs:
         tokens = len(words.begin) + len(words.instruction) + sizes.shown
         found.append(("histories", config.histories, sizes.users, tokens, sizes.shown))
     return tuple(
@@ -550,7 +559,11 @@ def _verdict(found: dict[str, Any]) -> list[str]:
     setting = [f"engine.zero_stage={best['stage']}"]
     setting += ["engine.offload_optimizer=true"] if best["offload"] != "-" else []
     setting += ["engine.offload_parameters=true"] if best["offload"] == "all" else []
-    stages = (f"{name} {epochs} × {_duration(best['stages'][name])}" for name, epochs in found["stages"].items())
+    unsure = {"histories": " if ordered"} if found["sizes"]["ordered"] is None else {}
+    stages = (
+        f"{name}{unsure.get(name, '')} {epochs} × {_duration(best['stages'][name])}"
+        for name, epochs in found["stages"].items()
+    )
     lines = [
         f"choose: {' '.join(setting)} train.micro_batch={best['micro']}",
         f"then at most {_count(best['tokens_per_second'])} tokens/s in train, "

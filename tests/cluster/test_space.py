@@ -119,6 +119,18 @@ def test_a_first_point_outside_the_space_is_refused(tmp_path, first, said):
         read_sweep(written(tmp_path, settings=settings, searcher={"first": [first]}), [])
 
 
+def test_a_first_point_has_no_truth_for_a_number_and_no_value_of_a_section_that_the_job_has_not(tmp_path):
+    def first(space: dict, point: dict) -> None:
+        read_sweep(written(tmp_path, space=space, searcher={"first": [point]}), [])
+
+    with pytest.raises(InputError, match=r"'train.epochs': True is not in"):
+        first({"train.epochs": {"choice": [1, 2]}}, {"train.epochs": True})
+    steps = {"model.successors.steps": {"choice": [1, 3]}}
+    first(steps, {"model.successors.steps": 3})
+    with pytest.raises(InputError, match=r"'model.successors.steps': the job has no such section; give it a value"):
+        first(steps, {})
+
+
 def test_draws_keep_to_their_domains_and_spread_over_them():
     random = np.random.default_rng(0)
     drawn = {

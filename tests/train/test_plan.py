@@ -351,6 +351,13 @@ def test_what_the_config_refuses_is_not_chosen(tiny_store, tiny_backbone, tmp_pa
     assert set(refused) == {3}
 
 
+def test_more_gpus_than_an_update_has_prompts_are_refused(tiny_store, tiny_backbone, tmp_path):
+    config = config_of("glta", tiny_store, tiny_backbone, tmp_path)
+    fewest = min(config.alignment.batch, config.train.batch)
+    with pytest.raises(InputError, match=r"^alignment: an update of \d+ prompts has none for some of \d+ GPUs"):
+        plan(config, sizes_of(config, None, None, None), fewest + 1, H100)
+
+
 def test_checkpointing_keeps_less_and_computes_more(tiny_store, tiny_backbone, tmp_path):
     config = config_of("galrec", tiny_store, tiny_backbone, tmp_path)
     sizes = sizes_of(config, None, None, None)
@@ -375,7 +382,7 @@ def test_checkpointing_keeps_inputs_and_one_layer(tiny_store, tiny_backbone, tmp
 
 def test_the_table_fits_80_columns(tiny_store, tiny_backbone, tmp_path):
     config = config_of("galrec", tiny_store, tiny_backbone, tmp_path)
-    lines = table(plan(config, sizes_of(config, None, None, None), 512, H100, 3.5))
+    lines = table(plan(config, sizes_of(config, None, None, None), 12, H100, 3.5))
     assert max(map(len, lines)) <= 80
     assert sum(line.startswith("→") for line in lines) == 1
     assert len([line for line in lines if line[5:6].isdigit() and line[1:5].isspace()]) == len(SETTINGS)
