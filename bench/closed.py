@@ -1,4 +1,4 @@
-"""Recommenders without training: EASE (Steck 2019, arXiv 1905.03375), and what other users took next, by itself."""
+"""Recommenders without training: EASE (Steck 2019, arXiv 1905.03375), two-hop paths, and successors, by themselves."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse import csr_array
 
 from raygrec.data.arrays import CSR
 from raygrec.data.store import Store
@@ -58,14 +59,34 @@ def successor_metrics(path: Path, seed: int) -> dict[str, Any]:
     store = Store.open(path)
     train = store.interactions("train")
     successors = Successors(train, store.num_items, SuccessorConfig())
-    shares_I = popularity(train, store.num_items)
-    shares_I = 1e-3 * shares_I / shares_I.max()  # below every successor
+    shares_I = _below_one_path(train, store.num_items)
 
     def score(users: np.ndarray, shown: CSR) -> torch.Tensor:
         found = successors.after(users, shown, newest(shown))
         return shares_I.repeat(len(users), 1).index_put(found.places, found.weights, accumulate=True)
 
     return {split: _ranked(store, split, score, seed) for split in ("valid", "test")}
+
+
+def two_hop_metrics(path: Path, seed: int) -> dict[str, Any]:
+    """Validation and test metrics of the number of paths item, user, item from a history to each item, in any order of
+    time; what has none is ranked by popularity."""
+    store = Store.open(path)
+    train = store.interactions("train")
+    edges = _sparse(train, store.num_items)
+    paths = edges.T @ edges
+    shares_I = _below_one_path(train, store.num_items)
+
+    def score(_: np.ndarray, shown: CSR) -> torch.Tensor:
+        return torch.from_numpy((_sparse(shown, store.num_items) @ paths).toarray()) + shares_I
+
+    return {split: _ranked(store, split, score, seed) for split in ("valid", "test")}
+
+
+def _below_one_path(train: CSR, num_items: int) -> torch.Tensor:
+    """Popularity, to order what nothing else does."""
+    counts_I = popularity(train, num_items)
+    return 1e-3 * counts_I / counts_I.max()
 
 
 def _ranked(store: Store, split: str, score: Score, seed: int) -> dict[str, float]:
@@ -81,9 +102,17 @@ def _ranked(store: Store, split: str, score: Score, seed: int) -> dict[str, floa
 
 
 def _dense(rows: CSR, items: int) -> torch.Tensor:
-    table = torch.zeros(len(rows), items)
-    table[torch.from_numpy(rows.rows), torch.from_numpy(np.asarray(rows.indices, dtype=np.int64))] = 1.0
-    return table
+    return torch.from_numpy(_sparse(rows, items).toarray())
 
 
-METHODS = {"EASE": ease_metrics, "Successors alone": successor_metrics}
+def _sparse(rows: CSR, items: int) -> csr_array:
+    """1 for each item of a row, however often it comes."""
+    ones = np.ones(len(rows.indices), dtype=np.float32)
+    return csr_array((ones, (rows.rows, rows.indices)), (len(rows), items)).minimum(1)
+
+
+METHODS = {
+    "EASE": ease_metrics,
+    "Two-hop paths alone": two_hop_metrics,
+    "Successors alone": successor_metrics,
+}

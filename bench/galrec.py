@@ -2,7 +2,7 @@
 
     python -m bench.galrec hops RUN          2-D distribution, uniformity and alignment of a finished run's hops
     python -m bench.galrec degrees RUN …     N@10 of finished runs of one store by how well known the target is
-    python -m bench.galrec gradients RUN …   what L0 to L3 ask of the language model, beside what validation asks
+    python -m bench.galrec matching RUN …    what tells whose two-hop representation is whose
     python -m bench.galrec effects           of τ, queue length and neighbour counts, from the files of `galrec-parts`
 
 Figures go to docs/figures/, numbers to docs/results/. Needs the extra `figures`.
@@ -11,6 +11,7 @@ Figures go to docs/figures/, numbers to docs/results/. Needs the extra `figures`
 import argparse
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,9 @@ def main() -> None:
     seen.add_argument("--users", type=int, default=3000)
     known = commands.add_parser("degrees")
     known.add_argument("runs", type=Path, nargs="+")
-    asked = commands.add_parser("gradients")
-    asked.add_argument("runs", type=Path, nargs="+")
-    asked.add_argument("--users", type=int, default=2560)
+    matched = commands.add_parser("matching")
+    matched.add_argument("runs", type=Path, nargs="+")
+    matched.add_argument("--users", type=int, default=2560)
     commands.add_parser("effects")
     arguments = parser.parse_args()
     FIGURES.mkdir(exist_ok=True)
@@ -48,8 +49,8 @@ def main() -> None:
         hops(arguments.run, arguments.users)
     elif arguments.command == "degrees":
         degrees(arguments.runs)
-    elif arguments.command == "gradients":
-        gradients(arguments.runs, arguments.users)
+    elif arguments.command == "matching":
+        matching(arguments.runs, arguments.users)
     else:
         effects()
 
@@ -136,67 +137,64 @@ def degrees(runs: list[Path]) -> None:
     write("galrec_degrees.json", {**told, "from": list(DEGREES), "users": counts, "ndcg@10": found, "apart": paired})
 
 
-def gradients(runs: list[Path], count: int) -> None:
-    """Of each run, for every term: its mean, its gradient's cosine to that of the loss on validation targets, and to
-    its own on other users, over the language model's parameters.
+def matching(runs: list[Path], count: int) -> None:
+    """Of each run: how well a user's 0-hop and 1-hop representation find its 2-hop one among those of 128 users.
 
-    A cosine of 0 says that a small step against the term's gradient leaves the validation loss as it is. The contrast
-    is L1 to L3 of the model with itself: in-batch candidates of 128 users, whatever the run was trained with; nothing
-    is dropped out. The cosine to other users is what noise leaves of a term's own direction.
+    Then with the two-hop segments passed on from user to user in the prompts of the 2-hop side: whether it is found
+    by the rest of its prompt, or by its two-hop neighbours. Nothing is dropped out, and there is no queue.
     """
-    found = {run.name: asked_of_the_language_model(run, count) for run in runs}
-    command = f"python -m bench.galrec gradients {' '.join(map(str, runs))}"
-    write("galrec_gradients.json", {"command": command, "users": count, "runs": found})
+    found = {run.name: matched_hops(run, count) for run in runs}
+    command = f"python -m bench.galrec matching {' '.join(map(str, runs))}"
+    write("galrec_matching.json", {"command": command, "users": count, "runs": found})
 
 
-def asked_of_the_language_model(run: Path, count: int) -> dict[str, Any]:
-    """{term: {mean, cosine to validation, cosine to itself on other users}}, and how the run was made."""
+def matched_hops(run: Path, count: int) -> dict[str, Any]:
+    """{anchor's hop: {what the two share: share of anchors that find it first, and mean InfoNCE}}."""
     import torch
+    from torch.nn.functional import cross_entropy, normalize
 
     from raygrec.draws import Draws
     from raygrec.serve.topk import FinishedRun
-    from raygrec.train.assembly import load_model
 
-    finished = FinishedRun(run)  # or an error, where the run has not ended or its store is another
-    config, store, own = finished.config, finished.store, finished.config.model.contrast
-    contrast = {"l1": 1.0, "l2": 1.0, "l3": 1.0, "queue": 0, "momentum": None, "users": 1.0, "items": 1.0}
-    changed = config.model.model_copy(update={"contrast": own.model_copy(update=contrast)})
-    model, prompts = load_model(config.model_copy(update={"model": changed}), finished.folder, store)
-    table = model.backbone.model.get_input_embeddings().weight
-    tuned = [parameter.requires_grad_() for parameter in model.backbone.parameters() if parameter is not table]
-    train, valid = (store.interactions(split) for split in ("train", "valid"))
-    users = np.flatnonzero((train.lengths >= 2) & (valid.lengths > 0))
+    finished = FinishedRun(run)
+    model, train, config = finished.model, finished.store.interactions("train"), finished.config.model
+    users = np.flatnonzero(train.lengths >= 2)
     users = users[Draws(0).permutation(len(users))[:count]]
-    names = (*model.terms, "validation")
-    sums = torch.zeros(2, len(names), sum(parameter.numel() for parameter in tuned), dtype=torch.float64)
-    values, counts = torch.zeros(2, len(names), dtype=torch.float64), torch.zeros(2, len(names), dtype=torch.float64)
-    for number, part in enumerate(np.array_split(users, -(-len(users) // 128))):
-        asked = prompts.training(part, Draws(number)).to(table.device)
-        logits = model.slot_logits(prompts.recommending(part, train.take(part)).to(table.device))[:, 0]
-        wanted = torch.from_numpy(np.asarray(valid.indices)[valid.indptr[part]].astype(np.int64)).to(table.device)
-        loss = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
-        losses = torch.cat([model(asked), loss[None]])
-        for term in range(len(names)):
-            found = torch.autograd.grad(losses[term], tuned, retain_graph=True, materialize_grads=True)
-            sums[number % 2, term] += torch.cat([one.flatten() for one in found]).double().cpu()
-        model.after_update()  # nothing is queued, so nothing is kept
-        values[number % 2] += losses.detach().double().cpu()
-        counts[number % 2] += torch.cat([asked.counts, torch.tensor([float(len(part))])])
-    halves = sums / counts[:, :, None]
-    whole = sums.sum(0) / counts.sum(0)[:, None]
-
-    def cosine(one: torch.Tensor, other: torch.Tensor) -> float:
-        return float(torch.nn.functional.cosine_similarity(one, other, dim=0))
-
-    made = {"epochs": config.train.epochs, "lambdas": [own.l1, own.l2, own.l3]}
-    return made | {
-        name: {
-            "mean": float(values[:, term].sum() / counts[:, term].sum()),
-            "validation": cosine(whole[term], whole[-1]),
-            "itself": cosine(*halves[:, term]),
+    told: dict[str, dict[str, Any]] = {}
+    sums: dict[tuple[int, str], list[float]] = {}
+    for part in np.array_split(users, -(-len(users) // 128)):
+        prompts = finished.builder.describing(part, train.take(part), Draws(0))
+        changed, rows = passed_on(prompts, config.neighbours.two_hop)
+        with torch.no_grad():
+            own, other = (normalize(model.representations(one)[rows].float(), dim=2) for one in (prompts, changed))
+        mine = torch.arange(len(rows))
+        cases = {
+            "whole prompt": (own, mine),
+            "node and items": (other, mine),
+            "two-hop neighbours": (other, mine.roll(1)),
         }
-        for term, name in enumerate(names)
-    }
+        for hop in (0, 1):
+            for name, (candidates, wanted) in cases.items():
+                scores = own[:, hop] @ candidates[:, 2].T / config.contrast.temperature
+                total = sums.setdefault((hop, name), [0.0, 0.0, 0.0])
+                total[0] += float((scores.argmax(1) == wanted).sum())
+                total[1] += float(cross_entropy(scores, wanted, reduction="sum"))
+                total[2] += len(rows)
+    for (hop, name), (first, loss, number) in sums.items():
+        told.setdefault(f"{hop}-hop", {})[name] = {"first": first / number, "loss": loss / number}
+    weights = [config.contrast.l1, config.contrast.l2, config.contrast.l3]
+    return {"epochs": finished.config.train.epochs, "lambdas": weights, "found": told}
+
+
+def passed_on(prompts: Any, count: int) -> tuple[Any, np.ndarray]:
+    """The prompts, in each the two-hop nodes of the next one that has `count` of them; which ones have: the others stay
+    as they are."""
+    hops = prompts.hops.numpy()
+    rows = np.flatnonzero(hops[:, 2] - hops[:, 1] == count + 1)
+    places = hops[rows, 1][:, None] + np.arange(1, count + 1)
+    symbols = prompts.symbols.flatten().clone()
+    symbols[places] = symbols[np.roll(places, -1, axis=0)]
+    return replace(prompts, symbols=symbols.view_as(prompts.symbols)), rows
 
 
 def effects() -> None:

@@ -34,7 +34,7 @@ def write_report(results: Path, out: Path, suites: dict[str, Any]) -> None:
     analyses = {
         "galrec_hops": _hops,
         "galrec_degrees": _degrees,
-        "galrec_gradients": _gradients,
+        "galrec_matching": _matching,
     }
     for name, section in analyses.items():
         if (file := results / f"{name}.json").exists():
@@ -117,8 +117,8 @@ def _suite(suite: Any, found: list[dict[str, Any]]) -> str:
     if done("trap"):
         lines += [
             "### Node embeddings that know the training targets\n",
-            "The loss of the last training epoch, and N@10 on validation and test, of the seeds that all rows have. A "
-            "model that looks the answer up has a low training loss and ranks badly.\n",
+            "L0 in the last training epoch, and N@10 on validation and test, of the seeds that all rows have. A model "
+            "that looks the answer up has a low L0 and ranks badly.\n",
             _traps(
                 {
                     **({f"{suite.method} ({suite.spared})": method} if method else {}),
@@ -201,13 +201,18 @@ def _traps(rows: dict[str, list[dict[str, Any]]]) -> str:
     rows = {name: [result for result in found if result["seed"] in shared] for name, found in rows.items()}
     if not shared:
         return "No seed has all rows.\n"
-    lines = ["| node vectors | training loss | validation N@10 | test N@10 | seeds |", "|---|---:|---:|---:|---:|"]
+    lines = ["| node vectors | L0, training | validation N@10 | test N@10 | seeds |", "|---|---:|---:|---:|---:|"]
     for name, found in rows.items():
         mark = " †" if any("outdated" in result for result in found) else ""
-        loss = statistics.fmean([record for r in found for record in [r["history"][-1]["loss"]]])
+        loss = statistics.fmean(_cross_entropy(r["history"][-1]) for r in found)
         valid, test = (statistics.fmean(r["metrics"][split][METRIC] for r in found) for split in ("valid", "test"))
         lines.append(f"| {name}{mark} | {loss:.3f} | {valid:.4f} | {test:.4f} | {len(found)} |")
     return "\n".join(lines) + "\n"
+
+
+def _cross_entropy(record: dict[str, Any]) -> float:
+    """L0, of which a loss without other terms is all."""
+    return record.get("terms", {}).get("cross_entropy", record["loss"])
 
 
 def _costs(contrast: dict[str, Any], successors: dict[str, Any]) -> str:
@@ -263,24 +268,23 @@ def _degrees(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _gradients(found: dict[str, Any]) -> str:
-    """What each term of the loss asks of the language model."""
+def _matching(found: dict[str, Any]) -> str:
+    """What tells whose two-hop representation is whose."""
     lines = [
-        "## What the terms ask of the language model\n",
-        "Of runs of `jobs/galrec.yaml` with so many epochs and weights `model.contrast.l1`, `l2`, `l3`, on "
-        f"{found['users']:,} users, each 128 of them their own candidates: a term's mean, and the "
-        "cosines of its gradient over the language model's parameters, to that of the loss on the validation targets "
-        "(below 0, training on the term works against it) and to its own on other users (what noise leaves of it). "
-        f"Chance is {math.log(128):.2f} for L1 and L2, twice that for L3. `{found['command']}`, in RAYGREC_WORK.\n",
-        "| epochs | λ1, λ2, λ3 | term | mean | cosine to validation's | to its own |",
+        "## What the contrast teaches\n",
+        f"How often the 0-hop or 1-hop representation of {found['users']:,} users finds its own 2-hop one first among "
+        "those of 128, and the mean InfoNCE; then where the 2-hop side has only the node and its items from the same "
+        "user, or only the two-hop neighbours. Runs of `jobs/galrec.yaml` with so many epochs and weights "
+        f"`model.contrast.l1`, `l2`, `l3`; chance is {1 / 128:.3f}, InfoNCE {math.log(128):.2f}. "
+        f"`{found['command']}`, in RAYGREC_WORK.\n",
+        "| epochs | λ1, λ2, λ3 | anchor | whole prompt | node and items | two-hop neighbours |",
         "|---:|---|---|---:|---:|---:|",
     ]
-    titles = {"cross_entropy": "L0, training", "l1": "L1", "l2": "L2", "l3": "L3", "validation": "L0, validation"}
     for run in found["runs"].values():
         made = f"{run['epochs']} | {', '.join(f'{weight:g}' for weight in run['lambdas'])}"
-        for term, title in titles.items():
-            one = run[term]
-            lines.append(f"| {made} | {title} | {one['mean']:.2f} | {one['validation']:+.2f} | {one['itself']:+.2f} |")
+        for anchor, cases in run["found"].items():
+            cells = " | ".join(f"{case['first']:.3f}, {case['loss']:.2f}" for case in cases.values())
+            lines.append(f"| {made} | {anchor} | {cells} |")
     return "\n".join(lines) + "\n"
 
 
