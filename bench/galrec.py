@@ -1,6 +1,6 @@
 """GAL-Rec's figures: what its hops look like, what its settings do.
 
-    python -m bench.galrec hops RUN          2-D distribution, uniformity and alignment of a finished run's hops
+    python -m bench.galrec hops RUN …        2-D distribution, uniformity and alignment of finished runs' hops
     python -m bench.galrec degrees RUN …     N@10 of finished runs of one store by how well known the target is
     python -m bench.galrec matching RUN …    what tells whose two-hop representation is whose
     python -m bench.galrec effects           of τ, queue length and neighbour counts, from the files of `galrec-parts`
@@ -35,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     seen = commands.add_parser("hops")
-    seen.add_argument("run", type=Path)
+    seen.add_argument("runs", type=Path, nargs="+")
     seen.add_argument("--users", type=int, default=3000)
     known = commands.add_parser("degrees")
     known.add_argument("runs", type=Path, nargs="+")
@@ -46,7 +46,7 @@ def main() -> None:
     arguments = parser.parse_args()
     FIGURES.mkdir(exist_ok=True)
     if arguments.command == "hops":
-        hops(arguments.run, arguments.users)
+        hops(arguments.runs, arguments.users)
     elif arguments.command == "degrees":
         degrees(arguments.runs)
     elif arguments.command == "matching":
@@ -55,8 +55,16 @@ def main() -> None:
         effects()
 
 
-def hops(run: Path, count: int) -> None:
+def hops(runs: list[Path], count: int) -> None:
     """Representations on the circle: first two principal directions of all hops, each row scaled to length 1."""
+    found = [hops_of(run, count) for run in runs]
+    draw_hops(found)
+    command = f"python -m bench.galrec hops {' '.join(map(str, runs))}"
+    write("galrec_hops.json", {"command": command, "users": count, "runs": [figures for figures, _ in found]})
+
+
+def hops_of(run: Path, count: int) -> tuple[dict[str, Any], np.ndarray]:
+    """Store, λ1 to λ3 and `hop_figures` of a run, and its [users, 3, 2] hops on the circle."""
     import torch
 
     from raygrec.draws import Draws
@@ -67,39 +75,46 @@ def hops(run: Path, count: int) -> None:
     users = np.flatnonzero(finished.shown.lengths)
     users = np.sort(users[Draws(0).permutation(len(users))[:count]])
     train = finished.store.interactions("train")
-    found = hop_representations(finished.model, finished.builder, users, train)
-    figures = hop_figures(found)
-    told = {"command": f"python -m bench.galrec hops {run}", "store": finished.store.path.name, "users": len(users)}
-    write("galrec_hops.json", told | figures)
-    units = torch.nn.functional.normalize(found, dim=2)
+    hops_nhD = hop_representations(finished.model, finished.builder, users, train)
+    units = torch.nn.functional.normalize(hops_nhD, dim=2)
     flat = units.flatten(0, 1)
     _, _, directions = torch.pca_lowrank(flat, q=2, niter=8)
     plane = torch.nn.functional.normalize((units - flat.mean(0)) @ directions, dim=2).numpy()
-    draw_hops(plane, figures)
+    told = {"store": finished.store.path.name, "lambdas": weights_of(finished)}
+    return told | hop_figures(hops_nhD), plane
 
 
-def draw_hops(plane: np.ndarray, figures: dict[str, float]) -> None:
+def weights_of(finished: Any) -> list[float]:
+    """λ1 to λ3."""
+    contrast = finished.config.model.contrast
+    return [contrast.l1, contrast.l2, contrast.l3]
+
+
+def draw_hops(found: list[tuple[dict[str, Any], np.ndarray]]) -> None:
     import matplotlib.pyplot as plt
-    from scipy.stats import gaussian_kde
+    from scipy.ndimage import gaussian_filter, gaussian_filter1d
 
-    figure, rows = plt.subplots(2, 3, figsize=(11, 5.6), height_ratios=[3, 1], layout="constrained")
-    grid = np.linspace(-1.25, 1.25, 120)
-    mesh = np.stack(np.meshgrid(grid, grid)).reshape(2, -1)
-    angles = np.linspace(-np.pi, np.pi, 240)
-    for hop, (name, colour) in enumerate(zip(NAMES, COLOURS, strict=True)):
-        points = plane[:, hop].T
-        density = gaussian_kde(points, bw_method=0.15)(mesh).reshape(120, 120)
-        top, below = rows[:, hop]
-        top.contourf(grid, grid, density, levels=12, cmap="Greys")
-        top.set(title=name, aspect="equal", xticks=[-1, 0, 1], yticks=[-1, 0, 1])
-        top.title.set_color(colour)
-        own = np.arctan2(points[1], points[0])
-        around = np.concatenate([own - 2 * np.pi, own, own + 2 * np.pi])
-        below.fill_between(angles, 3 * gaussian_kde(around, bw_method=0.02)(angles), color=colour, alpha=0.8, lw=0)
-        below.set(xlim=(-np.pi, np.pi), xlabel=f"angle; uniformity {figures[f'uniformity {hop}-hop']:.2f}")
-        below.set_ylim(bottom=0)
-    pairs = ", ".join(f"{pair} {figures[f'alignment {pair}']:.2f}" for pair in ("0-hop 2-hop", "1-hop 2-hop"))
-    figure.suptitle(f"Users' hop representations, first two principal directions. Alignment: {pairs}", fontsize=11)
+    size, heights = (11, 5.2 * len(found)), [3, 1] * len(found)
+    figure, rows = plt.subplots(2 * len(found), 3, figsize=size, height_ratios=heights, layout="constrained")
+    edges, around = np.linspace(-1.25, 1.25, 121), np.linspace(-np.pi, np.pi, 241)
+    middles, angles = (edges[1:] + edges[:-1]) / 2, (around[1:] + around[:-1]) / 2
+    for number, (figures, plane) in enumerate(found):
+        for hop, (name, colour) in enumerate(zip(NAMES, COLOURS, strict=True)):
+            points = plane[:, hop].T
+            density = gaussian_filter(np.histogram2d(points[1], points[0], bins=(edges, edges))[0], sigma=4)
+            top, below = rows[2 * number : 2 * number + 2, hop]
+            top.contourf(middles, middles, density, levels=12, cmap="Greys")
+            top.set(title=name, aspect="equal", xticks=[-1, 0, 1], yticks=[-1, 0, 1])
+            top.title.set_color(colour)
+            turned = np.histogram(np.arctan2(points[1], points[0]), bins=around, density=True)[0]
+            turned = gaussian_filter1d(turned, sigma=5, mode="wrap")
+            below.fill_between(angles, turned, color=colour, alpha=0.8, lw=0)
+            below.set(xlim=(-np.pi, np.pi), xlabel=f"angle; uniformity {figures[f'uniformity {hop}-hop']:.2f}")
+            below.set_ylim(bottom=0)
+        pairs = ", ".join(f"{pair} {figures[f'alignment {pair}']:.2f}" for pair in ("0-hop 2-hop", "1-hop 2-hop"))
+        weights = ", ".join(f"{weight:g}" for weight in figures["lambdas"])
+        rows[2 * number, 0].set_ylabel(f"λ1, λ2, λ3 = {weights}\nalignment: {pairs}")
+    figure.suptitle("Users' hop representations, first two principal directions", fontsize=11)
     figure.savefig(FIGURES / "galrec_hops.png", dpi=130)
     print(FIGURES / "galrec_hops.png")
 
@@ -182,8 +197,7 @@ def matched_hops(run: Path, count: int) -> dict[str, Any]:
                 total[2] += len(rows)
     for (hop, name), (first, loss, number) in sums.items():
         told.setdefault(f"{hop}-hop", {})[name] = {"first": first / number, "loss": loss / number}
-    weights = [config.contrast.l1, config.contrast.l2, config.contrast.l3]
-    return {"epochs": finished.config.train.epochs, "lambdas": weights, "found": told}
+    return {"epochs": finished.config.train.epochs, "lambdas": weights_of(finished), "found": told}
 
 
 def passed_on(prompts: Any, count: int) -> tuple[Any, np.ndarray]:

@@ -232,20 +232,20 @@ def _costs(contrast: dict[str, Any], successors: dict[str, Any]) -> str:
 
 
 def _hops(found: dict[str, Any]) -> str:
-    """Where a finished run puts its users' hops."""
-    pairs = ", ".join(
-        f"{name.removeprefix('alignment ').replace(' ', ' to ')} {value:.2f}"
-        for name, value in found.items()
-        if name.startswith("alignment")
-    )
-    uniform = ", ".join(f"{hop} {found[f'uniformity {hop}']:.2f}" for hop in ("0-hop", "1-hop", "2-hop"))
-    return (
-        "## Where GAL-Rec puts a user's hops\n\n"
-        f"Hidden states at the three task tokens of {found['users']:,} users of {found['store']} (Wang and Isola 2020; "
-        f"lower is more uniform, more aligned). Uniformity: {uniform}. Alignment: {pairs}. `{found['command']}`, in "
-        "RAYGREC_WORK.\n\n"
-        "![Users' hop representations](figures/galrec_hops.png)\n"
-    )
+    """Where finished runs put their users' hops."""
+    measures = [name for name in found["runs"][0] if name.startswith(("uniformity", "alignment"))]
+    lines = [
+        "## Where GAL-Rec puts a user's hops\n",
+        f"Hidden states at the three task tokens of {found['users']:,} users of {found['runs'][0]['store']} (Wang and "
+        "Isola 2020; lower is more uniform, more aligned), of runs with so much contrast. "
+        f"`{found['command']}`, in RAYGREC_WORK.\n",
+        f"| λ1, λ2, λ3 | {' | '.join(measures)} |",
+        f"|---|{'---:|' * len(measures)}",
+    ]
+    for run in found["runs"]:
+        weights = ", ".join(f"{weight:g}" for weight in run["lambdas"])
+        lines.append(f"| {weights} | {' | '.join(f'{run[name]:.2f}' for name in measures)} |")
+    return "\n".join(lines) + "\n\n![Users' hop representations](figures/galrec_hops.png)\n"
 
 
 def _degrees(found: dict[str, Any]) -> str:
