@@ -56,7 +56,8 @@ class StageConfig(StrictConfig):
     warmup: float = Field(0.05, ge=0, le=1)
     """Share of the steps over which the rate rises; then it falls along a cosine to zero."""
     batch: int = Field(256, ge=1)
-    """Prompts per update over all workers: the result does not depend on the number of workers."""
+    """Prompts per update over all workers: the result does not depend on the number of workers, but for GAL-Rec's
+    contrast where `micro_batch` is smaller: its in-batch candidates are those of one pass of all workers."""
     micro_batch: int = Field(256, ge=1)
     """Prompts per worker and pass, or one more where they do not go up; more of them make gradient accumulation."""
     evaluate_every: int = Field(1, ge=1)
@@ -247,7 +248,7 @@ class GALRecRun(OnePositionRun):
         if self.engine.zero_stage == 3 and contrast.momentum is not None and contrast.compared:
             raise ValueError(
                 "engine.zero_stage=3 spreads every parameter over the workers, and model.contrast.momentum averages "
-                "whole ones; use zero_stage=2 or momentum=null"
+                "whole ones; use zero_stage=2 or model.contrast.momentum=null"
             )
         return self
 

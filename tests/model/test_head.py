@@ -1,6 +1,8 @@
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from raygrec.model.head import (
     CatalogueHead,
@@ -118,6 +120,39 @@ def test_no_tensor_that_autograd_keeps_grows_with_the_logits():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         matched(queries, rows, head.bias, single_targets(torch.arange(POSITIONS)))
     assert [tuple(tensor.shape) for tensor in kept] == [(POSITIONS, NODE_WIDTH), (ITEMS, NODE_WIDTH), (ITEMS,)]
+
+
+class Largest(TorchDispatchMode):
+    """Entries of the largest tensor that an operation returns, those of autograd included."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        sizes = [one.numel() for one in tree_leaves(made) if isinstance(one, torch.Tensor)]
+        self.entries = max([self.entries, *sizes])
+        return made
+
+
+@pytest.mark.parametrize("fits", [1, 3])
+@pytest.mark.parametrize("with_gradients", [True, False], ids=["training", "evaluation"])
+def test_no_tensor_is_larger_than_the_logits_of_the_positions_at_once(fits, with_gradients, monkeypatch):
+    """By the head's own choice of how many: 5 of 42, with a trend and with something added to some logits."""
+    positions, items, at_once = 42, 60, 5
+    monkeypatch.setattr("raygrec.model.head.ON_A_CPU", at_once * items)
+    monkeypatch.setattr("raygrec.model.head.FEWEST_AT_ONCE", 1)
+    queries, rows = torch.randn(positions, NODE_WIDTH), torch.randn(items, NODE_WIDTH)
+    leaves = [leaf.requires_grad_() for leaf in (queries, rows, torch.zeros(items), torch.randn(positions))]
+    each, numbers = torch.arange(positions + 1), torch.arange(positions)
+    targets = Targets(each, numbers, torch.ones(positions), numbers % 2)
+    own = OwnNodes(torch.randn(fits, items, NODE_WIDTH), numbers % fits, torch.eye(NODE_WIDTH)) if fits > 1 else None
+    given = targets, own, torch.randn(2, items), Cells(each, numbers, leaves[3])
+    with Largest() as largest, torch.set_grad_enabled(with_gradients):
+        loss = matched(*leaves[:3], *given)
+        if with_gradients:
+            loss.backward()
+    assert largest.entries == at_once * items
+    assert all((leaf.grad is not None) == with_gradients for leaf in leaves)
 
 
 def test_evaluation_makes_no_gradients(monkeypatch):

@@ -387,14 +387,13 @@ def slow_alone(tiny_store, tiny_backbone, tmp_path_factory) -> RunFolder:
     return RunFolder(config.out)
 
 
-@pytest.mark.parametrize("zero_stage", [2])
+@pytest.mark.parametrize("workers", [2, 4])
 def test_the_momentum_encoder_is_the_same_on_workers(
-    slow_alone, galrec_alone, tiny_store, tiny_backbone, tmp_path, zero_stage
+    slow_alone, galrec_alone, tiny_store, tiny_backbone, tmp_path, workers
 ):
     assert curve(slow_alone)[1] != pytest.approx(curve(galrec_alone)[1], rel=1e-3)
-    engine = {"zero_stage": zero_stage}
-    config = tiny_galrec_config(tiny_store.path, tiny_backbone, tmp_path / "run", model=SLOW, engine=engine)
-    folder = run_workers(config, 2)
+    config = tiny_galrec_config(tiny_store.path, tiny_backbone, tmp_path / "run", model=SLOW, engine={"zero_stage": 2})
+    folder = run_workers(config, workers)
     np.testing.assert_allclose(curve(folder), curve(slow_alone), rtol=2e-4)
     found = carried(folder)
     for name, value in carried(slow_alone).items():

@@ -108,7 +108,7 @@ def test_galrec_under_zero_3_has_no_momentum_encoder():
     model = {"contrast": {"momentum": 0.999}}
     message = refused({"recipe": "galrec", "engine": {"zero_stage": 3}, "model": model})
     assert "engine.zero_stage=3" in message
-    assert "use zero_stage=2 or momentum=null" in message
+    assert "use zero_stage=2 or model.contrast.momentum=null" in message
     for stage in (0, 1, 2):
         run_config({**PLACES, "recipe": "galrec", "engine": {"zero_stage": stage}, "model": model}, "x")
     assert run_config({**PLACES, "recipe": "galrec"}, "x").model.contrast.momentum is None
