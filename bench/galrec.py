@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from bench.quality import RESULTS, ROOT, SUITES
 from bench.report import effects_of, read_results
@@ -27,6 +28,7 @@ DEGREES = (0, 3, 6, 12, 25, 50)  # users that a test target has in training, fro
 LABELS = {
     "model.contrast.temperature": "temperature τ",
     "model.contrast.queue": "queue length K",
+    "model.neighbours.one_hop": "one-hop neighbours of an item",
     "model.neighbours.two_hop": "two-hop neighbours",
 }
 
@@ -217,7 +219,7 @@ def effects() -> None:
     import matplotlib.pyplot as plt
 
     found = effects_of(SUITES["galrec-parts"], read_results(RESULTS / "galrec-parts"))
-    figure, panels = plt.subplots(1, len(found), figsize=(11, 3.4), sharey=True, layout="constrained")
+    figure, panels = plt.subplots(1, len(found), figsize=(12, 3.4), sharey=True, layout="constrained")
     for panel, (key, points) in zip(panels, found.items(), strict=True):
         places = range(len(points))
         for split, colour in (("valid", COLOURS[0]), ("test", COLOURS[1])):
@@ -233,7 +235,9 @@ def effects() -> None:
     seeds = [len(point["test"]) for points in found.values() for point in points]
     least, most = min(seeds), max(seeds)
     over = f"{most} seeds" if least == most else f"{least} to {most} seeds"
-    figure.suptitle(f"GAL-Rec on Amazon Beauty, five epochs: mean ± standard deviation over {over}")
+    contrast = yaml.safe_load((ROOT / "jobs" / "galrec.yaml").read_text())["model"]["contrast"]
+    weights = ", ".join(f"λ{n} = {contrast[f'l{n}']}" for n in (1, 2, 3))
+    figure.suptitle(f"GAL-Rec on Amazon Beauty, five epochs, {weights}: mean ± standard deviation over {over}")
     figure.savefig(FIGURES / "galrec_effects.png", dpi=130)
     print(FIGURES / "galrec_effects.png")
 

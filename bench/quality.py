@@ -151,11 +151,13 @@ def galrec_parts(title: str, store: str) -> Suite:
     effects = {
         "model.contrast.temperature": {0.1: "GAL-Rec"},
         "model.contrast.queue": {0: "GAL-Rec without queue", 1024: "GAL-Rec"},
+        "model.neighbours.one_hop": {0: "GAL-Rec without items' one-hop neighbours", 8: "GAL-Rec"},
         "model.neighbours.two_hop": {0: "GAL-Rec without two-hop neighbours", 4: "GAL-Rec"},
     }
     others = {
         "model.contrast.temperature": (0.05, 0.2, 0.5, 1.0),
         "model.contrast.queue": (256, 4096),
+        "model.neighbours.one_hop": (2, 16),
         "model.neighbours.two_hop": (1, 8),
     }
     for key, values in others.items():
