@@ -100,6 +100,7 @@ def galrec(title: str, store: str, published: str) -> Suite:
     cells = {
         "Two-hop paths alone": Cell("baseline", None),
         "Successors alone": Cell("baseline", None),
+        "LightGCN, searched": baseline("lightgcn.yaml"),
         "RLMRec-Con": baseline("rlmrec.yaml"),
         "SASRec-CE": baseline("sasrec.yaml"),
         "SASRec-CE + text": baseline("sasrec-text.yaml"),

@@ -361,25 +361,25 @@ def _searches(searches: dict[str, dict[str, Any]]) -> str:
     lines = [
         "## How the methods were tuned\n",
         "What the table has, by a search on Amazon Beauty with the same number of trials for each, of one seed: TPE "
-        "and ASHA (none for a graph alone), the job as it stood among the first; validation N@10. ASHA may have ended "
-        "the job early: `there` is the last epoch that job and best both reached. `adopted`: today's job has the best, "
-        "numbers within 5 %. Amazon Toys has Beauty's settings. What this table does not have was tuned by hand, on "
-        "validation, too: GAL-Rec and GLTA for longer than such a search takes.\n",
+        "and ASHA (for LightGCN random points; a graph alone is not pruned), the job as it stood among the first; "
+        "validation N@10. ASHA may have ended the job early: `there` is the last epoch that job and best both reached. "
+        "`adopted`: today's job has the best, numbers within 5 %. Amazon Toys has Beauty's settings. What this table "
+        "does not have was tuned by hand, on validation, too: GAL-Rec and GLTA for longer than such a search takes.\n",
         "| `python -m bench.sweep` | trials | epochs in all | job, end | best, end | epoch both reached | job there "
         "| best there | adopted |",
         "|---|---|---:|---:|---:|---:|---:|---:|---|",
     ]
     for _, found in sorted(searches.items()):
         best, job = found["best"], found["job"]
+        shared = found["shared_epoch"]
+        early = [""] * 3 if shared is None else [f"{shared:g}", f"{job['early']:.4f}", f"{best['early']:.4f}"]
         cells = [
             f"`{found['command'].removeprefix('python -m bench.sweep ')}`",
             _statuses(found),
-            f"{found['epochs']:g}",
+            "" if shared is None else f"{found['epochs']:g}",
             f"{job['score']:.4f}",
             f"{best['score']:.4f}",
-            f"{found['shared_epoch']:g}",
-            f"{job['early']:.4f}",
-            f"{best['early']:.4f}",
+            *early,
             "yes" if _adopted(found) else "no",
         ]
         lines.append(f"| {' | '.join(cells)} |")
