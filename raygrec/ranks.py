@@ -26,6 +26,13 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return moved.to(values.device)
 
 
+def shard(value: torch.Tensor, size: int) -> torch.Tensor:
+    """[size] this rank's part of a value that is spread over the ranks, with zeros after its end."""
+    start = world()[0] * size
+    part = value.flatten()[start : start + size]
+    return torch.nn.functional.pad(part, (0, size - len(part)))
+
+
 def from_rank_0(make: Callable[[], T]) -> T:
     """What `make` returns on rank 0, which alone calls it, on every rank; its `InputError` is raised on all."""
     rank, workers = world()

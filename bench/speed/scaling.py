@@ -36,7 +36,7 @@ ROUNDS, UPDATES, WARM = 7, 2, 2  # updates of a round; messages are counted in t
 # Collectives: which argument is the whole message, and how often a ring passes it on, less each worker's own share.
 RING = dict.fromkeys(("_allgather_base_", "allgather_", "reduce_", "broadcast_"), (0, 1))
 RING |= {"allreduce_": (0, 2), "_reduce_scatter_base_": (1, 1), "reduce_scatter_": (1, 1)}
-WHOLE = "model.contrast.momentum=null"  # averages whole parameters, which ZeRO 3 has not
+WITHOUT_COPY = "model.contrast.momentum=null"  # a pass that under ZeRO 3 alone sends weights
 STATE, CONTRAST, COUNTS = KINDS = ("weights and gradients", "contrast", "counts")
 ASKED_BY = {"raygrec.model.contrast": CONTRAST, "raygrec.ranks": COUNTS}
 Told = dict[str, Any]  # what a worker says of a round
@@ -90,7 +90,7 @@ def _work(rank: int, workers: int, folder: str, orders: Connection) -> None:
     """One worker: engines that are made when they are first asked for, and rounds of updates with them."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(workers)}
     dist.init_process_group("gloo", init_method=f"file://{folder}/{workers}", rank=rank, world_size=workers)
-    config = job_config("galrec.yaml", beauty(), "galrec", FEW, WHOLE)
+    config = job_config("galrec.yaml", beauty(), "galrec", FEW, WITHOUT_COPY)
     prompts, engines = prompts_of(config), {}
     stage = stage_of(config, prompts)
     for zero, shares, number in iter(orders.recv, None):
@@ -131,7 +131,7 @@ def _loopback() -> int:
 
 
 def main() -> None:
-    prompts_of(job_config("galrec.yaml", beauty(), "galrec", FEW, WHOLE))  # before several workers look for them
+    prompts_of(job_config("galrec.yaml", beauty(), "galrec", FEW, WITHOUT_COPY))  # before several workers look for them
     spawn, pipes = multiprocessing.get_context("spawn"), {}
     found: dict[Side, list[list[Told]]] = {}
 

@@ -9,6 +9,8 @@ one worker where the rows that meet in one call (a micro-batch of all ranks) are
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -16,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import normalize
 
-from raygrec.ranks import world
+from raygrec.ranks import device, shard, world
 
 EMPTY = -1
 PAIRS_AT_ONCE = 1024  # rows of the pairwise distances that are held at a time
@@ -102,30 +104,72 @@ class NegativeQueue:
 class MomentumCopy:
     """A second copy of parameters that follows them slowly: MoCo's momentum encoder (arXiv 1911.05722, section 3.2).
 
-    p_slow ← m p_slow + (1 − m) p after every update. fp32, without gradient, and no `nn.Module`, as the queue. The
-    parameters must be whole on every rank, where they are the same; the copies then are, too.
+    p_slow ← m p_slow + (1 − m) p after every update. fp32, without gradient, and no `nn.Module`, as the queue. Of
+    parameters that ZeRO-3 has spread over the ranks each rank has the copy of what it holds of them.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], momentum: float) -> None:
         self._parameters, self.momentum = parameters, momentum
-        self._slow = {name: parameter.detach().float().clone() for name, parameter in parameters.items()}
+        self._slow = {name: _held(parameter).float().clone() for name, parameter in parameters.items()}
+
+    @property
+    def spread(self) -> bool:
+        """Whether a rank holds a part of each parameter only."""
+        return any(hasattr(parameter, "ds_tensor") for parameter in self._parameters.values())
 
     def values(self) -> dict[str, torch.Tensor]:
         """The copies by name, on the device and of the type of the parameters, for `torch.func.functional_call`."""
-        return {name: self._slow[name].to(parameter) for name, parameter in self._parameters.items()}
+        return {name: slow.to(self._parameters[name]) for name, slow in self._copies().items()}
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside, the parameters have the copies' values in what this rank holds of them.
+
+        What ranks have gathered of them before must be released at both ends of the block.
+        """
+        held = {name: _held(parameter) for name, parameter in self._parameters.items()}
+        before = {name: value.clone() for name, value in held.items()}
+        for name, slow in self._copies().items():
+            held[name].copy_(slow)
+        try:
+            yield
+        finally:
+            for name, value in held.items():
+                value.copy_(before[name])
 
     @torch.no_grad()
     def update(self) -> None:
-        for name, parameter in self._parameters.items():
-            self._slow[name] = self._slow[name].to(parameter.device).lerp(parameter.float(), 1 - self.momentum)
+        for name, slow in self._copies().items():
+            held = _held(self._parameters[name])
+            self._slow[name] = slow.to(held.device).lerp(held.float(), 1 - self.momentum)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The copies in fp32, on the CPU."""
-        return {name: value.cpu().clone() for name, value in self._slow.items()}
+        """The copies in fp32, whole, on the CPU; collective where they are spread."""
+        return {name: _whole(slow, self._parameters[name]).cpu().clone() for name, slow in self._copies().items()}
 
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """The inverse of `state`."""
         self._slow = {name: tensors[name].clone() for name in self._slow}
+
+    def _copies(self) -> dict[str, torch.Tensor]:
+        """As this rank holds them: parameters may have been spread since they were copied whole."""
+        for name, parameter in self._parameters.items():
+            held = _held(parameter)
+            if self._slow[name].shape != held.shape:
+                self._slow[name] = shard(self._slow[name], held.numel())
+        return self._slow
+
+
+def _held(parameter: nn.Parameter) -> torch.Tensor:
+    """What this rank holds of it: all, or under ZeRO-3 a part."""
+    return getattr(parameter, "ds_tensor", parameter).detach()
+
+
+def _whole(held: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
+    """All of what every rank has a part of, as `_held`."""
+    if not hasattr(parameter, "ds_tensor"):
+        return held
+    return gathered(held.to(device()))[: parameter.ds_numel].view(parameter.ds_shape)
 
 
 def contrast_terms(

@@ -4,6 +4,7 @@ Paper: "Enhancing Collaborative Semantics of Language Model-Driven Recommendatio
 (arXiv 2406.13235). What it leaves open is our reading, marked [ours], and a value of the config.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
@@ -452,6 +453,8 @@ class GALRec(GraphReader):
         kinds = dict.fromkeys((pair.side, pair.positive) for pair in contrast.compared)
         self.queues = {kind: NegativeQueue(contrast.queue, width) for kind in kinds}
         self._fresh: list[tuple[tuple[str, int], torch.Tensor, torch.Tensor]] = []
+        self.release: Callable[[], None] = lambda: None
+        """Lets go of the parameters that this rank has gathered from others; the engine's, where it spreads them."""
 
     def forward(self, batch: HopBatch) -> torch.Tensor:
         """[4]: cross-entropy summed over answer positions, and L1 to L3, each summed over its anchors.
@@ -459,24 +462,31 @@ class GALRec(GraphReader):
         The contrastive sums are this rank's share of the global ones (`contrast_terms`). Divide by `batch.counts`,
         summed over all ranks.
         """
+        rows_of = self._compared(batch)
+        slow_N3D = self._slowly_contrasted(batch, torch.cat(list(rows_of.values()))) if rows_of else None
         hops = batch.hops[:, : self.hops_read]
         hidden = self.hidden(batch, self.hops_read, torch.cat([batch.answers, hops[hops >= 0]]))
         recommended = self.recommending_loss(hidden, batch)
-        return torch.stack([recommended, *self._contrast(hidden, batch)])
+        return torch.stack([recommended, *self._contrast(hidden, batch, rows_of, slow_N3D)])
 
-    def _contrast(self, hidden: Placed, batch: HopBatch) -> list[torch.Tensor]:
-        config = self.config.contrast
-        sums = {name: hidden.rows_ND.new_zeros((), dtype=torch.float32) for name in ("l1", "l2", "l3")}
+    def _compared(self, batch: HopBatch) -> dict[str, torch.Tensor]:
+        """The prompts of each side that anything contrasts."""
         is_user = torch.arange(len(batch.nodes), device=batch.nodes.device) < batch.num_users
         rows_of = {"user": is_user & batch.contrasted, "item": ~is_user}
-        rows_of = {side: rows.nonzero()[:, 0] for side, rows in rows_of.items() if config.active(side)}
+        return {side: rows.nonzero()[:, 0] for side, rows in rows_of.items() if self.config.contrast.active(side)}
+
+    def _contrast(
+        self, hidden: Placed, batch: HopBatch, rows_of: dict[str, torch.Tensor], slow_N3D: torch.Tensor | None
+    ) -> list[torch.Tensor]:
+        config = self.config.contrast
+        sums = {name: hidden.rows_ND.new_zeros((), dtype=torch.float32) for name in ("l1", "l2", "l3")}
         if not rows_of:
             return list(sums.values())
         rows_N = torch.cat(list(rows_of.values()))
         own_N3D = self._projected(hidden.at(batch.hops[rows_N]))  # all at once: ZeRO-3 gathers weights at each call
-        slow_N3D = self._slowly_contrasted(batch, rows_N) if self.slow is not None and len(rows_N) else own_N3D
         sizes = [len(rows) for rows in rows_of.values()]
-        parts = zip(rows_of.items(), own_N3D.split(sizes), slow_N3D.split(sizes), strict=True)
+        positives_N3D = own_N3D if slow_N3D is None else slow_N3D
+        parts = zip(rows_of.items(), own_N3D.split(sizes), positives_N3D.split(sizes), strict=True)
         for (side, rows), anchors_N3D, positives_N3D in parts:
             pairs = config.active(side)
             for positive in dict.fromkeys(pair.positive for pair in pairs):
@@ -502,8 +512,18 @@ class GALRec(GraphReader):
         return rows if self.projection is None else self.projection(rows)
 
     @torch.no_grad()
-    def _slowly_contrasted(self, batch: HopBatch, rows_N: torch.Tensor) -> torch.Tensor:
-        """`contrasted` by the momentum copy."""
+    def _slowly_contrasted(self, batch: HopBatch, rows_N: torch.Tensor) -> torch.Tensor | None:
+        """`contrasted` by the momentum copy; None without one."""
+        if self.slow is None:
+            return None
+        if self.slow.spread:  # then a pass is collective, also on no row
+            self.release()
+            with self.slow.in_place():
+                found_N3D = self.contrasted(batch, rows_N if len(rows_N) else rows_N.new_zeros(1))[: len(rows_N)]
+                self.release()
+            return found_N3D
+        if not len(rows_N):
+            return self.hop_tokens.weight.new_zeros(0, HOPS, self.config.contrast.projection or self.backbone.width)
         values = {f"model.{name}": value for name, value in self.slow.values().items()}
         return functional_call(_Contrasted(self), values, (batch, rows_N))
 

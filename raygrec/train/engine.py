@@ -20,7 +20,7 @@ from torch import nn
 
 from raygrec.config import StrictConfig
 from raygrec.model.backbone import Backbone
-from raygrec.ranks import device, name_accelerator, world
+from raygrec.ranks import device, name_accelerator, shard, world
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 CARRIED = "carried/"
@@ -254,6 +254,8 @@ class DeepSpeedEngine:
             dist_init_required=False,
         )
         self.model: nn.Module = self.engine.module
+        if config.zero_stage == 3 and hasattr(self.model, "release"):
+            self.model.release = self.optimizer.empty_partition_cache
         self._moments_linked = False
 
     def autocast(self) -> Any:
@@ -289,7 +291,8 @@ class DeepSpeedEngine:
                 value = self._full(parameter, kind)
                 if value is not None and keep:
                     tensors[f"{kind}/{name}"] = value.detach().float().cpu().clone()
-        return tensors | (_carried(self.model) if keep else {})
+        carried = _carried(self.model)  # of which parts may be spread over the ranks
+        return tensors | carried if keep else {}
 
     def load_state(self, tensors: dict[str, torch.Tensor], steps: int, arguments: tuple[object, ...]) -> None:
         if any(name.startswith("exp_avg/") for name in tensors):
@@ -333,7 +336,7 @@ class DeepSpeedEngine:
         set_param, set_moment, part = utils.safe_set_full_fp32_param, utils.safe_set_full_optimizer_state, value
         if hasattr(parameter, "ds_id"):  # ZeRO-3, whose setters of whole values want sizes that the workers divide
             set_param, set_moment = utils.safe_set_local_fp32_param, utils.safe_set_local_optimizer_state
-            part = _shard(value, parameter.ds_tensor.numel())
+            part = shard(value, parameter.ds_tensor.numel())
         if kind == "param":
             set_param(parameter, part)
             # DeepSpeed would refresh the model's own copy at the next update only.
@@ -347,13 +350,6 @@ class DeepSpeedEngine:
         for micro in range(self.accumulation):
             self.backward(0.0 * self.loss(*arguments).sum(), micro == self.accumulation - 1)
         self.update(0.0)
-
-
-def _shard(value: torch.Tensor, size: int) -> torch.Tensor:
-    """[size] this rank's part of a value that is spread over the ranks, with zeros after its end."""
-    start = world()[0] * size
-    part = value.flatten()[start : start + size]
-    return nn.functional.pad(part, (0, size - len(part)))
 
 
 def _finite(norm: torch.Tensor | float) -> float:

@@ -27,7 +27,7 @@ from raygrec.model.prompts import Symbols
 from raygrec.model.trend import READINGS
 from raygrec.train.accelerators import HOST_ADAM, HOST_LINK, NETWORK, Accelerator
 from raygrec.train.engine import BUCKET, FEW, frozen_matrices
-from raygrec.train.settings import GALRecRun, GLTARun, RunConfig, run_config
+from raygrec.train.settings import GALRecRun, GLTARun, RunConfig
 
 GIB = 2**30
 MFU = 0.35  # share of the datasheet's FLOP/s that training reaches, assumed
@@ -90,9 +90,9 @@ class Work:
     """What training does, whatever it is spread over.
 
     total, trained, language_model: parameters, the last without its token table. frozen: those of its matrices that
-    stay as they are. largest: bytes of the largest module's weights, which ZeRO-3 gathers whole. fixed: bytes of node
-    tables, text vectors, queues and the head's rows. logits: bytes of the logits that stand in memory. prompt: bytes
-    that one user's prompts keep for the backward pass.
+    stay as they are. followed: by the momentum encoder. largest: bytes of the largest module's weights, which
+    ZeRO-3 gathers whole. fixed: bytes of node tables, text vectors, queues and the head's rows. logits: bytes of
+    the logits that stand in memory. prompt: bytes that one user's prompts keep for the backward pass.
     longest: tokens of one prompt at most; most, mean: of all prompts of a user with the longest, and with a mean
     history, each kind of prompt by its share. answers: positions with a target, of the longest history. forward: FLOP
     of a mean user's prompts; passes: how many times as many training takes. All this is of the last stage. earlier:
@@ -104,6 +104,7 @@ class Work:
     trained: int
     language_model: int
     frozen: int
+    followed: int
     largest: int
     fixed: int
     logits: int
@@ -140,12 +141,10 @@ class Estimate:
     hours_per_epoch: float
     stages: dict[str, float]
     hours: float
-    refused: str = ""
-    """Why the config cannot be run so."""
 
     @property
     def possible(self) -> bool:
-        return self.micro > 0 and not self.refused
+        return self.micro > 0
 
 
 def sizes_of(config: RunConfig, users: int | None, items: int | None, interactions: int | None) -> Sizes:
@@ -230,7 +229,7 @@ def estimate(
         held["gradients"],
         held["optimizer"],
         activations,
-        work.fixed + work.logits + RESERVED,
+        held["momentum"] + work.fixed + work.logits + RESERVED,
         static + activations,
         host + work.host,
         micro,
@@ -238,12 +237,11 @@ def estimate(
         hours[last.name],
         hours,
         sum(one.epochs * hours[one.name] for one in seconds),
-        _refusal(config, setting),
     )
 
 
 def state_bytes(work: Work, setting: Setting, gpus: int, width: int) -> tuple[dict[str, float], float]:
-    """(bytes per GPU of weights, gradients and optimizer, bytes of the host's memory per GPU) under DeepSpeed.
+    """(bytes per GPU of weights, gradients, optimizer, momentum encoder, and of the host's memory) under DeepSpeed.
 
     width: bytes of a weight in the model, under ZeRO. Adam keeps two fp32 moments (8 bytes) of each trained parameter,
     and under ZeRO an fp32 copy of it (4 bytes). Without ZeRO, bf16 is autocast: weights and gradients are fp32, but
@@ -252,7 +250,8 @@ def state_bytes(work: Work, setting: Setting, gpus: int, width: int) -> tuple[di
     stage, trained = setting.stage, work.trained
     if stage == 0:
         weights = 4 * work.total + (2 * (trained - work.frozen) if width == 2 else 0)
-        return {"weights": weights, "gradients": 4 * trained, "optimizer": 8 * trained}, 0.0
+        held = {"weights": weights, "gradients": 4 * trained, "optimizer": 8 * trained, "momentum": 4 * work.followed}
+        return held, 0.0
     share = 1 / gpus
     bucket = width * min(trained, BUCKET) if gpus > 1 else 0
     whole = max(work.largest, width * min(work.total, REUSED))  # under ZeRO-3
@@ -260,6 +259,7 @@ def state_bytes(work: Work, setting: Setting, gpus: int, width: int) -> tuple[di
         "weights": width * work.total * (1 / gpus if stage == 3 else 1) + (whole if stage == 3 else 0),
         "gradients": width * trained * (share if stage >= 2 else 1) + bucket,
         "optimizer": (8 + 4) * trained * share,
+        "momentum": 4 * work.followed * (share if stage == 3 else 1),
     }
     host = 0.0
     if setting.optimizer:
@@ -267,8 +267,8 @@ def state_bytes(work: Work, setting: Setting, gpus: int, width: int) -> tuple[di
         held["optimizer"] = 0.0
         held["gradients"] = bucket + (width * trained if stage == 1 else 0)
     if setting.parameters:
-        host += width * work.total / gpus
-        held["weights"] = whole
+        host += width * work.total / gpus + held["momentum"]
+        held["weights"], held["momentum"] = whole, 0.0
     return held, host
 
 
@@ -297,28 +297,15 @@ def sent_parameters(work: Work, stage: int, gpus: int, pieces: int) -> float:
     A gradient that is added up everywhere is sent twice, one that is needed on a single GPU once: so under ZeRO 3, and
     under ZeRO 1 and 2 on a `FEW` GPUs. These then send what each GPU has updated. Under ZeRO 2 and 3 gradients are sent
     for every micro-batch. Under ZeRO 3 all weights are, too; the language model's come for each of its `PASSES` and
-    back again, unless they are few enough to stay.
+    back again, unless they are few enough to stay. The momentum encoder's come besides, and not back.
     """
     if stage == 3:
-        again = 0 if 2 * work.total <= REUSED else 2 * PASSES - 1
-        return pieces * (work.trained + work.total + again * work.language_model)
+        few = 2 * work.total <= REUSED
+        again = (0 if few else 2 * PASSES - 1) * work.language_model
+        slow = (work.total + (0 if few else PASSES - 1) * work.language_model) if work.followed else 0
+        return pieces * (work.trained + work.total + again + slow)
     reduced = 1 if stage and gpus <= FEW else 2
     return work.trained * (reduced * (pieces if stage == 2 else 1) + (stage > 0))
-
-
-def _refusal(config: RunConfig, setting: Setting) -> str:
-    """Why this config cannot be run so, in the words of its own checks."""
-    content = config.model_dump(mode="json")
-    content["engine"] |= {
-        "zero_stage": setting.stage,
-        "offload_optimizer": setting.optimizer,
-        "offload_parameters": setting.parameters,
-    }
-    try:
-        run_config(content, "plan")
-    except InputError as error:
-        return str(error)
-    return ""
 
 
 def work_of(config: RunConfig, sizes: Sizes, device: str) -> Work:
@@ -344,7 +331,6 @@ def work_of(config: RunConfig, sizes: Sizes, device: str) -> Work:
             side: config.train.batch * share for side, share in (("user", contrast.users), ("item", contrast.items))
         }
         fixed += max(len(contrast.active(side)) * n * (n + contrast.queue) * (4 + 1) for side, n in anchors.items())
-        fixed += 4 * trained if model.slow is not None else 0
     # Besides, a token keeps what its projector reads, an answer what the head does and its gradient; masks of dropout.
     prompt = most * (kept / longest + 4 * text + width) + answers * (5 * width + 4 * model.nodes.width)
     frozen = isinstance(config, GLTARun) or config.model.tuning != "full"
@@ -353,6 +339,7 @@ def work_of(config: RunConfig, sizes: Sizes, device: str) -> Work:
         trained,
         _language_model(model.backbone),
         sum(p.numel() for p in frozen_matrices(model)),
+        trained if isinstance(model, GALRec) and model.slow is not None else 0,
         wide * max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules()),
         int(fixed),
         3 * 4 * sizes.items * positions_at_once(sizes.items, device),
@@ -537,7 +524,7 @@ def table(found: dict[str, Any]) -> list[str]:
         chosen = "→" if one == found["choice"] else " "
         sizes_of_parts = [one[key] / GIB for key in ("weights", "gradients", "optimizer", "activations", "other")]
         cells = "".join(f"{value:{width}.2f}" for value, width in zip(sizes_of_parts, (7, 7, 7, 7, 7), strict=True))
-        speed = "refused" if one["refused"] else _duration(one["hours_per_epoch"]) if one["micro"] else "no room"
+        speed = _duration(one["hours_per_epoch"]) if one["micro"] else "no room"
         lines.append(
             f"{chosen} {one['stage']:>4} {one['offload']:<7}{cells}{one['total'] / GIB:8.2f}"
             f"{one['host'] / GIB:7.2f}{one['micro']:6d}{speed:>9}"

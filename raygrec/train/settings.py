@@ -242,16 +242,6 @@ class GALRecRun(OnePositionRun):
     def reads_texts(self) -> bool:
         return self.model.text_vectors
 
-    @model_validator(mode="after")
-    def _deepspeed_can(self) -> Self:
-        contrast = self.model.contrast
-        if self.engine.zero_stage == 3 and contrast.momentum is not None and contrast.compared:
-            raise ValueError(
-                "engine.zero_stage=3 spreads every parameter over the workers, and model.contrast.momentum averages "
-                "whole ones; use zero_stage=2 or model.contrast.momentum=null"
-            )
-        return self
-
 
 class SequentialRun(OnePositionRun):
     """A baseline that reads histories alone: SASRec, with text vectors or BSARec's filter where asked."""

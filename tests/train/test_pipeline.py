@@ -391,13 +391,35 @@ def slow_alone(tiny_store, tiny_backbone, tmp_path_factory) -> RunFolder:
 def test_the_momentum_encoder_is_the_same_on_workers(
     slow_alone, galrec_alone, tiny_store, tiny_backbone, tmp_path, workers
 ):
+    """Whole on every worker, and spread over them."""
     assert curve(slow_alone)[1] != pytest.approx(curve(galrec_alone)[1], rel=1e-3)
-    config = tiny_galrec_config(tiny_store.path, tiny_backbone, tmp_path / "run", model=SLOW, engine={"zero_stage": 2})
-    folder = run_workers(config, workers)
-    np.testing.assert_allclose(curve(folder), curve(slow_alone), rtol=2e-4)
-    found = carried(folder)
-    for name, value in carried(slow_alone).items():
-        torch.testing.assert_close(found[name], value, rtol=1e-2, atol=2e-3, msg=name)
+    ways = [{"zero_stage": 2}, {"zero_stage": 3}, {"zero_stage": 3, "offload_parameters": True}]
+    configs = [
+        tiny_galrec_config(tiny_store.path, tiny_backbone, tmp_path / f"run-{number}", model=SLOW, engine=engine)
+        for number, engine in enumerate(ways)
+    ]
+    for folder in run_several(configs, workers):
+        np.testing.assert_allclose(curve(folder), curve(slow_alone), rtol=2e-4)
+        found = carried(folder)
+        assert found.keys() == carried(slow_alone).keys()
+        for name, value in carried(slow_alone).items():
+            torch.testing.assert_close(found[name], value, rtol=1e-2, atol=2e-3, msg=name)
+
+
+def test_a_momentum_encoder_goes_on_under_another_zero_stage(slow_alone, tiny_store, tiny_backbone, tmp_path):
+    """From three workers that share each parameter to two that have it whole, and the other way round."""
+
+    def made(first: int, then: int) -> RunConfig:
+        out = tmp_path / f"from-{first}"
+        return tiny_galrec_config(tiny_store.path, tiny_backbone, out, model=SLOW, engine={"zero_stage": then})
+
+    run_workers(made(3, 3), 3, stop_after=7)
+    run_workers(made(2, 2), 2, stop_after=7)
+    for folder in run_several([made(3, 2), made(2, 3)], 2):
+        np.testing.assert_allclose(curve(folder), curve(slow_alone), rtol=2e-4)
+        found = carried(folder)
+        for name, value in carried(slow_alone).items():
+            torch.testing.assert_close(found[name], value, rtol=1e-2, atol=2e-3, msg=name)
 
 
 def test_a_momentum_encoder_that_was_cut_off_goes_on(tiny_store, tiny_backbone, tmp_path):

@@ -104,18 +104,6 @@ def test_glta_needs_a_slot_for_each_item_of_a_list():
     run_config({**PLACES, **content, "model": {"slots": 10}}, "x")
 
 
-def test_galrec_under_zero_3_has_no_momentum_encoder():
-    model = {"contrast": {"momentum": 0.999}}
-    message = refused({"recipe": "galrec", "engine": {"zero_stage": 3}, "model": model})
-    assert "engine.zero_stage=3" in message
-    assert "use zero_stage=2 or model.contrast.momentum=null" in message
-    for stage in (0, 1, 2):
-        run_config({**PLACES, "recipe": "galrec", "engine": {"zero_stage": stage}, "model": model}, "x")
-    assert run_config({**PLACES, "recipe": "galrec"}, "x").model.contrast.momentum is None
-    model["contrast"] |= {"l1": 0, "l2": 0, "l3": 0}  # nothing is contrasted, and there is none
-    run_config({**PLACES, "recipe": "galrec", "engine": {"zero_stage": 3}, "model": model}, "x")
-
-
 def test_a_recipe_that_trains_has_an_epoch_and_something_to_measure():
     assert "train.epochs=0: recipe galrec trains for one epoch" in refused({"recipe": "galrec", "train": {"epochs": 0}})
     run_config({**PLACES, "recipe": "graph", "train": {"epochs": 0}}, "x")
