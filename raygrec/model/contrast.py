@@ -9,7 +9,7 @@ one worker where the rows that meet in one call (a micro-batch of all ranks) are
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -109,43 +109,53 @@ class MomentumCopy:
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], momentum: float) -> None:
-        self._parameters, self.momentum = parameters, momentum
+        self.parameters, self.momentum = parameters, momentum
         self._slow = {name: _held(parameter).float().clone() for name, parameter in parameters.items()}
 
     @property
     def spread(self) -> bool:
         """Whether a rank holds a part of each parameter only."""
-        return any(hasattr(parameter, "ds_tensor") for parameter in self._parameters.values())
+        return any(hasattr(parameter, "ds_tensor") for parameter in self.parameters.values())
 
     def values(self) -> dict[str, torch.Tensor]:
         """The copies by name, on the device and of the type of the parameters, for `torch.func.functional_call`."""
-        return {name: slow.to(self._parameters[name]) for name, slow in self._copies().items()}
+        return {name: slow.to(self.parameters[name]) for name, slow in self._copies().items()}
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def in_place(self, release: Callable[[], None]) -> Iterator[None]:
         """Inside, the parameters have the copies' values in what this rank holds of them.
 
-        What ranks have gathered of them before must be released at both ends of the block.
+        release: lets go of what ranks have gathered of them, which would keep its values into the block and out of it.
         """
-        held = {name: _held(parameter) for name, parameter in self._parameters.items()}
+        release()
+        held = {name: _held(parameter) for name, parameter in self.parameters.items()}
         before = {name: value.clone() for name, value in held.items()}
-        for name, slow in self._copies().items():
-            held[name].copy_(slow)
         try:
+            for name, slow in self._copies().items():
+                held[name].copy_(slow)
             yield
         finally:
+            release()
             for name, value in held.items():
                 value.copy_(before[name])
 
     @torch.no_grad()
     def update(self) -> None:
         for name, slow in self._copies().items():
-            held = _held(self._parameters[name])
+            held = _held(self.parameters[name])
             self._slow[name] = slow.to(held.device).lerp(held.float(), 1 - self.momentum)
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """The copies in fp32, whole, on the CPU; collective where they are spread."""
-        return {name: _whole(slow, self._parameters[name]).cpu().clone() for name, slow in self._copies().items()}
+    def state(self, keep: bool = True) -> dict[str, torch.Tensor]:
+        """The copies in fp32, whole, on the CPU; collective where they are spread.
+
+        keep: whether this rank wants them.
+        """
+        found: dict[str, torch.Tensor] = {}
+        for name, slow in self._copies().items() if keep or self.spread else ():
+            whole = _whole(slow, self.parameters[name])
+            if keep:
+                found[name] = whole.to("cpu", copy=True)
+        return found
 
     def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """The inverse of `state`."""
@@ -153,7 +163,7 @@ class MomentumCopy:
 
     def _copies(self) -> dict[str, torch.Tensor]:
         """As this rank holds them: parameters may have been spread since they were copied whole."""
-        for name, parameter in self._parameters.items():
+        for name, parameter in self.parameters.items():
             held = _held(parameter)
             if self._slow[name].shape != held.shape:
                 self._slow[name] = shard(self._slow[name], held.numel())

@@ -513,17 +513,12 @@ class GALRec(GraphReader):
 
     @torch.no_grad()
     def _slowly_contrasted(self, batch: HopBatch, rows_N: torch.Tensor) -> torch.Tensor | None:
-        """`contrasted` by the momentum copy; None without one."""
-        if self.slow is None:
+        """`contrasted` by the momentum copy; None without one, and where there is nothing to contrast."""
+        if self.slow is None or not (len(rows_N) or self.slow.spread):
             return None
         if self.slow.spread:  # then a pass is collective, also on no row
-            self.release()
-            with self.slow.in_place():
-                found_N3D = self.contrasted(batch, rows_N if len(rows_N) else rows_N.new_zeros(1))[: len(rows_N)]
-                self.release()
-            return found_N3D
-        if not len(rows_N):
-            return self.hop_tokens.weight.new_zeros(0, HOPS, self.config.contrast.projection or self.backbone.width)
+            with self.slow.in_place(self.release):
+                return self.contrasted(batch, rows_N if len(rows_N) else rows_N.new_zeros(1))[: len(rows_N)]
         values = {f"model.{name}": value for name, value in self.slow.values().items()}
         return functional_call(_Contrasted(self), values, (batch, rows_N))
 
@@ -541,11 +536,12 @@ class GALRec(GraphReader):
         places = sum(len(queue.ids()) for queue in self.queues.values())
         return {"queue_fill": filled / places} if places else {}
 
-    def carried_state(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint needs besides parameters: the queues and the momentum copy."""
-        states = {f"{side}{hop}": queue.state() for (side, hop), queue in self.queues.items()}
+    def carried_state(self, keep: bool = True) -> dict[str, torch.Tensor]:
+        """What a checkpoint needs besides parameters: the queues and the momentum copy; collective where parameters
+        are spread. keep: whether this rank wants it."""
+        states = {f"{side}{hop}": queue.state() for (side, hop), queue in self.queues.items()} if keep else {}
         if self.slow is not None:
-            states["momentum"] = self.slow.state()
+            states["momentum"] = self.slow.state(keep)
         return {f"{part}/{name}": value for part, state in states.items() for name, value in state.items()}
 
     def load_carried_state(self, tensors: dict[str, torch.Tensor]) -> None:

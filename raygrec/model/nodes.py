@@ -113,8 +113,8 @@ class NodeTables(nn.Module):
     """Node vectors, with the standard deviation `NODE_SCALE`; fixed, and no part of a checkpoint.
 
     Items and the shares that users are rebuilt from are there once per fit of the graph: [K + 1, I, d]. Fit 0 knows
-    every edge; a prompt about a user reads the one that knows none of the user's (`PromptBatch.tables`), and is matched
-    with the items of that fit. equal: items' vectors all have the same length.
+    every edge; a history reads the one that knows none of its user's (`PromptBatch.tables`), and is matched with
+    the items of that fit. Users two hops away are of fit 0. equal: items' vectors all have the same length.
     """
 
     def __init__(self, nodes: NodeEmbeddings, equal: bool = False) -> None:

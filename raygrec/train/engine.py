@@ -291,8 +291,7 @@ class DeepSpeedEngine:
                 value = self._full(parameter, kind)
                 if value is not None and keep:
                     tensors[f"{kind}/{name}"] = value.detach().float().cpu().clone()
-        carried = _carried(self.model)  # of which parts may be spread over the ranks
-        return tensors | carried if keep else {}
+        return tensors | _carried(self.model, keep)
 
     def load_state(self, tensors: dict[str, torch.Tensor], steps: int, arguments: tuple[object, ...]) -> None:
         if any(name.startswith("exp_avg/") for name in tensors):
@@ -358,9 +357,9 @@ def _finite(norm: torch.Tensor | float) -> float:
     return float(norm)
 
 
-def _carried(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What a model carries from update to update besides parameters, under `carried/…`."""
-    tensors = model.carried_state() if hasattr(model, "carried_state") else {}
+def _carried(model: nn.Module, keep: bool = True) -> dict[str, torch.Tensor]:
+    """What a model carries from update to update besides parameters, under `carried/…`; nothing unless `keep`."""
+    tensors = model.carried_state(keep) if hasattr(model, "carried_state") else {}
     return {f"{CARRIED}{name}": value for name, value in tensors.items()}
 
 

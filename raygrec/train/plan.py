@@ -34,6 +34,7 @@ MFU = 0.35  # share of the datasheet's FLOP/s that training reaches, assumed
 RESERVED = 1.5 * GIB  # CUDA, NCCL and what the allocator cannot use, assumed
 PASSES = 2  # of the language model over a batch under ZeRO-3
 REUSED = 1_000_000_000  # parameters that ZeRO-3 at most leaves whole for their next use, DeepSpeed's default
+AHEAD = 50_000_000  # that it fetches before they are asked for, DeepSpeed's default
 TERM_TOKENS, MEAN_TERM_TOKENS = 4, 2  # of a term of GLTA's texts, assumed: of a long one, and on average
 
 
@@ -297,13 +298,14 @@ def sent_parameters(work: Work, stage: int, gpus: int, pieces: int) -> float:
     A gradient that is added up everywhere is sent twice, one that is needed on a single GPU once: so under ZeRO 3, and
     under ZeRO 1 and 2 on a `FEW` GPUs. These then send what each GPU has updated. Under ZeRO 2 and 3 gradients are sent
     for every micro-batch. Under ZeRO 3 all weights are, too; the language model's come for each of its `PASSES` and
-    back again, unless they are few enough to stay. The momentum encoder's come besides, and not back.
+    back again, unless they are few enough to stay. The momentum encoder's come besides, and not back, as
+    does what DeepSpeed had fetched ahead of its pass, for nothing.
     """
     if stage == 3:
         few = 2 * work.total <= REUSED
         again = (0 if few else 2 * PASSES - 1) * work.language_model
-        slow = (work.total + (0 if few else PASSES - 1) * work.language_model) if work.followed else 0
-        return pieces * (work.trained + work.total + again + slow)
+        slow = work.total + min(work.total, AHEAD) + (0 if few else PASSES - 1) * work.language_model
+        return pieces * (work.trained + work.total + again + (slow if work.followed else 0))
     reduced = 1 if stage and gpus <= FEW else 2
     return work.trained * (reduced * (pieces if stage == 2 else 1) + (stage > 0))
 
@@ -339,7 +341,7 @@ def work_of(config: RunConfig, sizes: Sizes, device: str) -> Work:
         trained,
         _language_model(model.backbone),
         sum(p.numel() for p in frozen_matrices(model)),
-        trained if isinstance(model, GALRec) and model.slow is not None else 0,
+        _followed(model),
         wide * max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules()),
         int(fixed),
         3 * 4 * sizes.items * positions_at_once(sizes.items, device),
@@ -353,6 +355,12 @@ def work_of(config: RunConfig, sizes: Sizes, device: str) -> Work:
         _earlier(config, sizes, model),
         _successor_bytes(config, sizes),
     )
+
+
+def _followed(model: GLTA | GALRec) -> int:
+    """Parameters that a momentum encoder copies."""
+    slow = model.slow if isinstance(model, GALRec) else None
+    return 0 if slow is None else sum(p.numel() for p in slow.parameters.values())
 
 
 def _language_model(backbone: Backbone) -> int:

@@ -276,6 +276,64 @@ def test_the_momentum_copy_goes_through_a_checkpoint():
     assert state["w"].tolist() == [2.0, 2.5]
 
 
+SPREAD = {"matrix": torch.arange(10.0).view(2, 5), "pair": torch.tensor([-1.0, 3.0])}
+
+
+def spread_parameters(rank: int, workers: int) -> dict[str, nn.Parameter]:
+    """As ZeRO-3 leaves them: each rank holds an equal part of the values, filled up with zeros at the end."""
+    found = {}
+    for name, value in SPREAD.items():
+        size = -(-value.numel() // workers)
+        parameter = nn.Parameter(torch.zeros(0))
+        parameter.ds_tensor = functional.pad(value.flatten(), (0, workers * size - value.numel())).split(size)[rank]
+        parameter.ds_tensor = parameter.ds_tensor.bfloat16()
+        parameter.ds_numel, parameter.ds_shape = value.numel(), value.shape
+        found[name] = parameter
+    return found
+
+
+def spread_worker(rank: int, folder: str) -> None:
+    """One of three ranks, which divide neither ten values nor two."""
+    parameters = spread_parameters(rank, 3)
+    copy, released = MomentumCopy(parameters, 0.75), []
+    assert copy.spread
+    for parameter in parameters.values():
+        parameter.ds_tensor.add_(4.0)
+    copy.update()  # to what they were, and a quarter of 4
+    whole = copy.state()
+    assert copy.state(keep=False) == {}
+    before = {name: parameter.ds_tensor.clone() for name, parameter in parameters.items()}
+    with pytest.raises(RuntimeError, match="stops"), copy.in_place(lambda: released.append(held(parameters))):
+        inside = held(parameters)
+        raise RuntimeError("stops")
+    assert all(torch.equal(parameters[name].ds_tensor, value) for name, value in before.items())
+    for seen, expected in zip(released, (before, inside), strict=True):
+        assert all(torch.equal(seen[name], value) for name, value in expected.items())
+    other = MomentumCopy(spread_parameters(rank, 3), 0.75)
+    other.load_state(whole)
+    again = other.state()
+    with other.in_place(lambda: None):
+        loaded = held(other.parameters)
+    torch.save({"whole": whole, "again": again, "inside": inside, "loaded": loaded}, f"{folder}/{rank}.pt")
+
+
+def held(parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    return {name: parameter.ds_tensor.clone() for name, parameter in parameters.items()}
+
+
+def test_the_momentum_copy_of_parameters_that_are_spread(tmp_path):
+    run_ranks(spread_worker, 3, str(tmp_path))
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(3)]
+    for name, value in SPREAD.items():
+        for one in found:
+            assert torch.equal(one["whole"][name], value + 1)
+            assert torch.equal(one["again"][name], value + 1)
+        for kind in ("inside", "loaded"):
+            parts = torch.cat([one[kind][name] for one in found])
+            assert parts.dtype == torch.bfloat16
+            assert torch.equal(parts[: value.numel()].float(), value.flatten() + 1)
+
+
 def test_uniformity_by_hand():
     """Squared distances of e1, −e1 and e2: 4, 2 and 2."""
     rows = torch.stack([2 * UNIT[0], -UNIT[0], 5 * UNIT[1]])

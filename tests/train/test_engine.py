@@ -407,7 +407,7 @@ class TwoTerms(nn.Module):
         self.updates += 1
         assert self.weight.grad is None or not self.weight.grad.any()  # what enters the queues is of the update before
 
-    def carried_state(self) -> dict[str, torch.Tensor]:
+    def carried_state(self, keep: bool = True) -> dict[str, torch.Tensor]:
         return {"updates": torch.tensor(self.updates)}
 
     def load_carried_state(self, tensors: dict[str, torch.Tensor]) -> None:

@@ -406,6 +406,28 @@ def test_the_momentum_encoder_is_the_same_on_workers(
             torch.testing.assert_close(found[name], value, rtol=1e-2, atol=2e-3, msg=name)
 
 
+def test_ranks_without_contrasted_prompts_take_part(tiny_store, tiny_backbone, tmp_path):
+    """In every stage and precision, and in the passes of a momentum encoder that all ranks make together."""
+    rare = {"queue": 20, "users": 0.1, "items": 0.1, "momentum": 0.6, "projection": 5}
+
+    def made(name: str, **engine: object) -> RunConfig:
+        train = {"batch": 12, "micro_batch": 2}
+        model = {"contrast": rare, "layer_dropout": 0.0}
+        return tiny_galrec_config(
+            tiny_store.path, tiny_backbone, tmp_path / name, model=model, engine=engine, train=train
+        )
+
+    ways = [(stage, precision) for precision in ("fp32", "bf16") for stage in (0, 2, 3)]
+    configs = [made(f"{stage}-{precision}", zero_stage=stage, precision=precision) for stage, precision in ways]
+    found = [[record["terms"] for record in folder.history()] for folder in run_several(configs, 2)]
+    for (_, precision), records in zip(ways, found, strict=True):
+        for record, expected in zip(records, found[0], strict=True):
+            if precision == "fp32":
+                assert record == pytest.approx(expected, rel=2e-4)
+            assert record["cross_entropy"] == pytest.approx(expected["cross_entropy"], rel=1e-2)
+            assert record["l1"] > 0 and record["l3"] > 0  # of a few anchors, which bf16 takes elsewhere
+
+
 def test_a_momentum_encoder_goes_on_under_another_zero_stage(slow_alone, tiny_store, tiny_backbone, tmp_path):
     """From three workers that share each parameter to two that have it whole, and the other way round."""
 

@@ -71,6 +71,7 @@ def config_of(recipe: str, store, backbone: Path, out: Path, **changes: object) 
         ("glta", {"model": {"head": "tied"}}),
         ("galrec", {}),
         ("galrec", {"model": {"tuning": "lora", "contrast": {"momentum": 0.9}}}),
+        ("galrec", {"model": {"head": "linear", "contrast": {"momentum": 0.9}}}),
         ("galrec", {"model": {"tuning": "frozen", "text_vectors": False, "title_tokens": 2}}),
     ],
 )
@@ -86,6 +87,8 @@ def test_parameters_and_tables_are_those_of_the_real_model(recipe, changes, tiny
     work = work_of(config, sizes_of(config, None, None, None), "cpu")
     assert work.total == sum(parameter.numel() for parameter in model.parameters())
     assert work.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    slow = getattr(model, "slow", None)
+    assert work.followed == (sum(value.numel() for value in slow.state().values()) if slow else 0)
     assert work.fixed >= sum(buffer.nbytes for buffer in model.buffers())
     # Adam's two moments in fp32, as the optimizer really makes them.
     engine = LocalEngine(model, config.engine)
@@ -207,16 +210,16 @@ def test_what_is_offloaded_is_in_the_hosts_memory():
 
 
 def test_the_momentum_encoder_by_hand():
-    """300 parameters in fp32, whole but under ZeRO-3, which also sends its weights: 1000 more a micro-batch."""
+    """300 parameters in fp32, whole but under ZeRO-3, which also sends all weights twice more a micro-batch."""
     work = replace(WORK, followed=300)
     found = {stage: state_bytes(work, Setting(stage), 4, 2)[0]["momentum"] for stage in range(4)}
     assert found == {0: 1200, 1: 1200, 2: 1200, 3: 300}
     held, host = state_bytes(work, Setting(3, True, True), 4, 2)
     assert (held["momentum"], host) == (0, 1200 + 400 + 500 + 300)
-    assert sent_parameters(work, 3, 64, 3) == 3 * (1000 + 400 + 1000)
+    assert sent_parameters(work, 3, 64, 3) == 3 * (1000 + 400 + 2 * 1000)
     assert sent_parameters(work, 2, 64, 3) == sent_parameters(WORK, 2, 64, 3)
     large = replace(work, total=1_000_000_000, trained=900_000_000, language_model=900_000_000)
-    assert sent_parameters(large, 3, 64, 1) == 4 * 900e6 + 100e6 + 900e6 + 1000e6 + 900e6
+    assert sent_parameters(large, 3, 64, 1) == 4 * 900e6 + 100e6 + 900e6 + 1000e6 + 50e6 + 900e6
 
 
 def config_with(**changes: object) -> RunConfig:
