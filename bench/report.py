@@ -172,11 +172,15 @@ def _paired(shipped: str, by_name: dict[str, list[dict[str, Any]]], done: Callab
     """Test N@10 of ours less that of each other model's row, seeds in pairs."""
     own = {result["seed"]: result["metrics"]["test"][METRIC] for result in by_name[shipped]}
     lines = [f"| {shipped}, against | N@10 more | seeds in which it is above |", "|---|---:|---:|"]
+    level = []
     for name in (*done("baseline"), *done("method"), *done("ours")):
         more = [own[r["seed"]] - r["metrics"]["test"][METRIC] for r in by_name[name] if r["seed"] in own]
         if name != shipped and more:
             lines.append(f"| {name} | {_mean(more)} | {sum(value > 0 for value in more)} of {len(more)} |")
-    return "\n".join(lines) + "\n"
+            spread = statistics.stdev(more) if len(more) > 1 else 0.0
+            level += [name] if statistics.fmean(more) <= spread else []
+    lines += ["", f"Not above by more than the spread of the difference: {', '.join(level) or 'none'}.\n"]
+    return "\n".join(lines)
 
 
 def _signs(full: list[dict[str, Any]], ablations: dict[str, list[dict[str, Any]]]) -> str:
