@@ -1,6 +1,7 @@
 """Language-model backbones: loading by name or path, token embeddings, hidden states, generation."""
 
 import importlib.util
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -129,6 +130,8 @@ class Backbone(nn.Module):
         self.width: int = settings.hidden_size
         self.vocabulary: int = settings.vocab_size
         self.positions = positions(config.name)
+        named = inspect.signature(self.model.forward).parameters
+        self._cache_name = "cache" if "cache" in named else "past_key_values"  # as until transformers 5.23
         self._keys_B: torch.Tensor | None = None
         self._asked: Asked | None = None
         self._narrowing = False  # while the last layer computes the asked positions alone
@@ -324,7 +327,7 @@ class Backbone(nn.Module):
         if self.attention == "eager":  # which adds the mask to the scores instead of reading it
             lowest = torch.finfo(embeds_BTD.dtype).min
             mask_B1TS = torch.zeros_like(mask_B1TS, dtype=embeds_BTD.dtype).masked_fill(~mask_B1TS, lowest)
-        cache = {} if past is None else {"past_key_values": past}
+        cache = {} if past is None else {self._cache_name: past}
         with self._with(keys_B, asked if self._narrow is not None else None):
             read = self.model(inputs_embeds=embeds_BTD, attention_mask=mask_B1TS, **cache).last_hidden_state
         if asked is None:

@@ -80,6 +80,7 @@ def _llama(
     asked: Asked,
     mask_B1TS: torch.Tensor,
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    cache: object = None,
     past_key_values: object = None,
     **_: object,
 ) -> torch.Tensor:
@@ -92,9 +93,10 @@ def _llama(
     angles_ne = (angles_1Te[0, asked.columns_n] for angles_1Te in position_embeddings)
     queries_nHe, _ = turned(queries_nHe, queries_nHe, *angles_ne)
     keys_BTHe, _ = turned(keys_BTHe, keys_BTHe, *position_embeddings, unsqueeze_dim=2)
-    if past_key_values is not None:
+    cache = past_key_values if cache is None else cache  # the name until transformers 5.23
+    if cache is not None:
         own = keys_BTHe.transpose(1, 2), values_BTHe.transpose(1, 2), attention.layer_idx
-        keys_BTHe, values_BTHe = (both.transpose(1, 2) for both in past_key_values.update(*own))
+        keys_BTHe, values_BTHe = (both.transpose(1, 2) for both in cache.update(*own))
     read_1nD = _attend(attention, asked, mask_B1TS, queries_nHe, keys_BTHe, values_BTHe)
     added_1nD = asked.among(hidden_BTD)[None] + attention.o_proj(read_1nD)
     return added_1nD + layer.mlp(layer.post_attention_layernorm(added_1nD))
