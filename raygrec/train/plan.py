@@ -143,10 +143,6 @@ class Estimate:
     stages: dict[str, float]
     hours: float
 
-    @property
-    def possible(self) -> bool:
-        return self.micro > 0
-
 
 def sizes_of(config: RunConfig, users: int | None, items: int | None, interactions: int | None) -> Sizes:
     """Of the config's store, or as given: all three, where there is no store yet."""
@@ -185,7 +181,7 @@ def plan(
                 f"{name}.batch"
             )
     estimates = [estimate(config, sizes, work, setting, gpus, gpu, mfu) for setting in SETTINGS]
-    possible = [one for one in estimates if one.possible]
+    possible = [one for one in estimates if one.micro]
     least = min((one.hours for one in possible), default=0.0)
     chosen = next((one for one in possible if 0.98 * one.hours < least), None)
     found: dict[str, Any] = {
