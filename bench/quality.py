@@ -108,7 +108,7 @@ def galrec(title: str, store: str, published: str) -> Suite:
         "GAL-Rec": Cell("method", "galrec.yaml"),
         "GAL-Rec, texts alone": Cell("ours", "galrec-texts.yaml"),
         "GAL-Rec, texts and successors": Cell("ours", "galrec-successors.yaml"),
-        "SASRec-CE + text + successors": Cell("ours", "sasrec-text.yaml", ("model.successors={}",)),
+        "SASRec-CE + text + successors": Cell("baseline", "sasrec-text.yaml", ("model.successors={}",)),
     }
     note = (
         f"Published under the same protocol, N@10: {published}; compare with those, too, since our BSARec-like, with "
