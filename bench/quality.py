@@ -93,6 +93,10 @@ def glta(title: str, store: str, job: str, baselines: dict[str, Cell] | None = N
     return Suite(title, store, cells, ("slots", "autoregressive"), note, "user vector left out")
 
 
+# What `galrec-shared.yaml` has beside the prompts and the language model that reads them.
+SHARED = ("text_tuning={updates: 100, precision: bf16}", "model.successors={alike: 10}")
+
+
 def galrec(title: str, store: str, published: str) -> Suite:
     def baseline(job: str) -> Cell:
         return Cell("baseline", job)
@@ -108,7 +112,9 @@ def galrec(title: str, store: str, published: str) -> Suite:
         "GAL-Rec": Cell("method", "galrec.yaml"),
         "GAL-Rec, texts alone": Cell("ours", "galrec-texts.yaml"),
         "GAL-Rec, texts and successors": Cell("ours", "galrec-successors.yaml"),
+        "GAL-Rec, tuned texts and shared successors": Cell("ours", "galrec-shared.yaml"),
         "SASRec-CE + text + successors": Cell("baseline", "sasrec-text.yaml", ("model.successors={}",)),
+        "SASRec-CE + tuned text + shared successors": Cell("ours", "sasrec-text.yaml", SHARED),
     }
     note = (
         f"Published under the same protocol, N@10: {published}; compare with those, too, since our BSARec-like, with "

@@ -60,33 +60,35 @@ class SequentialConfig(StrictConfig):
     """c, how many of a window's frequencies, the lowest, are low; each but the constant counts twice."""
 
     @model_validator(mode="after")
-    def _heads_fit(self) -> Self:
+    def _parts_fit(self) -> Self:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.successors is not None:
+            self.successors.check(self.text_vectors)
         return self
 
     @property
     def name(self) -> str:
         method = "SASRec-CE" if self.filter == "none" else "BSARec-like"
-        parts = [method, *["text"] * self.text_vectors, *["successors"] * (self.successors is not None)]
-        return " + ".join(parts)
+        after = [] if self.successors is None else [self.successors.name]
+        return " + ".join([method, *["text"] * self.text_vectors, *after])
 
 
 class SequencePrompts:
     """Makes prompts that are the items of a history and nothing else, oldest first, padded at the end.
 
-    train: CSR of each user's training items in time order.
+    train: CSR of each user's training items in time order. texts: [I, t], the items' vectors, for `Successors`.
     """
 
     causal = True
 
-    def __init__(self, config: SequentialConfig, num_items: int, train: CSR) -> None:
+    def __init__(self, config: SequentialConfig, num_items: int, train: CSR, texts: torch.Tensor | None = None) -> None:
         self.max_history, self.predicts = config.max_history, config.predicts
         self.symbols = Symbols(text=0, items=num_items, users=0, slots=0)
         self.train = train
         self.successors: Successors | None = None
         if config.successors is not None:
-            self.successors = Successors(train, num_items, config.successors)
+            self.successors = Successors(train, num_items, config.successors, texts)
 
     def training(self, users: np.ndarray, draws: Draws) -> PromptBatch:
         """Each user's training items but the last; every one predicts the next, unless that came before already."""
@@ -225,7 +227,7 @@ class Sequential(nn.Module):
         self.norm = nn.LayerNorm(config.width)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.head = TiedHead(symbols.items)
-        self.successors = None if config.successors is None else SuccessorLogits()
+        self.successors = None if config.successors is None else SuccessorLogits(config.successors.kinds)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=INITIAL_SCALE)

@@ -143,9 +143,16 @@ class GALRecConfig(StrictConfig):
     @property
     def name(self) -> str:
         """That of the method in tables; without node vectors and contrast the language model reads no graph."""
-        if self.graph_vectors or self.contrast.compared or not self.text_vectors:
-            return "GAL-Rec" if self.successors is None else "GAL-Rec + successors"
-        return "GAL-Rec, texts alone" if self.successors is None else "GAL-Rec, texts and successors"
+        plain = self.graph_vectors or self.contrast.compared or not self.text_vectors
+        if self.successors is None:
+            return "GAL-Rec" if plain else "GAL-Rec, texts alone"
+        return f"GAL-Rec{' +' if plain else ', texts and'} {self.successors.name}"
+
+    @model_validator(mode="after")
+    def _shares_by_texts(self) -> Self:
+        if self.successors is not None:
+            self.successors.check(self.text_vectors)
+        return self
 
     @property
     def longest_prompt(self) -> int:
@@ -195,7 +202,8 @@ class HopPrompts:
 
     train: CSR of each user's training items in time order; by_item: the same edges by item. `opening` holds the
     language model's own first token, where it has one. titles: the token ids of each item's title, of which the
-    first `title_tokens` follow the item's node; not read where these are 0. tables: [U], which fit of the item nodes a
+    first `title_tokens` follow the item's node; not read where these are 0. texts: [I, t], the items' vectors, for
+    `Successors`. tables: [U], which fit of the item nodes a
     user's prompts read.
     """
 
@@ -207,6 +215,7 @@ class HopPrompts:
         train: CSR,
         by_item: CSR,
         titles: CSR | None = None,
+        texts: torch.Tensor | None = None,
     ) -> None:
         self.config = config
         nodes = _column(symbols.first_item + np.arange(symbols.items))
@@ -218,7 +227,7 @@ class HopPrompts:
         self.sampler = NeighbourSampler(train, by_item, config.neighbours)
         self.successors: Successors | None = None
         if config.successors is not None:
-            self.successors = Successors(train, symbols.items, config.successors)
+            self.successors = Successors(train, symbols.items, config.successors, texts)
         self.causal = True
         self.tables = np.zeros(len(train), dtype=np.int64)
         # Every user's training target, not only those of a batch: prompts must not depend on their batch.
@@ -429,7 +438,8 @@ class GALRec(GraphReader):
     ) -> None:
         read = (tuned(backbone, config), symbols, nodes, item_texts, token_scale)
         kinds = config.head == "tied", config.dropout
-        super().__init__(*read, *kinds, equal=config.equal_nodes, successors=config.successors is not None)
+        after = 0 if config.successors is None else config.successors.kinds
+        super().__init__(*read, *kinds, equal=config.equal_nodes, successors=after)
         self.config = config
         contrast = config.contrast
         self.terms = {"cross_entropy": 1.0, "l1": contrast.l1, "l2": contrast.l2, "l3": contrast.l3}

@@ -265,7 +265,10 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 class Cells:
-    """Some items of each of P positions, with weights: position p has `items[indptr[p]:indptr[p + 1]]`."""
+    """Some items of each of P positions, with weights: position p has `items[indptr[p]:indptr[p + 1]]`.
+
+    weights: [entries], or [entries, n] where an entry has several.
+    """
 
     def __init__(self, indptr: torch.Tensor, items: torch.Tensor, weights: torch.Tensor) -> None:
         self.indptr = indptr

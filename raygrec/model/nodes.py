@@ -169,7 +169,7 @@ class GraphReader(nn.Module):
     it is tuned; both stay fixed. dropout: share of the hidden states' entries that the head does not see in training,
     and half that share of the node tokens'. free: items have something of their own in their tokens. equal: their node
     vectors have the same length. trend_MI: `Trend.log_shares_MI`, added to the logits of a moment.
-    successors: whether prompts have them, and they have logits.
+    successors: how many numbers a cell of those has that prompts bring, which add to the logits; 0: none.
     """
 
     def __init__(
@@ -184,7 +184,7 @@ class GraphReader(nn.Module):
         free: bool = True,
         equal: bool = False,
         trend_MI: torch.Tensor | None = None,
-        successors: bool = False,
+        successors: int = 0,
     ) -> None:
         super().__init__()
         self.symbols, self.backbone, self.dropout = symbols, backbone, dropout
@@ -194,7 +194,7 @@ class GraphReader(nn.Module):
         self.register_buffer("trend_MI", trend_MI, persistent=False)
         self.item_projector = ItemProjector(*shown, backbone.width, token_scale, tied, free)
         self.user_projector = projector(self.nodes.width, backbone.width, token_scale)
-        self.successors = SuccessorLogits() if successors else None
+        self.successors = SuccessorLogits(successors) if successors else None
         self.head = TiedHead(symbols.items) if tied else CatalogueHead(backbone.width, *shown)
 
     def item_rows(self, items_n: torch.Tensor, tables_n: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import nn
+from torch.nn import functional
 
 from raygrec.config import StrictConfig
 from raygrec.data.arrays import CSR
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 FAINTEST = 0.01  # items of a history with a smaller weight are not looked at
 NOTHING = 1e-6  # what rounding leaves where a user's own steps are all there were
+LEAST = 0.03  # of what a position's strongest cell has; less is left out of what texts pass on
+ROWS_AT_ONCE = 1024  # of the similarities of all texts
 
 
 class SuccessorConfig(StrictConfig):
@@ -25,6 +28,26 @@ class SuccessorConfig(StrictConfig):
     """How many of the items after an item are its successors, the k-th with weight 1/k."""
     decay: float = Field(0.5, gt=0, le=0.99)
     """Weight of each item of a history as a share of the weight of the one after it."""
+    alike: int = Field(0, ge=0)
+    """How many items of the most similar texts each item shares its successors with; 0: none, and texts are not read.
+    Besides s, positions then have s K + γH K S and γH K (`Successors`)."""
+    alike_temperature: float = Field(0.05, gt=0)
+    """Of the softmax over their cosine similarities that makes the shares."""
+
+    @property
+    def name(self) -> str:
+        """As tables name it."""
+        return "shared successors" if self.alike else "successors"
+
+    def check(self, text_vectors: bool) -> None:
+        """Raises ValueError where texts pass on and the model has none."""
+        if self.alike and not text_vectors:
+            raise ValueError(f"successors.alike={self.alike} asks for text_vectors=true: it is texts that are alike")
+
+    @property
+    def kinds(self) -> int:
+        """Numbers of each cell."""
+        return 3 if self.alike else 1
 
 
 class Successors:
@@ -34,17 +57,26 @@ class Successors:
     What a user took is thus never known from the user, in training as little as later. Needs interactions in time
     order. For sparse graphs: a position's cells grow with what follows its items, some 200 of 12,101 items on Amazon
     Beauty, 550 of 1,573 on MovieLens-100K.
+
+    In matrices s = γH S, with γH the weights of the histories' items. Where texts pass on, K holds each item's shares
+    of the items whose texts are most like its own (`alike`), and two more numbers of a position are s K + (γH K) S,
+    successors' likes and likes' successors, still none over u, and γH K, likes alone.
     """
 
-    def __init__(self, train: CSR, num_items: int, config: SuccessorConfig) -> None:
-        """train: CSR of each user's training items in time order."""
-        self.train, self.num_items, self.steps = train, num_items, config.steps
-        self._all = self._counts(train, np.asarray(train.indices), num_items)
+    def __init__(
+        self, train: CSR, num_items: int, config: SuccessorConfig, texts_It: torch.Tensor | None = None
+    ) -> None:
+        """train: CSR of each user's training items in time order. texts: the items' vectors, where the config has some
+        of them share."""
+        self.train, self.num_items, self.config = train, num_items, config
+        self._all = step_counts(train, config.steps, np.asarray(train.indices), (num_items, num_items))
         self._weights = config.decay ** np.arange(1 + int(np.log(FAINTEST) / np.log(config.decay)))
+        self._alike = alike(texts_It, config.alike, config.alike_temperature) if config.alike else None
 
     def after(self, users: np.ndarray, shown: CSR, read: np.ndarray) -> Cells:
         """s [P positions] where it is not zero, for histories that end at the entries `read` [P] of `shown`; −1: empty.
 
+        Weights of cells are [C], or [C, 3] where texts pass on: s, and what these give.
         users: [B]. shown: [B] rows of their items, in time order. Raises ValueError where these are not as many: a
         row's own steps are known by its user.
         """
@@ -52,32 +84,91 @@ class Successors:
             raise ValueError(f"{len(users)} users but {len(shown)} rows of items")
         taken = self.train.take(users)
         edges, edge_of = np.unique(taken.rows * self.num_items + taken.indices, return_inverse=True)
-        own = self._counts(taken, edge_of, len(edges))
+        own = step_counts(taken, self.config.steps, edge_of, (len(edges), self.num_items)).tocsr()
         ages = min(len(self._weights), int(shown.lengths.max(initial=0)))
         entries_PA = read[:, None] - np.arange(ages)
         rows_P = shown.rows[read] if len(shown.indices) else np.zeros(len(read), dtype=np.int64)
         positions, ages = ((read >= 0)[:, None] & (entries_PA >= shown.indptr[rows_P][:, None])).nonzero()
         items = np.asarray(shown.indices)[entries_PA[positions, ages]].astype(np.int64)
-        weights = self._weights[ages]
-        found = _rows(weights, positions, items, (len(read), self.num_items)) @ self._all
-        keys = rows_P[positions] * self.num_items + items
-        mine = np.isin(keys, edges)
-        places = np.searchsorted(edges, keys[mine])
-        found -= _rows(weights[mine], positions[mine], places, (len(read), len(edges))) @ own
-        found.data[found.data < NOTHING] = 0
-        found.eliminate_zeros()
-        return Cells(
-            torch.from_numpy(found.indptr.astype(np.int64)),
-            torch.from_numpy(found.indices.astype(np.int64)),
-            torch.from_numpy(found.data.astype(np.float32)),
-        )
+        weights_PI = _rows(self._weights[ages], positions, items, (len(read), self.num_items)).tocsr()
 
-    def _counts(self, taken: CSR, row_of: np.ndarray, num_rows: int) -> "csr_array":
-        """Σ_k 1/k · # of the items k steps after an entry, [num_rows, I]; `row_of` [entries]: the row of each."""
-        place = np.arange(len(taken.indices)) - taken.indptr[taken.rows]
-        later = [np.flatnonzero(place >= k) for k in range(1, self.steps + 1)]
-        to, steps = np.concatenate(later), np.repeat(np.arange(1, self.steps + 1), list(map(len, later)))
-        return _rows(1 / steps, row_of[to - steps], np.asarray(taken.indices)[to], (num_rows, self.num_items))
+        def followed(weights_PI: "csr_array") -> "csr_array":
+            """What others took after items of these weights."""
+            cells = weights_PI.tocoo()
+            keys = rows_P[cells.row] * self.num_items + cells.col
+            mine = np.isin(keys, edges)
+            steps = np.searchsorted(edges, keys[mine])
+            found_PI = weights_PI @ self._all
+            found_PI -= _rows(cells.data[mine], cells.row[mine], steps, (len(read), len(edges))) @ own
+            return _above(found_PI, NOTHING)
+
+        found_PI = followed(weights_PI)
+        if self._alike is None:
+            return _cells([found_PI])
+        likes_PI = weights_PI @ self._alike
+        passed = [found_PI @ self._alike, followed(likes_PI)]
+        theirs, of_likes = (_above(part, LEAST * part.max(axis=1).toarray()) for part in passed)
+        return _cells([found_PI, theirs + of_likes, likes_PI])
+
+
+def alike(texts_It: torch.Tensor, count: int, temperature: float) -> "csr_array":
+    """K [I, I]: of each item the shares of the `count` others whose texts are most like its own, which add to 1.
+
+    texts [I, t]: vectors, compared by the cosine once their mean is taken off. Shares are a softmax of it at
+    `temperature`. Of as many items as there are.
+    """
+    unit_It = functional.normalize(texts_It.float() - texts_It.float().mean(0), dim=1)
+    count, found = min(count, len(unit_It) - 1), []
+    for start in range(0, len(unit_It), ROWS_AT_ONCE):
+        near_nI = unit_It[start : start + ROWS_AT_ONCE] @ unit_It.T
+        near_nI.diagonal(start).fill_(-torch.inf)
+        found.append(near_nI.topk(count, dim=1))
+    shares = (torch.cat([part.values for part in found]) / temperature).double().softmax(1)
+    items = torch.cat([part.indices for part in found]).int().numpy()
+    rows = np.repeat(np.arange(len(items), dtype=np.int32), count)
+    return _rows(shares.numpy().ravel(), rows, items.ravel(), (len(items), len(items))).tocsr()
+
+
+def _above(found_PI: "csr_array", least: "float | np.ndarray") -> "csr_array":
+    """The entries that are not smaller; least: one number or that of each row."""
+    found_PI = found_PI.tocsr()
+    rows = np.repeat(np.broadcast_to(np.ravel(least), found_PI.shape[0]), np.diff(found_PI.indptr))
+    found_PI.data[found_PI.data < np.maximum(rows, NOTHING)] = 0
+    found_PI.eliminate_zeros()
+    return found_PI
+
+
+def _cells(kinds: list["csr_array"]) -> Cells:
+    """Where any of these has an entry, those of all, [C] of one and [C, n] of n."""
+    union = sum(kinds[1:], kinds[0]).tocsr()
+    union.sort_indices()
+    columns = []
+    for kind in kinds:
+        places = _keys(union), _keys(kind)
+        columns.append(np.zeros(union.nnz, dtype=np.float32))
+        columns[-1][np.searchsorted(*places)] = kind.data
+    return Cells(
+        torch.from_numpy(union.indptr.astype(np.int64)),
+        torch.from_numpy(union.indices.astype(np.int64)),
+        torch.from_numpy(columns[0] if len(kinds) == 1 else np.stack(columns, axis=1)),
+    )
+
+
+def _keys(found: "csr_array") -> np.ndarray:
+    """[entries]: the place of each in the whole matrix."""
+    rows = np.repeat(np.arange(found.shape[0], dtype=np.int64), np.diff(found.indptr))
+    return rows * found.shape[1] + found.indices
+
+
+def step_counts(taken: CSR, steps: int, row_of: np.ndarray, shape: tuple[int, int]) -> "csr_array":
+    """Σ_k 1/k · # of the items k ≤ `steps` steps after an entry of `taken`, as a sparse matrix of that shape.
+
+    row_of: [entries], the matrix's row of each entry; columns are items.
+    """
+    place = np.arange(len(taken.indices)) - taken.indptr[taken.rows]
+    later = [np.flatnonzero(place >= k) for k in range(1, steps + 1)]
+    to, after = np.concatenate(later), np.repeat(np.arange(1, steps + 1), list(map(len, later)))
+    return _rows(1 / after, row_of[to - after], np.asarray(taken.indices)[to], shape)
 
 
 def _rows(values: np.ndarray, rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]) -> "csr_array":
@@ -88,13 +179,16 @@ def _rows(values: np.ndarray, rows: np.ndarray, columns: np.ndarray, shape: tupl
 
 
 class SuccessorLogits(nn.Module):
-    """α log(1 + s / ε), added to the logits of the items that have an s; α and ε are trained."""
+    """Σ_k α_k log(1 + s_k / ε_k) over the kinds k of numbers that a cell has, added to the logit of its item; α and ε
+    are trained."""
 
-    def __init__(self) -> None:
+    def __init__(self, kinds: int = 1) -> None:
         super().__init__()
-        self.trained = nn.Parameter(torch.tensor([0.5, 0.0]))  # α, log ε
+        start = torch.tensor([[0.5, *[0.2] * (kinds - 1)], [0.0, *[-1.0] * (kinds - 1)]])  # α, log ε
+        self.trained = nn.Parameter(start[:, 0] if kinds == 1 else start)
 
     def forward(self, found_C: torch.Tensor) -> torch.Tensor:
-        """[C] fp32 logits of cells with these s [C]."""
+        """[C] fp32 logits of cells with these s, [C] or [C, kinds]."""
         share, floor = self.trained.float().unbind()
-        return share * (found_C * (-floor).exp()).log1p()
+        logits = share * (found_C * (-floor).exp()).log1p()
+        return logits if logits.dim() == 1 else logits.sum(1)

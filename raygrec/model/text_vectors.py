@@ -46,28 +46,48 @@ def load_or_read_texts(config: BackboneConfig, tokens: CSR, folder: Path) -> tor
         raise InputError(f"{file}: text vectors cannot be read ({error}); remove this file") from None
 
 
-@torch.inference_mode()
-def _read_texts(config: BackboneConfig, tokens: CSR) -> torch.Tensor:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    backbone = Backbone(config.model_copy(update={"layers": None, "pretrained": True})).freeze().to(device)
-    tokenizer = load_tokenizer(config.name)
-    opening = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
-    closing = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
-    vectors_ID = torch.zeros(len(tokens), backbone.width)
-    order = np.argsort(tokens.lengths, kind="stable")
-    longest = int(tokens.lengths.max(initial=0)) + 2
-    size = max(1, TOKENS_PER_PASS // longest)
-    for start in track(range(0, len(order), size), "texts read by the model"):
-        items = order[start : start + size]
-        rows = [[opening, *tokens[item].tolist(), closing] for item in items]
+class TextReader:
+    """Makes vectors of texts with a language model: the mean of the last hidden states over a text, at length 1.
+
+    A text is read between the model's own opening and closing token, where it has these.
+    """
+
+    def __init__(self, backbone: Backbone, name: str) -> None:
+        """name: of the backbone, whose tokenizer says what opens and closes a text."""
+        self.backbone = backbone
+        tokenizer = load_tokenizer(name)
+        self._opening = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
+        self._closing = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
+
+    def __call__(self, texts: list[np.ndarray]) -> torch.Tensor:
+        """Vectors [n, D] of n texts' token ids, read in one pass, on the model's device."""
+        device = next(self.backbone.parameters()).device
+        rows = [[self._opening, *text.tolist(), self._closing] for text in texts]
         rows = [[token for token in row if token is not None] for row in rows]
         width = max(1, *map(len, rows))
         ids_BT = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
         shown_BT = torch.arange(width, device=device) < torch.tensor([len(row) for row in rows], device=device)[:, None]
         attention_BTT = shown_BT[:, None, :] | torch.eye(width, dtype=torch.bool, device=device)
-        hidden_BTD = backbone(backbone.embed(ids_BT), attention_BTT)
+        hidden_BTD = self.backbone(self.backbone.embed(ids_BT), attention_BTT)
         mean_BD = (hidden_BTD * shown_BT[..., None]).sum(1) / shown_BT.sum(1, keepdim=True).clamp(min=1)
-        vectors_ID[torch.from_numpy(items)] = torch.nn.functional.normalize(mean_BD, dim=1).cpu()
+        return torch.nn.functional.normalize(mean_BD.float(), dim=1)
+
+
+def alike_in_length(lengths: np.ndarray) -> list[np.ndarray]:
+    """The texts of these lengths in parts of at most `TOKENS_PER_PASS` tokens, opened and closed, as numbers."""
+    order = np.argsort(lengths, kind="stable")
+    size = max(1, TOKENS_PER_PASS // (int(lengths.max(initial=0)) + 2))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+@torch.inference_mode()
+def _read_texts(config: BackboneConfig, tokens: CSR) -> torch.Tensor:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    backbone = Backbone(config.model_copy(update={"layers": None, "pretrained": True})).freeze().to(device)
+    read = TextReader(backbone, config.name)
+    vectors_ID = torch.zeros(len(tokens), backbone.width)
+    for items in track(alike_in_length(tokens.lengths), "texts read by the model"):
+        vectors_ID[torch.from_numpy(items)] = read([tokens[item] for item in items]).cpu()
     return vectors_ID
 
 

@@ -20,6 +20,7 @@ from raygrec.model.glta import GLTA, Phrases, PromptBuilder, opening_tokens
 from raygrec.model.nodes import nodes_of_texts, scaled_texts, token_scale
 from raygrec.model.profiles import inverse_frequency
 from raygrec.model.prompts import Symbols, expand, join_rows, repeated, truncated
+from raygrec.model.text_tuning import tuned_reader
 from raygrec.model.text_vectors import load_or_read_texts, reading_key
 from raygrec.model.trend import Trend
 from raygrec.ranks import device
@@ -73,6 +74,9 @@ def prepare_run(config: RunConfig, folder: RunFolder) -> None:
     # What the folder holds, such as nodes, was made of that store's training edges, which may be another's targets.
     store.kept_by(folder.path)
     _prepare_store(config, store)
+    # As a LightGCN is, a tuned language model is another one each time it is made.
+    if config.text_tuning is not None and config.reads_texts and not folder.vectors_file.exists():
+        save_tensors(folder.vectors_file, {"items": _text_vectors(config, store)}, {"seed": str(config.seed)})
     if not isinstance(config, SequentialRun) and not folder.nodes_file.exists():
         source = "LightGCN" if config.reads_graph else "texts"
         _nodes(config, store).save(folder.nodes_file, {"source": source, "seed": config.seed})
@@ -96,7 +100,7 @@ def prepare_only(config: RunConfig, nodes: bool = True) -> Path:
 
 
 def _prepare_store(config: RunConfig, store: Store) -> None:
-    if config.needs_order and not store.ordered:
+    if (config.needs_order or config.text_tuning is not None) and not store.ordered:
         raise InputError(f"{store.path}: {config.name} reads histories in time order; prepare with split=leave-one-out")
     if isinstance(config, GLTARun) and config.model.trend is not None:
         store.times("train")  # or an `InputError`
@@ -180,9 +184,18 @@ def item_texts(config: RunConfig, store: Store) -> torch.Tensor | None:
     return _text_vectors(config, store) if config.reads_texts else None
 
 
+def _texts_of(config: RunConfig, store: Store, folder: RunFolder) -> torch.Tensor | None:
+    """`item_texts`, or those that the run was started with where a tuned language model made them."""
+    kept = folder.vectors_file.exists()
+    return load_tensors(folder.vectors_file)["items"] if kept else item_texts(config, store)
+
+
 def _text_vectors(config: RunConfig, store: Store) -> torch.Tensor:
-    tokens = store.tokens(resolve(config.backbone.name), TEXT_LENGTH).items
-    return load_or_read_texts(config.backbone, tokens, store.path / "text_vectors")
+    tokens, reader = store.tokens(resolve(config.backbone.name), TEXT_LENGTH).items, config.backbone
+    if config.text_tuning is not None:
+        edges, place = store.interactions("train"), store.path / "text_readers"
+        reader = tuned_reader(reader, config.text_tuning, tokens, edges, config.seed, place)
+    return load_or_read_texts(reader, tokens, store.path / "text_vectors")
 
 
 def build_prompts(config: RunConfig, store: Store, folder: RunFolder) -> Prompts:
@@ -195,8 +208,10 @@ def build_prompts(config: RunConfig, store: Store, folder: RunFolder) -> Prompts
 
 
 def _builder(config: RunConfig, store: Store, folder: RunFolder) -> Prompts:
+    after = config.model.successors if isinstance(config, GALRecRun | SequentialRun) else None
+    texts = _texts_of(config, store, folder) if after is not None and after.alike else None
     if isinstance(config, SequentialRun):
-        return SequencePrompts(config.model, store.num_items, store.interactions("train"))
+        return SequencePrompts(config.model, store.num_items, store.interactions("train"), texts)
     if isinstance(config, GraphRun):
         return GraphPrompts(store.num_items, store.interactions("train"))
     tokenizer = load_tokenizer(config.backbone.name)
@@ -204,7 +219,7 @@ def _builder(config: RunConfig, store: Store, folder: RunFolder) -> Prompts:
         symbols = Symbols(len(tokenizer), store.num_items, store.num_users, HOPS)
         edges = (store.interactions("train"), store.interactions("train", by="item"))
         titles = store.tokens(resolve(config.backbone.name), TEXT_LENGTH).titles
-        return HopPrompts(config.model, symbols, opening_tokens(tokenizer), *edges, titles)
+        return HopPrompts(config.model, symbols, opening_tokens(tokenizer), *edges, titles, texts)
     table = store.tokens(resolve(config.backbone.name), TEXT_LENGTH)
     symbols = Symbols(len(tokenizer), store.num_items, store.num_users, config.model.slots)
     builder = PromptBuilder(
@@ -233,7 +248,7 @@ def build_model(
 
     finished: GAL-Rec's language model is the one that the run has tuned, and stays as it is.
     """
-    texts = item_texts(config, store)
+    texts = _texts_of(config, store, folder)
     if isinstance(config, SequentialRun):
         torch.manual_seed(config.seed)
         return Sequential(config.model, builder.symbols, texts)

@@ -82,6 +82,7 @@ class RunFolder:
         self.batch_file = path / "not_finite.json"
         self.nodes_file = path / "nodes.safetensors"
         self.texts_file = path / "texts.safetensors"
+        self.vectors_file = path / "text_vectors.safetensors"
         self.model_folder = path / "model"
         self.model_file = self.model_folder / "model.safetensors"
         self.backbone_folder = self.model_folder / "backbone"

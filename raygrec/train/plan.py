@@ -98,7 +98,8 @@ class Work:
     history, each kind of prompt by its share. answers: positions with a target, of the longest history. forward: FLOP
     of a mean user's prompts; passes: how many times as many training takes. All this is of the last stage. earlier:
     those before it, which are taken to train as many parameters. host: bytes of the host's memory in which each worker
-    has the counts of successors; counting takes some four times that.
+    has the counts of successors; counting takes some four times that. tuning: bytes of the language model, its
+    gradients and moments while it is tuned on the texts, which is done on one GPU before all stages; 0: it is not.
     """
 
     total: int
@@ -118,6 +119,7 @@ class Work:
     passes: int
     earlier: tuple[Stage, ...] = ()
     host: int = 0
+    tuning: int = 0
 
 
 @dataclass(frozen=True)
@@ -350,6 +352,7 @@ def work_of(config: RunConfig, sizes: Sizes, device: str) -> Work:
         (2 if frozen else 3) + config.engine.activation_checkpointing,
         _earlier(config, sizes, model),
         _successor_bytes(config, sizes),
+        _tuning_bytes(config),
     )
 
 
@@ -402,12 +405,25 @@ def _earlier(config: GLTARun | GALRecRun, sizes: Sizes, model: GLTA | GALRec) ->
 
 
 def _successor_bytes(config: GLTARun | GALRecRun, sizes: Sizes) -> int:
-    """Of what follows each item, counted once per worker: fp64 in a sparse matrix, at most."""
+    """Of what follows each item and of those with texts like its own, once per worker: fp64 in sparse matrices, at
+    most."""
     if isinstance(config, GLTARun) or config.model.successors is None:
         return 0
-    entries = min(config.model.successors.steps * sizes.interactions, sizes.items**2)
-    index = 4 if entries < 2**31 else 8
-    return entries * (8 + index) + (sizes.items + 1) * index
+    after = config.model.successors
+    found = 0
+    for entries in (min(after.steps * sizes.interactions, sizes.items**2), after.alike * sizes.items):
+        index = 4 if entries < 2**31 else 8
+        found += (entries * (8 + index) + (sizes.items + 1) * index) * (entries > 0)
+    return found
+
+
+def _tuning_bytes(config: GLTARun | GALRecRun) -> int:
+    """fp32 weights of the whole language model; gradients and two moments of those that are tuned."""
+    if config.text_tuning is None or not config.reads_texts:
+        return 0
+    with torch.device("meta"):
+        reader = Backbone(config.backbone.model_copy(update={"layers": None, "pretrained": False})).tune()
+    return sum(4 * p.numel() * (4 if p.requires_grad else 1) for p in reader.parameters())
 
 
 def _prompts(config: GLTARun | GALRecRun, sizes: Sizes) -> tuple[int, float, float, int, float]:
@@ -564,6 +580,8 @@ def _verdict(found: dict[str, Any]) -> list[str]:
     if "cost" in found:
         cost = f"{found['cost']:,.2f}" if found["cost"] >= 0.01 else "under 0.01"
         lines.append(f"cost: {cost} USD for all epochs")
+    if tuning := found["work"]["tuning"]:
+        lines.append(f"before that, texts are tuned on one GPU: {tuning / GIB:.2f} GiB and its activations")
     graph = "LightGCN, " if found["graph"] else ""
     return [*lines, f"arithmetic only: add prompt assembly, kernel launches, {graph}evaluation"]
 

@@ -12,6 +12,7 @@ from raygrec.graph.lightgcn import LightGCNConfig
 from raygrec.model.backbone import BackboneConfig
 from raygrec.model.galrec import GALRecConfig
 from raygrec.model.glta import GLTAConfig
+from raygrec.model.text_tuning import TextTuningConfig
 from raygrec.remote import checked, is_address
 from raygrec.train.engine import EngineConfig
 
@@ -135,6 +136,9 @@ class RunConfig(StrictConfig):
     seed: int = Field(0, ge=0, lt=2**63)
     graph: LightGCNConfig = LightGCNConfig()
     backbone: BackboneConfig = BackboneConfig()
+    text_tuning: TextTuningConfig | None = None
+    """[ours] How a copy of the language model is tuned on the graph before it makes the items' text vectors; without,
+    they are of the pretrained one."""
     train: StageConfig = StageConfig(epochs=3)
     """The last stage; validation chooses among its parameters."""
     engine: EngineConfig = EngineConfig()
@@ -158,6 +162,12 @@ class RunConfig(StrictConfig):
     def name(self) -> str:
         """The method, as tables name it."""
         return self.recipe
+
+    def _named(self, name: str) -> str:
+        """With what the texts' reader was tuned on, where it was."""
+        if self.text_tuning is None or not self.reads_texts:
+            return name
+        return name.replace("text", "tuned text") if "text" in name else f"{name} + tuned texts"
 
     @property
     def needs_order(self) -> bool:
@@ -204,7 +214,7 @@ class GLTARun(RunConfig):
 
     @property
     def name(self) -> str:
-        return "GLTA"
+        return self._named("GLTA")
 
     @property
     def needs_order(self) -> bool:
@@ -232,7 +242,7 @@ class GALRecRun(OnePositionRun):
 
     @property
     def name(self) -> str:
-        return self.model.name
+        return self._named(self.model.name)
 
     @property
     def reads_graph(self) -> bool:
@@ -251,7 +261,7 @@ class SequentialRun(OnePositionRun):
 
     @property
     def name(self) -> str:
-        return self.model.name
+        return self._named(self.model.name)
 
     @property
     def reads_graph(self) -> bool:

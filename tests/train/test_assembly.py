@@ -21,13 +21,17 @@ from raygrec.model import text_vectors
 from raygrec.model.backbone import Backbone, BackboneConfig
 from raygrec.model.galrec import HOPS
 from raygrec.model.glta import GLTA
+from raygrec.model.successors import alike
 from raygrec.model.trend import READING, Trend
+from raygrec.serve.topk import evaluate_run
+from raygrec.tensors import load_tensors
 from raygrec.train.assembly import (
     TEXT_LENGTH,
     build_model,
     build_prompts,
     histories,
     load_model,
+    prepare_only,
     prepare_run,
     truncated_to,
 )
@@ -87,6 +91,41 @@ def test_the_heads_texts_are_read_before_workers_start_and_only_where_they_are_a
     texts = text_vectors.load_or_read_texts(config, tokens, tmp_path / "again")
     centred = texts - texts.mean(0)
     torch.testing.assert_close(found / found.norm(), centred / centred.norm())
+
+
+@pytest.mark.parametrize("make", [tiny_galrec_config, tiny_sequential_config])
+def test_a_run_keeps_the_texts_that_its_tuned_language_model_has_read(make, tiny_backbone, tmp_path):
+    """Another reader, tuned on another machine or by other code, would make other vectors."""
+    store = make_store(tmp_path)
+    shared = {"text_vectors": True, "successors": {"alike": 3}}
+    config = make(
+        store.path, tiny_backbone, tmp_path / "run", model=shared, text_tuning={"updates": 3, "users": 8, "lr": 1e-3}
+    )
+    train_here(config)
+    folder = RunFolder(config.out)
+    (reader,) = (path for path in (store.path / "text_readers").iterdir() if path.is_dir())
+    tokens = store.tokens(str(tiny_backbone), TEXT_LENGTH).items
+    read = text_vectors.load_or_read_texts(BackboneConfig(name=str(reader)), tokens, tmp_path / "again")
+    kept = load_tensors(folder.vectors_file)["items"]
+    torch.testing.assert_close(kept, read)
+    frozen = text_vectors.load_or_read_texts(BackboneConfig(name=str(tiny_backbone)), tokens, tmp_path / "again")
+    assert (kept - frozen).abs().max() > 1e-3
+    expected = evaluate_run(config.out)
+    for made in ("text_readers", "text_vectors"):
+        shutil.rmtree(store.path / made)
+    assert evaluate_run(config.out) == expected
+    assert not (store.path / "text_readers").exists()
+    # Nothing but the kept vectors was read, for the prompts' likes too.
+    _, builder = load_model(config, folder, store)
+    shares = alike(kept, 3, 0.05).toarray()
+    np.testing.assert_allclose(builder.successors._alike.toarray(), shares)
+
+
+def test_texts_are_tuned_on_histories_in_the_order_of_time(tiny_unordered_store, tiny_backbone, tmp_path):
+    config = tiny_config(tiny_unordered_store.path, tiny_backbone, tmp_path / "run", text_tuning={})
+    with pytest.raises(InputError, match=r"GLTA \+ tuned texts reads histories in time order; prepare with"):
+        prepare_only(config)
+    assert not (tiny_unordered_store.path / "text_readers").exists()
 
 
 # ---- every family of backbones, end to end

@@ -53,6 +53,7 @@ VARIANTS = {
     },
     "galrec, texts alone": {"model": {"tuning": "frozen", "graph_vectors": False, "contrast": {"queue": 0}}},
     "galrec, successors": {"model": {"successors": {}}, "graph": {"folds": 2}},
+    "galrec, tuned texts": {"model": {"successors": {"alike": 2}}, "text_tuning": {"updates": 2}},
     "sequential": {"model": {"filter": "frequency", "predicts": "newest", "text_vectors": True, "successors": {}}},
     "graph": {"graph": {"text_weight": 0.1}},
 }

@@ -241,7 +241,7 @@ def test_offloading_does_not_change_galrec(galrec_alone, tiny_store, tiny_backbo
     assert folder.metrics()["test"] == pytest.approx(galrec_alone.metrics()["test"], abs=1e-6)
 
 
-LORA = {"tuning": "lora", "lora": {"rank": 2}, "head": "tied", "successors": {}}
+LORA = {"tuning": "lora", "lora": {"rank": 2}, "head": "tied", "successors": {"alike": 2}}
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ import torch
 from raygrec.cli import main
 from raygrec.draws import Draws
 from raygrec.errors import InputError
-from raygrec.model.backbone import Backbone
+from raygrec.model.backbone import Backbone, BackboneConfig
 from raygrec.model.galrec import tuned
 from raygrec.model.last_layer import Asked
-from raygrec.model.successors import SuccessorConfig, Successors
+from raygrec.model.successors import SuccessorConfig, Successors, alike
 from raygrec.train.accelerators import ACCELERATORS, Accelerator, accelerator
 from raygrec.train.assembly import build_model, build_prompts, prepare_run
 from raygrec.train.engine import LocalEngine
@@ -313,6 +313,13 @@ def test_successors_are_in_the_memory_of_every_host(tiny_store, tiny_backbone, t
     assert held[1] == sizes.interactions * (8 + 4) + (24 + 1) * 4
     assert held[9] >= counts.data.nbytes + counts.indices.nbytes + counts.indptr.nbytes
     assert held[9] == 24**2 * (8 + 4) + (24 + 1) * 4  # every item after every item
+    config = config_of("galrec", tiny_store, tiny_backbone, tmp_path / "run", model={"successors": {"alike": 5}})
+    shares = alike(torch.randn(24, 3), 5, 0.1)
+    kept = shares.data.nbytes + shares.indices.nbytes + shares.indptr.nbytes
+    plain = config.model.successors.model_copy(update={"alike": 0})
+    without = config.model_copy(update={"model": config.model.model_copy(update={"successors": plain})})
+    more = work_of(config, sizes, "cpu").host - work_of(without, sizes, "cpu").host
+    assert kept <= more == 24 * 5 * (8 + 4) + (24 + 1) * 4
 
 
 @pytest.mark.parametrize(("stage", "width"), [(0, 4), (1, 2)])
@@ -456,3 +463,25 @@ def test_the_command(tiny_store, tiny_backbone, tmp_path, capsys):
         main(["plan", str(job), "--gpu-type", "X1"])
     assert ended.value.code == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_language_model_that_is_tuned_on_texts_is_counted_with_all_its_layers(tiny_store, tiny_backbone, tmp_path):
+    """Against what PyTorch holds of it after an update."""
+    config = config_of("galrec", tiny_store, tiny_backbone, tmp_path / "run", text_tuning={})
+    short = config.backbone.model_copy(update={"layers": 1})
+    config = config.model_copy(update={"backbone": short})
+    sizes = sizes_of(config, None, None, None)
+    backbone = Backbone(BackboneConfig(name=str(tiny_backbone))).tune()
+    trained = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = torch.optim.AdamW(trained)
+    optimizer.step()
+    held = [*backbone.parameters(), *(parameter.grad for parameter in trained)]
+    held += [moment for state in optimizer.state.values() for name, moment in state.items() if name != "step"]
+    found = plan(config, sizes, 2, H100)
+    assert found["work"]["tuning"] == sum(tensor.nbytes for tensor in held)
+    assert any(line.startswith("before that, texts are tuned on one GPU: 0.00 GiB") for line in table(found))
+    plain = config.model_copy(update={"text_tuning": None})
+    assert work_of(plain, sizes, "cpu").tuning == 0
+    assert not any("tuned on one GPU" in line for line in table(plan(plain, sizes, 2, H100)))

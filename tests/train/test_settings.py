@@ -125,6 +125,10 @@ def test_what_a_sequential_model_cannot_be(content, problem):
     assert problem in refused({"recipe": "sequential", **content})
 
 
+SHARED = {"text_vectors": True, "successors": {"alike": 2}}
+OURS = {"graph_vectors": False, "contrast": {"l1": 0.0, "l2": 0.0, "l3": 0.0}, "successors": {"alike": 2}}
+
+
 @pytest.mark.parametrize(
     ("content", "name"),
     [
@@ -133,6 +137,12 @@ def test_what_a_sequential_model_cannot_be(content, problem):
         ({"recipe": "sequential"}, "SASRec-CE"),
         ({"recipe": "sequential", "model": {"text_vectors": True}}, "SASRec-CE + text"),
         ({"recipe": "sequential", "model": {"filter": "frequency"}}, "BSARec-like"),
+        ({"recipe": "galrec", "model": {"successors": {}}}, "GAL-Rec + successors"),
+        ({"recipe": "galrec", "text_tuning": {}}, "GAL-Rec + tuned texts"),
+        ({"recipe": "galrec", "text_tuning": {}, "model": {"text_vectors": False}}, "GAL-Rec"),
+        ({"recipe": "galrec", "model": OURS}, "GAL-Rec, texts and shared successors"),
+        ({"recipe": "galrec", "model": OURS, "text_tuning": {}}, "GAL-Rec, tuned texts and shared successors"),
+        ({"recipe": "sequential", "model": SHARED, "text_tuning": {}}, "SASRec-CE + tuned text + shared successors"),
         ({"recipe": "graph"}, "LightGCN"),
         ({"recipe": "graph", "graph": {"text_weight": 0.1}}, "RLMRec-Con"),
     ],
@@ -152,3 +162,9 @@ def test_workers_are_a_number_or_a_range(given, fewest, most):
 def test_workers_that_no_run_can_have(given):
     message = refused({"cluster": {"workers": given}})
     assert message.startswith("run.yaml: key 'cluster.workers': expected a number of workers, or [fewest, most]")
+
+
+@pytest.mark.parametrize("recipe", ["galrec", "sequential"])
+def test_likes_need_texts(recipe):
+    content = {"recipe": recipe, "model": {"text_vectors": False, "successors": {"alike": 5}}}
+    assert "successors.alike=5 asks for text_vectors=true: it is texts that are alike" in refused(content)
