@@ -112,6 +112,8 @@ def galrec(title: str, store: str, published: str) -> Suite:
         "GAL-Rec": Cell("method", "galrec.yaml"),
         "GAL-Rec, texts alone": Cell("ours", "galrec-texts.yaml"),
         "GAL-Rec, texts and successors": Cell("ours", "galrec-successors.yaml"),
+        "GAL-Rec, texts and shared successors": Cell("ours", "galrec-shared.yaml", ("text_tuning=null",)),
+        "GAL-Rec, tuned texts and successors": Cell("ours", "galrec-shared.yaml", ("model.successors.alike=0",)),
         "GAL-Rec, tuned texts and shared successors": Cell("ours", "galrec-shared.yaml"),
         "SASRec-CE + text + successors": Cell("baseline", "sasrec-text.yaml", ("model.successors={}",)),
         "SASRec-CE + tuned text + shared successors": Cell("ours", "sasrec-text.yaml", SHARED),
@@ -119,10 +121,13 @@ def galrec(title: str, store: str, published: str) -> Suite:
     note = (
         f"Published under the same protocol, N@10: {published}; compare with those, too, since our BSARec-like, with "
         "a causal filter, stays below what its paper says. `texts alone` has neither node vectors nor contrast. "
-        "`successors`: what other users took next, added to the logits (with 12 epochs; without, 10). SASRec with "
-        "texts and successors, where the table has it, tells what ours has beyond them."
+        "`successors`: what other users took next, added to the logits (with 12 epochs; without, 10). `tuned texts`: "
+        "read by a language model that was tuned on which items follow one another. `shared`: successors passed on "
+        "among items of like texts. SASRec with texts and successors, of which no language model is trained, is the "
+        "baseline of ours; SASRec with tuned texts and shared successors is ours but for the language model that "
+        "reads the prompts."
     )
-    return Suite(title, store, cells, note=note, shipped="GAL-Rec, texts and successors")
+    return Suite(title, store, cells, note=note, shipped="GAL-Rec, tuned texts and shared successors")
 
 
 def galrec_parts(title: str, store: str) -> Suite:
@@ -295,7 +300,9 @@ def start_after_early_stages(donor: Path, out: Path, job_file: str, settings: li
         return
     content = apply_overrides(read_yaml(ROOT / "jobs" / job_file), settings)
     folder.start(with_absolute_paths(run_config(content, job_file)), resume=False)
-    shutil.copy(source.nodes_file, folder.nodes_file)
+    for of_source, place in ((source.nodes_file, folder.nodes_file), (source.vectors_file, folder.vectors_file)):
+        if of_source.exists():
+            shutil.copy(of_source, place)
     for stage in ("alignment", "histories"):
         if source.parts_file(stage).exists():
             shutil.copy(source.parts_file(stage), folder.parts_file(stage))

@@ -230,7 +230,8 @@ def _costs(contrast: dict[str, Any], successors: dict[str, Any]) -> str:
         f"A training step with L1, L2, L3 and the default queues ({queue}) against one with L0 alone: "
         f"{ratio(contrast, queue)}. "
         "One of texts and successors against one of texts alone: "
-        f"{ratio(successors, 'with successors')}. The same users, taken in turns; CPU time. "
+        f"{ratio(successors, 'with successors')}, with shared successors "
+        f"{ratio(successors, 'with shared successors')}. The same users, taken in turns; CPU time. "
         f"`{contrast['command']}`.\n"
     )
 

@@ -63,7 +63,8 @@ def prompts_of(config: RunConfig) -> Prompts:
     """The prompts of a job, whose nodes are pretrained where they are not yet."""
     folder = RunFolder(config.out)
     folder.path.mkdir(parents=True, exist_ok=True)
-    folder.nodes_file.unlink(missing_ok=True)  # of another config, perhaps; the store keeps what is this one's
+    for file in (folder.nodes_file, folder.vectors_file):
+        file.unlink(missing_ok=True)  # of another config, perhaps; the store keeps what is this one's
     prepare_run(config, folder)
     return build_prompts(config, Store.open(config.store), folder)
 

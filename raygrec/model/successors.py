@@ -105,9 +105,9 @@ class Successors:
         found_PI = followed(weights_PI)
         if self._alike is None:
             return _cells([found_PI])
-        likes_PI = weights_PI @ self._alike
+        likes_PI = _above(weights_PI @ self._alike, 0.0)
         passed = [found_PI @ self._alike, followed(likes_PI)]
-        theirs, of_likes = (_above(part, LEAST * part.max(axis=1).toarray()) for part in passed)
+        theirs, of_likes = (_above(part, LEAST * _largest(part)) for part in passed)
         return _cells([found_PI, theirs + of_likes, likes_PI])
 
 
@@ -135,7 +135,15 @@ def _above(found_PI: "csr_array", least: "float | np.ndarray") -> "csr_array":
     rows = np.repeat(np.broadcast_to(np.ravel(least), found_PI.shape[0]), np.diff(found_PI.indptr))
     found_PI.data[found_PI.data < np.maximum(rows, NOTHING)] = 0
     found_PI.eliminate_zeros()
+    found_PI.sort_indices()  # what is added to it takes longer otherwise
     return found_PI
+
+
+def _largest(found_PI: "csr_array") -> np.ndarray:
+    """[P]: the largest entry of each row, 0 where there is none; scipy's own sorts all entries first."""
+    full, largest_P = np.diff(found_PI.indptr) > 0, np.zeros(found_PI.shape[0])
+    largest_P[full] = np.maximum.reduceat(found_PI.data, found_PI.indptr[:-1][full]) if full.any() else 0.0
+    return largest_P
 
 
 def _cells(kinds: list["csr_array"]) -> Cells:
