@@ -116,6 +116,7 @@ def galrec(title: str, store: str, published: str) -> Suite:
         "GAL-Rec, tuned texts and successors": Cell("ours", "galrec-shared.yaml", ("model.successors.alike=0",)),
         "GAL-Rec, tuned texts and shared successors": Cell("ours", "galrec-shared.yaml"),
         "SASRec-CE + text + successors": Cell("baseline", "sasrec-text.yaml", ("model.successors={}",)),
+        "SASRec-CE + text + shared successors": Cell("baseline", "sasrec-text.yaml", SHARED[1:]),
         "SASRec-CE + tuned text + shared successors": Cell("ours", "sasrec-text.yaml", SHARED),
     }
     note = (
@@ -123,9 +124,9 @@ def galrec(title: str, store: str, published: str) -> Suite:
         "a causal filter, stays below what its paper says. `texts alone` has neither node vectors nor contrast. "
         "`successors`: what other users took next, added to the logits (with 12 epochs; without, 10). `tuned texts`: "
         "read by a language model that was tuned on which items follow one another. `shared`: successors passed on "
-        "among items of like texts. SASRec with texts and successors, of which no language model is trained, is the "
-        "baseline of ours; SASRec with tuned texts and shared successors is ours but for the language model that "
-        "reads the prompts."
+        "among items of like texts. SASRec with texts and successors trains no language model: it tells what ours has "
+        "of that; SASRec with tuned texts and shared successors is ours but for the language model that reads the "
+        "prompts."
     )
     return Suite(title, store, cells, note=note, shipped="GAL-Rec, tuned texts and shared successors")
 

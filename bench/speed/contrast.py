@@ -50,7 +50,7 @@ def main() -> None:
         {
             "command": "python -m bench.speed contrast",
             "row": 9,
-            "title": "A training step of GAL-Rec with successors (jobs/galrec-successors.yaml, galrec-shared.yaml, Beauty)",
+            "title": "A training step of GAL-Rec with successors, by themselves and shared (Amazon Beauty)",
             "against": "the same users with texts alone, under `raygrec`; with successors, under `other`",
             "target": "stated",
             "reached": True,
