@@ -106,7 +106,8 @@ class TrialFolder:
         for run in self.path.glob("seed-*"):
             for folder in (run / "checkpoints", run / "model", *run.glob("ray/*/")):
                 shutil.rmtree(folder, ignore_errors=True)
-            (run / "nodes.safetensors").unlink(missing_ok=True)
+            for file in ("nodes", "text_vectors"):
+                (run / f"{file}.safetensors").unlink(missing_ok=True)
 
 
 class SweepFolder:
