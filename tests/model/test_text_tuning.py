@@ -138,6 +138,8 @@ def test_updates_against_nothing_but_transformers(kind, model_folder, monkeypatc
     assert torch.equal(found.get("embeddings.word_embeddings.weight", table), table)
     agree, moved = [], 0
     for name, value in weights.items():
+        if value.grad is None:  # of a pooling layer, which is not read
+            continue
         same = found[name] if name in found else found[f"encoder.{name}"]
         expected, change = value - start[name], same - start[name]
         agree.append(torch.isclose(change, expected, rtol=0.02, atol=2e-4).flatten())
