@@ -1,6 +1,7 @@
 import math
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -201,9 +202,14 @@ def test_a_tuned_reader_is_kept_and_made_again_where_something_differs(model_fol
 
 
 def test_the_same_seed_makes_the_same_model(model_folder):  # noqa: F811
-    folder = model_folder("bert")
-    given = BackboneConfig(name=str(folder)), TextTuningConfig(updates=3, users=2), tokens_of(folder, TEXTS), TRAIN
-    one, same, other = (tune(*given, seed).state_dict() for seed in (3, 3, 4))
+    """All of it, and the pretrained one, whatever reads the prompts."""
+    config = BackboneConfig(name=str(model_folder("bert")))
+    less = config.model_copy(update={"layers": 1, "pretrained": False})
+    given = TextTuningConfig(updates=3, users=2), tokens_of(Path(config.name), TEXTS), TRAIN
+    one, same, other = (
+        tune(config, *given, seed).state_dict() for config, seed in ((config, 3), (less, 3), (config, 4))
+    )
+    assert one.keys() == same.keys()
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert any(not torch.equal(one[name], other[name]) for name in one)
 
