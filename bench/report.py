@@ -232,7 +232,7 @@ def _costs(contrast: dict[str, Any], successors: dict[str, Any]) -> str:
         "One of texts and successors against one of texts alone: "
         f"{ratio(successors, 'with successors')}, with shared successors "
         f"{ratio(successors, 'with shared successors')}. The same users, taken in turns; CPU time. "
-        f"`{contrast['command']}`.\n"
+        f"`{contrast['command']}`, `{successors['command']}`.\n"
     )
 
 
@@ -369,7 +369,9 @@ def _searches(searches: dict[str, dict[str, Any]]) -> str:
         "and ASHA (for LightGCN random points; a graph alone is not pruned), the job as it stood among the first; "
         "validation N@10. ASHA may have ended the job early: `there` is the last epoch that job and best both reached. "
         "`adopted`: today's job has the best, numbers within 5 %. Amazon Toys has Beauty's settings. What this table "
-        "does not have was tuned by hand, on validation, too: GAL-Rec and GLTA for longer than such a search takes.\n",
+        "does not have was tuned by hand, on validation, too: GAL-Rec and GLTA for longer than such a search takes. "
+        "`galrec-shared` has the settings of `galrec-successors`, and those of tuned texts and shared successors from "
+        "some ten trials of Beauty's seed 1.\n",
         "| `python -m bench.sweep` | trials | epochs in all | job, end | best, end | epoch both reached | job there "
         "| best there | adopted |",
         "|---|---|---:|---:|---:|---:|---:|---:|---|",

@@ -7,6 +7,7 @@
     python -m bench.speed step         training steps, against the bare language model and Hugging Face's Trainer
     python -m bench.speed frozen       training around a frozen language model, against its naive form
     python -m bench.speed contrast     GAL-Rec's queue from 0 to 65,536, against L0 alone
+    python -m bench.speed successors   GAL-Rec with successors and shared ones, against texts alone
     python -m bench.speed lightgcn     epochs and the way to equal quality, against PyG's LightGCN and RecBole's
     python -m bench.speed prepare      a store from a table, against a pandas script and RecBole
     python -m bench.speed checkpoint   writing and reading one, against the bare disk
@@ -24,7 +25,7 @@ import os
 
 ROWS = (
     *("head", "metrics", "topk", "assembly", "step", "frozen"),
-    *("contrast", "lightgcn", "prepare", "checkpoint", "scaling", "plan", "gpu"),
+    *("contrast", "successors", "lightgcn", "prepare", "checkpoint", "scaling", "plan", "gpu"),
 )
 
 

@@ -1,4 +1,4 @@
-"""Row 9: what GAL-Rec's contrast and its queue, and successors, add to a training step."""
+"""Row 9: what GAL-Rec's contrast and its queue add to a training step."""
 
 import torch
 
@@ -9,7 +9,6 @@ LENGTHS = (0, 1024, 8192, 65_536)
 ROUNDS = 7
 PROJECTION = 128  # as MoCo's
 ALONE = "L0 alone"
-TEXTS, SUCCESSORS, SHARED = "texts alone", "texts and successors", "texts and shared successors"
 
 
 def main() -> None:
@@ -24,10 +23,6 @@ def main() -> None:
         for queue in one.model.queues.values():  # as after many steps
             rows = torch.randn_like(queue.rows())
             queue.enqueue(rows, torch.arange(len(rows)) % len(one.trainable))
-    sides[TEXTS] = ready("galrec-texts.yaml", store, "galrec-texts", FEW)
-    sides[SUCCESSORS] = ready("galrec-successors.yaml", store, "galrec-successors", FEW)
-    # Texts of a tuned language model are read once, before: a step is the same.
-    sides[SHARED] = ready("galrec-shared.yaml", store, "galrec-shared", FEW, "text_tuning=null")
     runs = {name: lambda number, one=one: one.step(one.users(number), number) for name, one in sides.items()}
     seconds = in_turns(runs, ROUNDS)
     cases = [compared(name, seconds, ALONE, name) for name in wanted]
@@ -43,20 +38,5 @@ def main() -> None:
             "reached": cases[len(LENGTHS) - 1]["ratio"]["median"] <= 1.1,
             "cases": cases,
             "where": {longest: shares(lambda: runs[longest](0)), ALONE: shares(lambda: runs[ALONE](0))},
-        },
-    )
-    write(
-        "successors",
-        {
-            "command": "python -m bench.speed contrast",
-            "row": 9,
-            "title": "A training step of GAL-Rec with successors, by themselves and shared (Amazon Beauty)",
-            "against": "the same users with texts alone, under `raygrec`; with successors, under `other`",
-            "target": "stated",
-            "reached": True,
-            "cases": [
-                compared("with successors", seconds, TEXTS, SUCCESSORS),
-                compared("with shared successors", seconds, TEXTS, SHARED),
-            ],
         },
     )
