@@ -301,9 +301,7 @@ def start_after_early_stages(donor: Path, out: Path, job_file: str, settings: li
         return
     content = apply_overrides(read_yaml(ROOT / "jobs" / job_file), settings)
     folder.start(with_absolute_paths(run_config(content, job_file)), resume=False)
-    for of_source, place in ((source.nodes_file, folder.nodes_file), (source.vectors_file, folder.vectors_file)):
-        if of_source.exists():
-            shutil.copy(of_source, place)
+    shutil.copy(source.nodes_file, folder.nodes_file)
     for stage in ("alignment", "histories"):
         if source.parts_file(stage).exists():
             shutil.copy(source.parts_file(stage), folder.parts_file(stage))

@@ -370,8 +370,8 @@ def _searches(searches: dict[str, dict[str, Any]]) -> str:
         "validation N@10. ASHA may have ended the job early: `there` is the last epoch that job and best both reached. "
         "`adopted`: today's job has the best, numbers within 5 %. Amazon Toys has Beauty's settings. What this table "
         "does not have was tuned by hand, on validation, too: GAL-Rec and GLTA for longer than such a search takes. "
-        "`galrec-shared` has the settings of `galrec-successors`, and those of tuned texts and shared successors from "
-        "some ten trials of Beauty's seed 1.\n",
+        "`galrec-shared` has the settings of `galrec-successors`, and those of tuned texts and shared successors by "
+        "hand, from Beauty's seed 1.\n",
         "| `python -m bench.sweep` | trials | epochs in all | job, end | best, end | epoch both reached | job there "
         "| best there | adopted |",
         "|---|---|---:|---:|---:|---:|---:|---:|---|",

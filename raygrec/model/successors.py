@@ -100,12 +100,12 @@ class Successors:
             steps = np.searchsorted(edges, keys[mine])
             found_PI = weights_PI @ self._all
             found_PI -= _rows(cells.data[mine], cells.row[mine], steps, (len(read), len(edges))) @ own
-            return _above(found_PI, NOTHING)
+            return _above(found_PI)
 
         found_PI = followed(weights_PI)
         if self._alike is None:
             return _cells([found_PI])
-        likes_PI = _above(weights_PI @ self._alike, 0.0)
+        likes_PI = _above(weights_PI @ self._alike)
         passed = [found_PI @ self._alike, followed(likes_PI)]
         theirs, of_likes = (_above(part, LEAST * _largest(part)) for part in passed)
         return _cells([found_PI, theirs + of_likes, likes_PI])
@@ -129,8 +129,8 @@ def alike(texts_It: torch.Tensor, count: int, temperature: float) -> "csr_array"
     return _rows(shares.numpy().ravel(), rows, items.ravel(), (len(items), len(items))).tocsr()
 
 
-def _above(found_PI: "csr_array", least: "float | np.ndarray") -> "csr_array":
-    """The entries that are not smaller; least: one number or that of each row."""
+def _above(found_PI: "csr_array", least: "float | np.ndarray" = 0.0) -> "csr_array":
+    """The entries that are not smaller, nor next to nothing; least: one number or that of each row."""
     found_PI = found_PI.tocsr()
     rows = np.repeat(np.broadcast_to(np.ravel(least), found_PI.shape[0]), np.diff(found_PI.indptr))
     found_PI.data[found_PI.data < np.maximum(rows, NOTHING)] = 0
@@ -150,11 +150,10 @@ def _cells(kinds: list["csr_array"]) -> Cells:
     """Where any of these has an entry, those of all, [C] of one and [C, n] of n."""
     union = sum(kinds[1:], kinds[0]).tocsr()
     union.sort_indices()
-    columns = []
+    places, columns = _keys(union), []
     for kind in kinds:
-        places = _keys(union), _keys(kind)
         columns.append(np.zeros(union.nnz, dtype=np.float32))
-        columns[-1][np.searchsorted(*places)] = kind.data
+        columns[-1][np.searchsorted(places, _keys(kind))] = kind.data
     return Cells(
         torch.from_numpy(union.indptr.astype(np.int64)),
         torch.from_numpy(union.indices.astype(np.int64)),

@@ -100,7 +100,7 @@ def prepare_only(config: RunConfig, nodes: bool = True) -> Path:
 
 
 def _prepare_store(config: RunConfig, store: Store) -> None:
-    if (config.needs_order or config.text_tuning is not None) and not store.ordered:
+    if config.needs_order and not store.ordered:
         raise InputError(f"{store.path}: {config.name} reads histories in time order; prepare with split=leave-one-out")
     if isinstance(config, GLTARun) and config.model.trend is not None:
         store.times("train")  # or an `InputError`

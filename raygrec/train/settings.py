@@ -218,7 +218,7 @@ class GLTARun(RunConfig):
 
     @property
     def needs_order(self) -> bool:
-        return False
+        return self.text_tuning is not None
 
     @property
     def reads_texts(self) -> bool:
@@ -290,7 +290,7 @@ class GraphRun(OnePositionRun):
 
     @property
     def needs_order(self) -> bool:
-        return False
+        return self.text_tuning is not None
 
     @property
     def reads_backbone(self) -> bool:

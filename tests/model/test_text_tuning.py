@@ -23,7 +23,7 @@ from raygrec.model.text_tuning import (
     tuned_reader,
 )
 from raygrec.model.text_vectors import load_or_read_texts
-from tests.model.test_text_vectors import files, model_folder, save_tokenizer, tokens_of  # noqa: F401
+from tests.model.test_text_vectors import files, model_folder, tokens_of  # noqa: F401
 
 ITEMS = 8
 # Words w5 to w12, one an item; users take 0 to 3 together, and 4 to 7.
